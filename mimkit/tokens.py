@@ -1,0 +1,146 @@
+"""Tokens: images to patches and back, masks to indices, gathering and scattering by index."""
+
+from einops import rearrange
+from jaxtyping import Bool, Int, Shaped
+from torch import Tensor
+
+
+def patchify(images: Shaped[Tensor, "*batch c H W"], *, patch: int) -> Shaped[Tensor, "*batch n {patch}*{patch}*c"]:
+    """Cut images into square patches, in raster order.
+
+    Inside a patch the values run over rows, then columns, then channels (the channel is fastest), as in MAE.
+    The weight of a convolutional patch embedding is channel-first: rearrange it with
+    `"d c p q -> d (p q c)"` to apply it to these patches.
+
+    Args:
+        images: any dtype, channels first; H and W in pixels.
+        patch: side of a patch in pixels; divides H and W.
+
+    Raises:
+        ValueError: if a side of the images is not a multiple of `patch`.
+
+    Example:
+        >>> import torch
+        >>> patchify(torch.arange(8).view(1, 2, 4), patch=2)
+        tensor([[0, 1, 4, 5],
+                [2, 3, 6, 7]])
+
+    Source: MAE, arXiv 2111.06377.
+    """
+    height, width = images.shape[-2:]
+    if patch < 1 or height % patch or width % patch:
+        raise ValueError(f"images of {height} × {width} pixels cannot be cut into patches of {patch} × {patch}")
+    return rearrange(images, "... c (h p) (w q) -> ... (h w) (p q c)", p=patch, q=patch)
+
+
+def unpatchify(
+    patches: Shaped[Tensor, "*batch n d"], *, height: int, width: int, patch: int
+) -> Shaped[Tensor, "*batch c {height}*{patch} {width}*{patch}"]:
+    """Put patches back together into images; the inverse of `patchify`.
+
+    Args:
+        patches: in raster order, channel fastest; d = patch · patch · c.
+        height: rows of the grid, in patches.
+        width: columns of the grid, in patches.
+        patch: side of a patch in pixels.
+
+    Raises:
+        ValueError: if n is not `height` · `width`, or d is not a multiple of `patch` squared.
+
+    Example:
+        >>> import torch
+        >>> unpatchify(torch.tensor([[0, 1, 4, 5], [2, 3, 6, 7]]), height=1, width=2, patch=2)
+        tensor([[[0, 1, 2, 3],
+                 [4, 5, 6, 7]]])
+
+    Source: MAE, arXiv 2111.06377.
+    """
+    n, d = patches.shape[-2:]
+    if n != height * width:
+        raise ValueError(f"{n} patches do not fill a grid of {height} × {width}")
+    if patch < 1 or d % patch**2:
+        raise ValueError(f"patches of {d} values are not {patch} × {patch} pixels of some channels")
+    return rearrange(patches, "... (h w) (p q c) -> ... c (h p) (w q)", h=height, w=width, p=patch, q=patch)
+
+
+def split(
+    mask: Bool[Tensor, "*batch n"], *, num_masked: int
+) -> tuple[Int[Tensor, "*batch n-{num_masked}"], Int[Tensor, "*batch {num_masked}"]]:
+    """Turn a mask into the indices of its visible and of its masked tokens, both ascending.
+
+    Args:
+        mask: `True` = masked, exactly `num_masked` per row (values are not looked at: a row with another count
+            gives indices of the wrong kind, never an error).
+        num_masked: count of masked tokens per row, 0 to n; fixes the shapes.
+
+    Returns:
+        visible, masked: indices for `take` and `put`.
+
+    Raises:
+        ValueError: if `num_masked` is outside 0…n.
+
+    Example:
+        >>> import torch
+        >>> split(torch.tensor([True, False, True, False]), num_masked=2)
+        (tensor([1, 3]), tensor([0, 2]))
+    """
+    n = mask.shape[-1]
+    if not 0 <= num_masked <= n:
+        raise ValueError(f"num_masked={num_masked} of {n} tokens cannot be masked")
+    order = mask.argsort(dim=-1, stable=True)
+    return order[..., : n - num_masked], order[..., n - num_masked :]
+
+
+def take(tokens: Shaped[Tensor, "*batch n d"], indices: Int[Tensor, "*batch k"]) -> Shaped[Tensor, "*batch k d"]:
+    """Take some tokens of each row.
+
+    A table that all rows share needs no gathering along a batch: write `table[indices]`.
+
+    Args:
+        tokens: any dtype.
+        indices: in 0…n−1, each row its own, in any order.
+
+    Raises:
+        ValueError: if the leading axes differ.
+
+    Example:
+        >>> import torch
+        >>> take(torch.tensor([[10, 11], [20, 21], [30, 31]]), torch.tensor([2, 0]))
+        tensor([[30, 31],
+                [10, 11]])
+    """
+    _check_batches(tokens, indices)
+    return tokens.gather(-2, indices.unsqueeze(-1).expand(*indices.shape, tokens.shape[-1]))
+
+
+def put(
+    tokens: Shaped[Tensor, "*batch k d"], indices: Int[Tensor, "*batch k"], into: Shaped[Tensor, "*batch n d"]
+) -> Shaped[Tensor, "*batch n d"]:
+    """Replace some tokens of each row: `put` undoes `take`. `into` itself is left as it is.
+
+    Args:
+        tokens: what to write, of the dtype of `into`.
+        indices: where, in 0…n−1, different within a row.
+        into: what to write into; give zeros to scatter all tokens back to their places.
+
+    Raises:
+        ValueError: if the leading axes, the number of tokens and indices, or the features differ.
+
+    Example:
+        >>> import torch
+        >>> put(torch.tensor([[9, 9]]), torch.tensor([1]), torch.tensor([[1, 2], [3, 4]]))
+        tensor([[1, 2],
+                [9, 9]])
+    """
+    _check_batches(tokens, indices)
+    _check_batches(into, indices)
+    if tokens.shape[-2] != indices.shape[-1] or tokens.shape[-1] != into.shape[-1]:
+        raise ValueError(
+            f"tokens {tuple(tokens.shape)} cannot be put at indices {tuple(indices.shape)} of {tuple(into.shape)}"
+        )
+    return into.scatter(-2, indices.unsqueeze(-1).expand(tokens.shape), tokens)
+
+
+def _check_batches(tokens: Tensor, indices: Tensor) -> None:
+    if tokens.shape[:-2] != indices.shape[:-1]:
+        raise ValueError(f"tokens {tuple(tokens.shape)} and indices {tuple(indices.shape)} have different leading axes")
