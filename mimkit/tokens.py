@@ -56,7 +56,7 @@ def unpatchify(
     Source: MAE, arXiv 2111.06377.
     """
     n, d = patches.shape[-2:]
-    if n != height * width:
+    if min(height, width) < 0 or n != height * width:
         raise ValueError(f"{n} patches do not fill a grid of {height} × {width}")
     if patch < 1 or d % patch**2:
         raise ValueError(f"patches of {d} values are not {patch} × {patch} pixels of some channels")

@@ -1,0 +1,191 @@
+"""Beyond Masking, integrated task: see a quarter of the patches of the centre, predict the whole larger view.
+
+    python recipes/beyond_masking_integrated.py                           the embedded digits, minutes on a laptop
+    python recipes/beyond_masking_integrated.py --data DIR                images of your own
+    torchrun --nproc_per_node=8 recipes/beyond_masking_integrated.py --preset imagenet --data DIR
+
+Paper: Beyond Masking: Demystifying Token-Based Pre-Training for Vision Transformers, arXiv 2203.14313.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from common.config import Flat, Images, Network, Optimisation, Run
+from common.finetuning import Finetuning
+from common.images import Normalise
+from common.pretraining import Evaluation, grid, pretrain
+from common.report import Pictures, grey_out, shown
+from common.vit import SIZES, Decoder, ViT, initialise_truncated
+from mimkit.degrade import area_resize, central_crop
+from mimkit.losses import band_error, channel_normalised_patches, squared_error
+from mimkit.masking import random_tokens
+from mimkit.positions import sinusoid
+from mimkit.tokens import patchify, put, split, take, unpatchify
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of the paper are the preset "imagenet"."""
+
+    view_size: tuple[int, int] = (320, 320)
+    """height and width of the larger view that is predicted, in pixels; an even number more than --image-size"""
+    mask_ratio: float = 0.75
+    """share of the patches of the centre that is masked"""
+    inner_weight: float = 0.8
+    """weight of the masked patches of the centre"""
+    outer_weight: float = 0.2
+    """weight of the band around it, the sum of its four strips"""
+    evaluate: tuple[Evaluation, ...] = ("finetune",)
+    """what to do with the encoder: fine-tune it; the same network from scratch for as many epochs, for as much time"""
+    run: Flat[Run] = field(default_factory=Run)
+    images: Flat[Images] = field(default_factory=Images)
+    network: Flat[Network] = field(default_factory=Network)
+    optimisation: Flat[Optimisation] = field(default_factory=Optimisation)
+    finetune: Finetuning = field(default_factory=Finetuning)
+
+
+class Integrated(nn.Module):
+    def __init__(self, config: Config, normalise: Normalise) -> None:
+        super().__init__()
+        network, (height, width) = config.network, grid(config.images, config.network)
+        self.height, self.width, self.patch, self.channels = height, width, network.patch, config.images.channels
+        self.image_size, self.view_size = config.images.image_size, config.view_size
+        for image, view in zip(self.image_size, self.view_size, strict=True):
+            if view <= image or (view - image) % 2:
+                raise ValueError(f"--view-size {view} is not an even number more than --image-size {image}")
+        self.inner_weight, self.outer_weight = config.inner_weight, config.outer_weight
+        self.num_masked = height * width - int(height * width * (1 - config.mask_ratio))
+        self.normalise = normalise
+        shape = {"height": height, "width": width, "class_token": False, "key_bias": False, "table": sinusoid}
+        self.encoder = ViT(**shape, patch=network.patch, channels=self.channels, **SIZES[network.size])
+        self.decoder = Decoder(
+            **shape,
+            encoder_dim=self.encoder.dim,
+            dim=network.decoder_dim,
+            depth=network.decoder_depth,
+            heads=network.decoder_heads,
+            outputs=network.patch**2 * self.channels,
+            embed_bias=False,
+        )
+        initialise_truncated(self)
+
+    def noise(self, rand: Callable[..., Tensor], batch: int) -> dict[str, Tensor]:
+        return {"mask": rand(batch, self.height * self.width)}
+
+    def forward(self, images: Tensor, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
+        (H, W), (view_H, view_W) = self.image_size, self.view_size
+        # 1. The input is the centre of a larger view, its pixels untouched.
+        view = self.normalise.unit(images)
+        centre = central_crop(view, H=H, W=W)
+        patches = patchify(self.normalise(centre), patch=self.patch)
+        # 2. Mask most of its patches at random, and encode only those that are visible.
+        mask = random_tokens(noise["mask"], num_masked=self.num_masked)
+        visible, masked = split(mask, num_masked=self.num_masked)
+        latent = self.encoder(take(patches, visible), self.encoder.positions[visible])
+        # 3. Predict all patches: together they are a small picture of the whole view, stretched to its size.
+        picture = area_resize(self.predict(latent, visible, masked), H=view_H, W=view_W)
+        # 4. In the centre, compare where the input was masked, with pixels normalised per patch and channel.
+        prediction = take(patchify(central_crop(picture, H=H, W=W), patch=self.patch), masked)
+        target = channel_normalised_patches(take(patchify(centre, patch=self.patch), masked), channels=self.channels)
+        inner = squared_error(prediction, target).mean()
+        # 5. In the band around it, compare with the whole view: shrunken, normalised, and stretched again.
+        outer = band_error(picture, self.outer_target(view), inner_H=H, inner_W=W).sum(dim=-1).mean()
+        return {"loss": self.inner_weight * inner + self.outer_weight * outer, "inner": inner, "outer": outer}
+
+    def predict(self, latent: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
+        """Predict all patches, put them back in raster order, and make them a picture."""
+        prediction = self.decoder(latent, visible, masked, visible_too=True).float()
+        order = torch.cat([visible, masked], dim=-1)
+        patches = put(prediction, order, into=torch.zeros_like(prediction))
+        return unpatchify(patches, height=self.height, width=self.width, patch=self.patch)
+
+    def outer_target(self, view: Tensor) -> Tensor:
+        """Shrink the view to the input's size, normalise its patches there, and stretch the picture back."""
+        small = patchify(area_resize(view, H=self.image_size[0], W=self.image_size[1]), patch=self.patch)
+        normalised = channel_normalised_patches(small, channels=self.channels)
+        picture = unpatchify(normalised, height=self.height, width=self.width, patch=self.patch)
+        return area_resize(picture, H=self.view_size[0], W=self.view_size[1])
+
+    def pictures(self, images: Tensor, noise: dict[str, Tensor]) -> Pictures:
+        sizes = {"height": self.height, "width": self.width, "patch": self.patch}
+        (H, W), (view_H, view_W) = self.image_size, self.view_size
+        view = self.normalise.unit(images)
+        centre = central_crop(view, H=H, W=W)
+        mask = random_tokens(noise["mask"], num_masked=self.num_masked)
+        visible, masked = split(mask, num_masked=self.num_masked)
+        patches = take(patchify(self.normalise(centre), patch=self.patch), visible)
+        prediction = self.predict(self.encoder(patches, self.encoder.positions[visible]), visible, masked)
+        rows, columns = (view_H - H) // 2, (view_W - W) // 2
+        seen = nn.functional.pad(grey_out(centre, mask, **sizes), (columns, columns, rows, rows), value=0.5)
+        return Pictures(
+            {
+                "input": view,
+                "seen": seen,
+                "prediction": shown(area_resize(prediction, H=view_H, W=view_W)),
+                "target": shown(self.outer_target(view)),
+            },
+            "prediction and target are normalised per patch and channel: its brightness and contrast are not in them",
+        )
+
+
+PAPER_FINETUNING = Finetuning(
+    pool="class",
+    train_positions=False,
+    optimisation=replace(
+        Finetuning().optimisation, base_lr=1e-3, layer_decay=0.75, schedule="step", undecayed=("cls_token", "pos_embed")
+    ),
+)
+IMAGENET = Config(
+    network=Network(decoder_dim=384, decoder_depth=4, decoder_heads=6),
+    optimisation=Optimisation(
+        epochs=300, batch_size=2048, warmup_epochs=20, min_lr=1e-5, schedule="step", undecayed=("mask_token",)
+    ),
+    finetune=PAPER_FINETUNING,
+)
+FOLDER = replace(
+    IMAGENET,
+    network=replace(IMAGENET.network, size="small"),
+    optimisation=replace(IMAGENET.optimisation, batch_size=256),
+    finetune=replace(Finetuning(), optimisation=replace(Finetuning().optimisation, batch_size=256)),
+)
+DIGITS = Config(
+    view_size=(46, 46),
+    evaluate=("finetune", "scratch", "budget"),
+    images=Images(image_size=(32, 32), channels=1, crop_scale=(0.6, 1.0), flip=0.0),
+    network=Network(size="nano", patch=4, decoder_dim=48, decoder_depth=1, decoder_heads=3),
+    optimisation=Optimisation(
+        epochs=120,
+        batch_size=128,
+        base_lr=2e-3,
+        warmup_epochs=10,
+        min_lr=1e-5,
+        schedule="step",
+        undecayed=("mask_token",),
+    ),
+    finetune=Finetuning(
+        train_positions=False,
+        mixup=0.0,
+        cutmix=0.0,
+        randaugment="",
+        erasing=0.0,
+        crop_scale=(0.6, 1.0),
+        crop_fraction=1.0,
+        optimisation=Optimisation(
+            epochs=100,
+            batch_size=50,
+            base_lr=5e-3,
+            warmup_epochs=5,
+            min_lr=1e-6,
+            betas=(0.9, 0.999),
+            undecayed=("cls_token", "pos_embed"),
+            layer_decay=0.75,
+        ),
+    ),
+)
+
+if __name__ == "__main__":
+    presets = {"digits": DIGITS, "folder": FOLDER, "imagenet": IMAGENET}
+    pretrain(Integrated, presets, name="beyond_masking_integrated", description=__doc__)

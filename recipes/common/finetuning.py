@@ -1,0 +1,184 @@
+"""Fine-tune an encoder on labelled images, as the MAE family does, and measure its accuracy."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.config import Flat, Images, Optimisation, Run, to_json
+from common.engine import World, loading_processes, pieces, train
+from common.images import Augment, CentreCrop, CropFlip, Loader, Mix, Normalise, Source, Views, open_images
+from common.vit import ViT
+from mimkit.tokens import patchify
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """How a classifier is trained: the right column of MAE's table for encoders with normalised pixels."""
+
+    pool: Literal["mean", "class"] = "mean"
+    """what the head reads: the mean of the patch tokens through a new norm, or the class token"""
+    train_positions: bool = True
+    """whether the position table is trained, too"""
+    drop_path: float = 0.1
+    """drop path of the last block, rising linearly from 0"""
+    smoothing: float = 0.1
+    """of the labels"""
+    mixup: float = 0.8
+    """parameter of mixup; 0: none"""
+    cutmix: float = 1.0
+    """parameter of cutmix; 0: none"""
+    randaugment: str = "rand-m9-mstd0.5-inc1"
+    """timm's name of the augmentation; empty: none"""
+    erasing: float = 0.25
+    """probability of random erasing"""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """share of the image's area that a random crop keeps, least and most"""
+    crop_fraction: float = 0.875
+    """share of the short side that the central crop of a test image keeps"""
+    head_scale: float = 2e-5
+    """std of the head's weights at the start"""
+    optimisation: Flat[Optimisation] = field(
+        default_factory=lambda: Optimisation(
+            epochs=100,
+            batch_size=1024,
+            base_lr=5e-4,
+            warmup_epochs=5,
+            min_lr=1e-6,
+            betas=(0.9, 0.999),
+            undecayed=("cls_token", "pos_embed"),
+            layer_decay=0.65,
+        )
+    )
+
+
+class Classifier(nn.Module):
+    """An encoder with a linear head on its class token or on the mean of its patch tokens."""
+
+    def __init__(
+        self, encoder: ViT, normalise: Normalise, classes: int, *, pool: Literal["mean", "class"], head_scale: float
+    ) -> None:
+        super().__init__()
+        if pool == "class" and encoder.cls_token is None:
+            raise ValueError("pool=class needs an encoder with a class token")
+        self.encoder, self.normalise, self.pool = encoder, normalise, pool
+        if pool == "mean":  # the pre-trained norm has only seen single tokens: a new one reads the mean
+            self.fc_norm = nn.LayerNorm(encoder.dim, eps=1e-6)
+            encoder.norm.requires_grad_(False)
+        self.head = nn.Linear(encoder.dim, classes)
+        nn.init.trunc_normal_(self.head.weight, std=head_scale)
+        nn.init.zeros_(self.head.bias)
+
+    def noise(self, rand: Any, batch: int) -> dict[str, Tensor]:
+        return {"drop_path": rand(batch, self.encoder.depth, 2)}
+
+    def features(self, images: Tensor, drop_path: Tensor | None = None) -> Tensor:
+        """Return one vector per image."""
+        encoder, patches = self.encoder, patchify(self.normalise(images), patch=self.encoder.patch)
+        if self.pool == "class":
+            return encoder(patches, encoder.positions, drop_path)[:, 0]
+        tokens = encoder.unnormalised(patches, encoder.positions, drop_path)
+        return self.fc_norm(tokens[:, encoder.num_prefix :].mean(dim=1))
+
+    def forward(self, batch: tuple[Tensor, Tensor], noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
+        images, targets = batch
+        logits = self.head(self.features(images, noise["drop_path"])).float()
+        return {"loss": -(targets * F.log_softmax(logits, dim=-1)).sum(dim=-1).mean()}
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """Return the class of each image."""
+        return self.head(self.features(images)).argmax(dim=-1)
+
+
+def finetune(
+    encoder: ViT,
+    normalise: Normalise,
+    *,
+    settings: Finetuning,
+    images: Images,
+    run: Run,
+    folder: Path,
+    place: World,
+    title: str,
+) -> dict[str, Any]:
+    """Train a classifier on the labelled images, measure its accuracy on the test images, keep its weights.
+
+    Returns:
+        the result of `train`, `accuracy` in per cent, and the numbers of labelled and test images.
+
+    Raises:
+        ValueError: if there are no labelled images or no test images.
+    """
+    labelled = open_images(
+        images.data, "labelled", channels=images.channels, seed=run.seed, per_class=images.labels_per_class
+    )
+    test = open_images(images.data, "test", channels=images.channels, classes=labelled.classes)
+    classes = len(labelled.classes)
+    torch.manual_seed(run.seed)
+    classifier = Classifier(encoder, normalise, classes, pool=settings.pool, head_scale=settings.head_scale)
+    encoder.pos_embed.requires_grad_(settings.train_positions)
+
+    if settings.randaugment or settings.erasing:
+        transform = Augment(
+            images.image_size,
+            mean=normalise.mean.flatten().tolist(),
+            std=normalise.std.flatten().tolist(),
+            scale=settings.crop_scale,
+            flip=images.flip,
+            auto_augment=settings.randaugment or None,
+            erasing=settings.erasing,
+        )
+    else:
+        transform = CropFlip(images.image_size, scale=settings.crop_scale, flip=images.flip)
+    views = Views(labelled, transform, seed=run.seed, labels=True)
+    workers, pin = loading_processes(run, place), place.device.type == "cuda"
+    mix = Mix(classes, mixup=settings.mixup, cutmix=settings.cutmix, smoothing=settings.smoothing)
+
+    def load(batches: Iterable[list[tuple[int, int]]]) -> Loader:
+        return Loader(views, batches, workers=workers, pin=pin, collate=mix)
+
+    result = train(
+        classifier,
+        load,
+        images=len(labelled),
+        settings=settings.optimisation,
+        run=run,
+        folder=folder,
+        place=place,
+        depth=encoder.depth,
+        title=title,
+        config={"finetuning": to_json(settings), "images": to_json(images), "seed": run.seed},
+    )
+    batch, _ = pieces(settings.optimisation, place.size)
+    correct = accuracy(classifier, test, images, settings.crop_fraction, batch=batch, run=run, place=place)
+    return result | {"accuracy": correct, "labelled": len(labelled), "test": len(test)}
+
+
+def accuracy(
+    classifier: Classifier, test: Source, images: Images, fraction: float, *, batch: int, run: Run, place: World
+) -> float:
+    """Return the share of test images that are classified rightly, in per cent."""
+    views = Views(test, CentreCrop(images.image_size, crop_fraction=fraction), seed=0, labels=True)
+    mine = [(0, index) for index in range(place.rank, len(test), place.size)]
+    loader = Loader(
+        views,
+        [mine[i : i + batch] for i in range(0, len(mine), batch)],
+        workers=loading_processes(run, place),
+        pin=False,
+    )
+    counts = torch.zeros(2, device=place.device)
+    classifier.eval()
+    bf16 = run.precision == "bf16" or (run.precision == "auto" and place.device.type == "cuda")
+    for pictures, labels in loader:
+        with torch.autocast(place.device.type, torch.bfloat16, enabled=bf16):
+            right = classifier.predict(pictures.to(place.device)) == labels.to(place.device)
+        counts += torch.stack([right.sum(), torch.full_like(right.sum(), len(right))])
+    if place.size > 1:
+        dist.all_reduce(counts)
+    return 100 * float(counts[0] / counts[1])

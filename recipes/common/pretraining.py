@@ -1,0 +1,318 @@
+"""A whole pre-training, from the command line to the table on the screen: what every recipe ends with."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from common import report
+from common.checkpoint import read_tensors, write_json, write_tensors
+from common.config import Images, Network, Optimisation, Run, parse, to_json
+from common.engine import World, loading_processes, read_metrics, train, world
+from common.finetuning import Finetuning, finetune
+from common.images import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    CropFlip,
+    Loader,
+    Normalise,
+    Source,
+    Views,
+    open_images,
+    statistics,
+)
+from common.vit import ViT, initialise_mae, resize_positions, timm_arguments, timm_state
+
+Evaluation = Literal["finetune", "scratch", "budget"]
+
+
+class Config(Protocol):
+    """What every recipe's configuration has."""
+
+    @property
+    def run(self) -> Run: ...
+    @property
+    def images(self) -> Images: ...
+    @property
+    def network(self) -> Network: ...
+    @property
+    def optimisation(self) -> Optimisation: ...
+    @property
+    def finetune(self) -> Finetuning: ...
+    @property
+    def evaluate(self) -> tuple[Evaluation, ...]: ...
+
+
+class Method(Protocol):
+    """What every pre-training method has besides what the engine asks for."""
+
+    encoder: ViT
+    view_size: tuple[int, int]
+
+    def noise(self, rand: Callable[..., Tensor], batch: int) -> dict[str, Tensor]: ...
+    def pictures(self, images: Tensor, noise: dict[str, Tensor]) -> report.Pictures: ...
+
+
+def pretrain(
+    method: Callable[[Any, Normalise], Method],
+    presets: dict[str, Any],
+    *,
+    name: str,
+    description: str | None,
+    args: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Pre-train, draw what was learned, export the encoder, evaluate it, and print the result.
+
+    Args:
+        method: makes the method from its configuration and the normalisation of the images.
+        presets: configurations by name, as `config.parse` wants them.
+        name: of the recipe, and of the run unless `--name` says otherwise.
+        description: on top of the help.
+        args: the command line; that of the process if none.
+    """
+    config: Config = parse(presets, args, description=description)
+    torch.set_float32_matmul_precision("high")
+    with world(config.run.device) as place:
+        try:
+            return _pretrain(method, config, name, place)
+        except ValueError as error:
+            raise SystemExit(f"{name}: {error}") from error
+
+
+def _pretrain(make: Callable[[Any, Normalise], Method], config: Config, name: str, place: World) -> dict[str, Any]:
+    run, images = config.run, config.images
+    folder = run.runs / (run.name or name)
+
+    # 1. The images, and whether they can be evaluated on
+    source = open_images(images.data, "train", channels=images.channels, seed=run.seed)
+    evaluations = _possible(config, place)
+    prepare(folder, to_json(config), resume=run.resume, place=place)
+
+    # 2. The method
+    normalise = normalisation(images, source)
+    torch.manual_seed(run.seed)
+    method = make(config, normalise)
+    assert isinstance(method, nn.Module)
+    views = Views(source, CropFlip(method.view_size, scale=images.crop_scale, flip=images.flip), seed=run.seed)
+    say_size(method, place)
+
+    def load(batches: Iterable[list[tuple[int, int]]]) -> Loader:
+        return Loader(views, batches, workers=loading_processes(run, place), pin=place.device.type == "cuda")
+
+    def draw(into: Path) -> None:
+        few = min(8, len(source))
+        chosen = [(0, index * len(source) // few) for index in range(few)]
+        pictures = torch.stack([views[item] for item in chosen])
+        generator = torch.Generator().manual_seed(run.seed)
+        noise = method.noise(lambda *shape: torch.rand(*shape, generator=generator), few)
+        with torch.no_grad():
+            drawn = method.pictures(pictures.to(place.device), {k: v.to(place.device) for k, v in noise.items()})
+        report.draw_pictures(into / "reconstruction.png", drawn)
+
+    # 3. The training
+    trained = train(
+        method,
+        load,
+        images=len(source),
+        settings=config.optimisation,
+        run=run,
+        folder=folder,
+        place=place,
+        title="pre-training",
+        config=to_json(config),
+        draw=draw,
+    )
+    if place.first:
+        export(folder / "encoder.safetensors", method.encoder, normalise)
+    place.wait()
+
+    # 4. The evaluation, beside the same network from scratch
+    rows: dict[str, dict[str, Any]] = {}
+    for evaluation in evaluations:
+        settings = config.finetune
+        if evaluation != "finetune":  # a network that knows nothing needs all its layers to learn alike
+            optimisation = replace(settings.optimisation, layer_decay=1.0)
+            if evaluation == "budget":
+                optimisation = replace(optimisation, epochs=budget(folder, trained, rows["finetune"], settings, place))
+            settings = replace(settings, optimisation=optimisation)
+        encoder, _ = load_encoder(
+            folder / "encoder.safetensors",
+            image_size=images.image_size,
+            class_token=settings.pool == "class",
+            drop=settings.drop_path,
+            scratch=evaluation != "finetune",
+            seed=run.seed,
+        )
+        rows[evaluation] = finetune(
+            encoder,
+            normalise,
+            settings=settings,
+            images=images,
+            run=run,
+            folder=folder / evaluation,
+            place=place,
+            title=report.TITLES[evaluation],
+        )
+
+    # 5. The result
+    result = {"recipe": name, "device": str(place.device), "devices": place.size, "pretraining": trained, **rows}
+    if place.first:
+        write_json(folder / "result.json", result)
+        curves = {"pre-training": folder} | {report.TITLES[key]: folder / key for key in rows}
+        report.draw_curves(
+            folder / "curves.png", {title: read_metrics(path / "metrics.jsonl") for title, path in curves.items()}
+        )
+        place.say(report.table(name, result, folder))
+    return result
+
+
+def prepare(folder: Path, config: dict[str, Any], *, resume: bool, place: World) -> None:
+    """Make the folder of a run and write its configuration.
+
+    Raises:
+        ValueError: if a run is there already and is not to be resumed.
+    """
+    taken = (folder / "config.json").exists() and not resume
+    place.wait()  # every process has looked before the first one writes
+    if taken:
+        raise ValueError(f"{folder} holds a run already: go on with --resume, or give another --name")
+    if place.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "config.json").exists():
+            write_json(folder / "config.json", config)
+
+
+def normalisation(images: Images, source: Source) -> Normalise:
+    """Mean and std of the channels: ImageNet's or the training images' own.
+
+    Raises:
+        ValueError: if ImageNet's are asked for greyscale images.
+    """
+    if images.statistics == "imagenet" or (images.statistics == "auto" and images.data and images.channels == 3):
+        if images.channels != 3:
+            raise ValueError(
+                f"ImageNet's mean and std are of 3 channels, not of {images.channels}: use --statistics data"
+            )
+        return Normalise(IMAGENET_MEAN, IMAGENET_STD)
+    return Normalise(*statistics(source))
+
+
+def grid(images: Images, network: Network) -> tuple[int, int]:
+    """Rows and columns of patches.
+
+    Raises:
+        ValueError: if the image cannot be cut into patches.
+    """
+    height, width = images.image_size
+    if min(height, width, network.patch) < 1 or height % network.patch or width % network.patch:
+        raise ValueError(f"--image-size {height} {width} is not made of patches of {network.patch} × {network.patch}")
+    return height // network.patch, width // network.patch
+
+
+def say_size(method: nn.Module, place: World) -> None:
+    """Print how large the networks are."""
+    encoder = sum(p.numel() for p in method.encoder.parameters())  # pyright: ignore
+    every = sum(p.numel() for p in method.parameters())
+    place.say(f"encoder {encoder / 1e6:.1f} M parameters, with all that trains it {every / 1e6:.1f} M")
+
+
+def budget(folder: Path, trained: dict[str, Any], tuned: dict[str, Any], settings: Finetuning, place: World) -> int:
+    """Epochs that a network from scratch can train in the time of pre-training and fine-tuning together.
+
+    It follows from measured times, so it is written down for a run that is resumed.
+    """
+    path = folder / "budget.json"
+    if place.first and not path.exists():
+        seconds = {"pretraining": trained["seconds"], "finetune": tuned["seconds"]}
+        epochs = round(settings.optimisation.epochs * sum(seconds.values()) / seconds["finetune"])
+        write_json(path, {"epochs": epochs, "seconds": seconds})
+    place.wait()
+    return report.read_json(path)["epochs"]
+
+
+def export(path: Path, encoder: ViT, normalise: Normalise) -> None:
+    """Write an encoder under timm's names, with all that is needed to build it again."""
+    about = {
+        "timm": timm_arguments(encoder),
+        "mean": normalise.mean.flatten().tolist(),
+        "std": normalise.std.flatten().tolist(),
+    }
+    write_tensors(path, timm_state(encoder), about)
+
+
+def load_encoder(
+    path: Path,
+    *,
+    image_size: tuple[int, int] | None = None,
+    class_token: bool = False,
+    drop: float = 0.0,
+    scratch: bool = False,
+    seed: int = 0,
+) -> tuple[ViT, Normalise]:
+    """Build an exported encoder again, for another image size if need be, and the normalisation of its images.
+
+    Args:
+        path: written by `export`.
+        image_size: height and width in pixels; positions are resampled where they differ.
+        class_token: add a new one (normal, std 0.02, position zero) if the encoder has none.
+        drop: drop path of the last block.
+        scratch: start from random weights instead; the position table stays.
+        seed: of whatever is new.
+
+    Raises:
+        ValueError: if the file is not an exported encoder, or the size is not made of its patches.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file: give an encoder.safetensors of a run")
+    state, about = read_tensors(path)
+    if "timm" not in about:
+        raise ValueError(f"{path} was not exported by a recipe: it does not say how to build its encoder")
+    arguments = about["timm"]
+    patch = arguments["patch_size"]
+    height, width = (side // patch for side in arguments["img_size"])
+    size = image_size or tuple(arguments["img_size"])
+    if size[0] % patch or size[1] % patch:
+        raise ValueError(f"images of {size[0]} × {size[1]} pixels are not made of patches of {patch} × {patch}")
+    new = {"height": size[0] // patch, "width": size[1] // patch}
+    torch.manual_seed(seed)
+    vit = ViT(
+        **new,
+        patch=patch,
+        channels=arguments["in_chans"],
+        dim=arguments["embed_dim"],
+        depth=arguments["depth"],
+        heads=arguments["num_heads"],
+        class_token=class_token or arguments["class_token"],
+        drop=drop,
+    )
+    initialise_mae(vit)
+    positions = resize_positions(
+        state.pop("pos_embed"), height=height, width=width, new_height=new["height"], new_width=new["width"]
+    )
+    vit.pos_embed.data[:, vit.pos_embed.shape[1] - positions.shape[1] :] = positions
+    if not scratch:
+        missing = vit.load_state_dict(state, strict=False)
+        odd = [
+            name for name in missing.missing_keys if name not in ("cls_token", "pos_embed")
+        ] + missing.unexpected_keys
+        if odd:
+            raise ValueError(f"{path} does not fit its own description: {', '.join(odd[:5])}")
+    return vit, Normalise(about["mean"], about["std"])
+
+
+def _possible(config: Config, place: World) -> tuple[Evaluation, ...]:
+    """The evaluations that the images allow, found out before hours of training."""
+    if not config.evaluate:
+        return ()
+    images = config.images
+    try:
+        labelled = open_images(images.data, "labelled", channels=images.channels, per_class=images.labels_per_class)
+        open_images(images.data, "test", channels=images.channels, classes=labelled.classes)
+    except ValueError as error:
+        place.say(f"no evaluation at the end, pre-training only: {error}")
+        return ()
+    wanted = config.evaluate
+    return ("finetune", *wanted) if "budget" in wanted and "finetune" not in wanted else wanted

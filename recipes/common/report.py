@@ -1,0 +1,119 @@
+"""What a run tells its user: pictures, curves, and a table."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from torch import Tensor
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+TITLES = {
+    "pretraining": "pre-training",
+    "finetune": "fine-tuning",
+    "scratch": "from scratch, same epochs",
+    "budget": "from scratch, same time",
+}
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Images of each kind, one row of the drawing per sample.
+
+    Args:
+        columns: title → images (b, c, H, W) in [0, 1].
+        note: what one must know to read them.
+    """
+
+    columns: dict[str, Tensor]
+    note: str = ""
+
+
+def shown(normalised: Tensor) -> Tensor:
+    """Map normalised pixels to greys by one fixed rule, −2.5 … 2.5 to black … white: nothing is borrowed."""
+    return (normalised / 5 + 0.5).clamp(0, 1)
+
+
+def draw_pictures(path: Path, pictures: Pictures) -> None:
+    """Draw rows of samples and columns of kinds."""
+    rows = min(len(images) for images in pictures.columns.values())
+    size = 1.6
+    figure, axes = plt.subplots(
+        rows, len(pictures.columns), figsize=(size * len(pictures.columns), size * rows + 0.7), squeeze=False
+    )
+    for column, (title, images) in enumerate(pictures.columns.items()):
+        axes[0, column].set_title(title, fontsize=8)
+        for row in range(rows):
+            picture = images[row].detach().float().clamp(0, 1).cpu()
+            picture = picture if len(picture) in (1, 3) else picture.mean(dim=0, keepdim=True)
+            cmap = "gray" if len(picture) == 1 else None
+            axes[row, column].imshow(picture.permute(1, 2, 0).squeeze(-1).numpy(), cmap=cmap, vmin=0, vmax=1)
+            axes[row, column].axis("off")
+    figure.suptitle(pictures.note, fontsize=7, y=0.005, va="bottom", wrap=True)
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    _save(figure, path)
+
+
+def draw_curves(path: Path, metrics: dict[str, list[dict[str, Any]]]) -> None:
+    """Draw the loss and the learning rate of each training over its epochs."""
+    figure, axes = plt.subplots(2, len(metrics), figsize=(4 * len(metrics), 5), squeeze=False, sharex="col")
+    apart = {"step", "epoch", "lr", "images_per_second", "waiting"}
+    for column, (title, records) in enumerate(metrics.items()):
+        epochs = [record["epoch"] for record in records]
+        axes[0, column].set_title(title, fontsize=9)
+        for name in [name for name in (records[0] if records else {}) if name not in apart]:
+            axes[0, column].plot(epochs, [record[name] for record in records], label=name)
+        axes[0, column].set_ylabel("loss")
+        axes[0, column].legend(fontsize=7)
+        axes[1, column].plot(epochs, [record["lr"] for record in records])
+        axes[1, column].set_ylabel("learning rate")
+        axes[1, column].set_xlabel("epoch")
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def table(name: str, result: dict[str, Any], folder: Path) -> str:
+    """Write what was trained, how well it does, how fast it was and where the files are."""
+    trained = result["pretraining"]
+    lines = [
+        "",
+        f"{name}: pre-trained for {trained['epoch']:.0f} epochs in {trained['seconds']:.0f} s, "
+        f"loss {trained['loss']:.4f}, {trained['images_per_second']:.0f} images/s, "
+        f"{trained['waiting']:.1%} of the time waiting for data",
+    ]
+    rows = [(TITLES[key], result[key]) for key in ("finetune", "scratch", "budget") if key in result]
+    if rows:
+        first = rows[0][1]
+        lines += [
+            "",
+            f"{'accuracy on ' + str(first['test']) + ' test images':<42}{'accuracy':>10}{'epochs':>9}{'seconds':>9}",
+            "─" * 70,
+        ]
+        for title, row in rows:
+            what = "pre-trained, then fine-tuned" if title == TITLES["finetune"] else title
+            lines.append(f"{what:<42}{row['accuracy']:>8.1f} %{row['epoch']:>9.0f}{row['seconds']:>9.0f}")
+        lines += ["─" * 70, f"{first['labelled']} labelled images"]
+    files = ["encoder.safetensors", "reconstruction.png", "curves.png", "result.json", "metrics.jsonl"]
+    lines += ["", "files:", *(f"  {folder / file}" for file in files if (folder / file).exists())]
+    return "\n".join(lines)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def _save(figure: Any, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=150, format="png")
+    plt.close(figure)
+    temporary.replace(path)
+
+
+def grey_out(images: Tensor, mask: Tensor, *, height: int, width: int, patch: int) -> Tensor:
+    """Cover the masked patches of images in [0, 1] with grey: what the encoder does not see."""
+    cover = mask.view(len(mask), 1, height, 1, width, 1).expand(-1, 1, -1, patch, -1, patch)
+    return torch.where(cover.reshape(len(mask), 1, height * patch, width * patch), 0.5, images)

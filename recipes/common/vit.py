@@ -1,0 +1,344 @@
+"""The vision transformer and the decoder that all recipes share. They read any patches with their positions.
+
+Parameter names are timm's, so an exported encoder loads into timm without renaming.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mimkit.positions import resize_table, sincos
+
+SIZES: dict[str, dict[str, Any]] = {
+    "nano": {"dim": 96, "depth": 6, "heads": 3},  # for the embedded digits
+    "tiny": {"dim": 192, "depth": 12, "heads": 3},
+    "small": {"dim": 384, "depth": 12, "heads": 6},
+    "base": {"dim": 768, "depth": 12, "heads": 12},
+    "large": {"dim": 1024, "depth": 24, "heads": 16},
+    "huge": {"dim": 1280, "depth": 32, "heads": 16},
+}
+
+
+def attend(
+    q: Float[Tensor, "*batch k d"], k: Float[Tensor, "*batch n d"], v: Float[Tensor, "*batch n d"]
+) -> Float[Tensor, "*batch k d"]:
+    """Return softmax(q kᵀ / √d) v, in the faster of two equal ways."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= 256:
+        # here the backward pass of the fused kernel is several times slower than three plain operations
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        return scores.softmax(dim=-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def drop_path(branch: Float[Tensor, "b n d"], noise: Float[Tensor, " b"], rate: float) -> Float[Tensor, "b n d"]:
+    """Drop a residual branch for the samples whose noise is below `rate`, and scale up what is kept."""
+    return branch * ((noise >= rate) / (1 - rate)).to(branch.dtype)[:, None, None]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. `key_bias=False` has a bias on queries and values only, as in BEiT."""
+
+    def __init__(self, dim: int, heads: int, *, key_bias: bool = True) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"width {dim} cannot be shared by {heads} heads")
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=key_bias)
+        if not key_bias:
+            self.q_bias = nn.Parameter(torch.zeros(dim))
+            self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.proj = nn.Linear(dim, dim)
+
+    def qkv_bias(self) -> Float[Tensor, " 3*d"]:
+        if self.qkv.bias is not None:
+            return self.qkv.bias
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+
+    def forward(self, x: Float[Tensor, "b n d"], num_queries: int | None = None) -> Float[Tensor, "b k d"]:
+        weight, bias, dim = self.qkv.weight, self.qkv_bias(), x.shape[-1]
+        if num_queries is None:
+            q, k, v = rearrange(F.linear(x, weight, bias), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        else:
+            q = rearrange(F.linear(x[:, -num_queries:], weight[:dim], bias[:dim]), "b k (h d) -> b h k d", h=self.heads)
+            k, v = rearrange(F.linear(x, weight[dim:], bias[dim:]), "b n (two h d) -> two b h n d", two=2, h=self.heads)
+        return self.proj(rearrange(attend(q, k, v), "b h k d -> b k (h d)"))
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block; `drop` is the probability to drop a residual branch (needs noise)."""
+
+    compile_alone = True  # for the engine, when the whole cannot be compiled
+
+    def __init__(
+        self, dim: int, heads: int, *, mlp_ratio: float = 4.0, key_bias: bool = True, drop: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.drop = drop
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads, key_bias=key_bias)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, int(dim * mlp_ratio))
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], noise: Float[Tensor, "b 2"] | None = None, num_queries: int | None = None
+    ) -> Float[Tensor, "b k d"]:
+        """Update all tokens, or only the last `num_queries`, which still attend to all of them."""
+        branch = self.attn(self.norm1(x), num_queries)
+        x = x if num_queries is None else x[:, -num_queries:]
+        x = x + (branch if noise is None else drop_path(branch, noise[:, 0], self.drop))
+        branch = self.mlp(self.norm2(x))
+        return x + (branch if noise is None else drop_path(branch, noise[:, 1], self.drop))
+
+
+class PatchEmbed(nn.Module):
+    """A convolution of kernel = stride = patch, applied as a matrix to patches that are already cut."""
+
+    def __init__(self, patch: int, channels: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, patch, patch)
+
+    def forward(self, patches: Float[Tensor, "b k values"]) -> Float[Tensor, "b k d"]:
+        return F.linear(patches, rearrange(self.proj.weight, "d c p q -> d (p q c)"), self.proj.bias)
+
+
+class ViT(nn.Module):
+    """A vision transformer that reads any patches, each with its position, in any order.
+
+    Args:
+        height, width: the full grid, in patches; the size of the position table.
+        patch, channels: side of a patch in pixels; channels of the images.
+        dim, depth, heads: width, number of blocks, attention heads.
+        class_token: whether a learned token is put first. It stays inside: patches and positions do not count it.
+        key_bias: False for a bias on queries and values only.
+        drop: drop path, rising linearly from 0 in the first block to this in the last.
+        table: makes the position table, which is frozen (set `pos_embed.requires_grad` to train it).
+    """
+
+    def __init__(
+        self,
+        *,
+        height: int,
+        width: int,
+        patch: int,
+        channels: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        class_token: bool = True,
+        key_bias: bool = True,
+        drop: float = 0.0,
+        table: Callable[..., Float[Tensor, "n d"]] = sincos,
+    ) -> None:
+        super().__init__()
+        self.height, self.width, self.patch, self.channels = height, width, patch, channels
+        self.dim, self.depth, self.heads = dim, depth, heads
+        self.patch_embed = PatchEmbed(patch, channels, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
+        positions = table(height=height, width=width, dim=dim)
+        positions = F.pad(positions, (0, 0, int(class_token), 0))  # the class token's position is zero
+        self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
+        drops = torch.linspace(0, drop, depth).tolist()
+        self.blocks = nn.ModuleList(Block(dim, heads, key_bias=key_bias, drop=rate) for rate in drops)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before those of the patches: 1 with a class token, else 0."""
+        return 0 if self.cls_token is None else 1
+
+    @property
+    def positions(self) -> Float[Tensor, "n d"]:
+        """The position of every patch of the grid, in raster order."""
+        return self.pos_embed[0, self.num_prefix :]
+
+    def unnormalised(
+        self,
+        patches: Float[Tensor, "b k values"],
+        positions: Float[Tensor, "*b k d"],
+        noise: Float[Tensor, "b depth 2"] | None = None,
+    ) -> Float[Tensor, "b prefix+k d"]:
+        """Return the tokens after the last block, before the final norm."""
+        x = self.patch_embed(patches) + positions
+        if self.cls_token is not None:
+            first = self.cls_token + self.pos_embed[:, :1]
+            x = torch.cat([first.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if noise is None else noise[:, i])
+        return x
+
+    def forward(
+        self,
+        patches: Float[Tensor, "b k values"],
+        positions: Float[Tensor, "*b k d"],
+        noise: Float[Tensor, "b depth 2"] | None = None,
+    ) -> Float[Tensor, "b prefix+k d"]:
+        """Encode patches: class token first (if there is one), then the patches in the order given.
+
+        Args:
+            patches: as from `mimkit.tokens.patchify`.
+            positions: an embedding per patch, `vit.positions[indices]` as a rule.
+            noise: uniform in [0, 1), for drop path; none means that nothing is dropped.
+        """
+        return self.norm(self.unnormalised(patches, positions, noise))
+
+
+class Predictor(nn.Module):
+    """Transformer blocks, a norm and a linear head: what stands behind every decoder."""
+
+    def __init__(self, dim: int, depth: int, heads: int, outputs: int, *, key_bias: bool = True) -> None:
+        super().__init__()
+        if depth < 1:
+            raise ValueError(f"a decoder of {depth} blocks predicts nothing")
+        self.blocks = nn.ModuleList(Block(dim, heads, key_bias=key_bias) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, outputs)
+
+    def predict(self, x: Float[Tensor, "b n d"], num_outputs: int) -> Float[Tensor, "b {num_outputs} outputs"]:
+        """Predict the last `num_outputs` tokens: in the last block only they ask, all others only answer."""
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = block(x)
+        return self.head(self.norm(last(x, num_queries=None if num_outputs == x.shape[1] else num_outputs)))
+
+
+class Decoder(Predictor):
+    """A small transformer that predicts from the visible tokens what was masked.
+
+    Tokens stay in the order class, visible, masked: attention does not care, and every prediction is one slice.
+
+    Args:
+        height, width: the grid, in patches.
+        encoder_dim: width of the tokens it reads.
+        dim, depth, heads: its own width, number of blocks, attention heads.
+        outputs: values per token, patch · patch · channels for pixels.
+        class_token: whether the first token of the encoder is a class token.
+        key_bias: False for a bias on queries and values only.
+        embed_bias: whether the projection from the encoder has a bias.
+        table: makes the position table, which is frozen.
+    """
+
+    def __init__(
+        self,
+        *,
+        height: int,
+        width: int,
+        encoder_dim: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        outputs: int,
+        class_token: bool = True,
+        key_bias: bool = True,
+        embed_bias: bool = True,
+        table: Callable[..., Float[Tensor, "n d"]] = sincos,
+    ) -> None:
+        super().__init__(dim, depth, heads, outputs, key_bias=key_bias)
+        self.num_prefix = int(class_token)
+        self.embed = nn.Linear(encoder_dim, dim, bias=embed_bias)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed: Tensor
+        self.register_buffer("pos_embed", table(height=height, width=width, dim=dim), persistent=False)
+
+    def sequence(
+        self,
+        latent: Float[Tensor, "b prefix+k e"],
+        visible: Int[Tensor, "b k"],
+        masked: Int[Tensor, "b m"],
+    ) -> Float[Tensor, "b prefix+k+m d"]:
+        """Lay out class, visible and mask tokens with their positions (the class token's is zero)."""
+        x = self.embed(latent)
+        places = F.pad(self.pos_embed[visible], (0, 0, self.num_prefix, 0))
+        return torch.cat([x + places, (self.mask_token + self.pos_embed[masked]).to(x.dtype)], dim=1)
+
+    def forward(
+        self,
+        latent: Float[Tensor, "b prefix+k e"],
+        visible: Int[Tensor, "b k"],
+        masked: Int[Tensor, "b m"],
+        *,
+        visible_too: bool = False,
+    ) -> Float[Tensor, "b outputs_n outputs"]:
+        """Predict the masked tokens, in the order of `masked`; with `visible_too` the visible ones before them."""
+        x = self.sequence(latent, visible, masked)
+        return self.predict(x, masked.shape[1] + (visible.shape[1] if visible_too else 0))
+
+
+def initialise_mae(module: nn.Module) -> None:
+    """Initialise as MAE does: Xavier on every stored matrix (qkv as one), tokens normal with std 0.02.
+
+    The bias of the patch embedding keeps PyTorch's default. Source: MAE, arXiv 2111.06377 (published code).
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, PatchEmbed):
+            nn.init.xavier_uniform_(part.proj.weight.flatten(1))
+    for name, parameter in module.named_parameters():
+        if name.split(".")[-1] in ("cls_token", "mask_token"):
+            nn.init.normal_(parameter, std=0.02)
+
+
+def initialise_truncated(module: nn.Module) -> None:
+    """Initialise as Beyond Masking does: matrices and mask token normal with std 0.02, cut at one std.
+
+    The patch embedding keeps PyTorch's default. Source: Beyond Masking, arXiv 2203.14313 (published code).
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=0.02, a=-0.02, b=0.02)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+    for name, parameter in module.named_parameters():
+        if name.split(".")[-1] in ("cls_token", "mask_token"):
+            nn.init.trunc_normal_(parameter, std=0.02, a=-0.02, b=0.02)
+
+
+def timm_state(vit: ViT) -> dict[str, Tensor]:
+    """Return the weights under timm's names, queries' and values' biases as one with a key bias of zero."""
+    state = {name: tensor.detach() for name, tensor in vit.state_dict().items()}
+    for i, block in enumerate(vit.blocks):
+        state[f"blocks.{i}.attn.qkv.bias"] = cast(Block, block).attn.qkv_bias().detach()
+        state.pop(f"blocks.{i}.attn.q_bias", None)
+        state.pop(f"blocks.{i}.attn.v_bias", None)
+    return state
+
+
+def timm_arguments(vit: ViT) -> dict[str, Any]:
+    """Return the arguments with which `timm.models.vision_transformer.VisionTransformer` is the same network."""
+    return {
+        "img_size": [vit.height * vit.patch, vit.width * vit.patch],
+        "patch_size": vit.patch,
+        "in_chans": vit.channels,
+        "embed_dim": vit.dim,
+        "depth": vit.depth,
+        "num_heads": vit.heads,
+        "class_token": vit.cls_token is not None,
+        "global_pool": "token" if vit.cls_token is not None else "",
+        "num_classes": 0,
+    }
+
+
+def resize_positions(
+    pos_embed: Float[Tensor, "1 prefix+n d"], *, height: int, width: int, new_height: int, new_width: int
+) -> Float[Tensor, "1 prefix+m d"]:
+    """Resample a table with or without the row of a class token for another grid; the class row stays."""
+    prefix = pos_embed.shape[1] - height * width
+    table = resize_table(pos_embed[:, prefix:], height=height, width=width, new_height=new_height, new_width=new_width)
+    return torch.cat([pos_embed[:, :prefix], table], dim=1)

@@ -1,0 +1,113 @@
+"""MAE: masked autoencoders. Mask most patches, encode the few visible ones, predict the pixels of the others.
+
+    python recipes/mae.py                                                 the embedded digits, minutes on a laptop
+    python recipes/mae.py --data DIR                                      images of your own
+    torchrun --nproc_per_node=8 recipes/mae.py --preset imagenet --data DIR
+
+Paper: Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, nn
+
+from common.config import Flat, Images, Network, Optimisation, Run
+from common.finetuning import Finetuning
+from common.images import Normalise
+from common.pretraining import Evaluation, grid, pretrain
+from common.report import Pictures, grey_out, shown
+from common.vit import SIZES, Decoder, ViT, initialise_mae
+from mimkit.losses import normalised_patches, squared_error
+from mimkit.masking import random_tokens
+from mimkit.tokens import patchify, put, split, take, unpatchify
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of the paper are the preset "imagenet"."""
+
+    mask_ratio: float = 0.75
+    """share of the patches that is masked"""
+    normalise_target: bool = True
+    """predict pixels normalised per patch, better for accuracy; without, pictures are easier on the eye"""
+    evaluate: tuple[Evaluation, ...] = ("finetune",)
+    """what to do with the encoder: fine-tune it; the same network from scratch for as many epochs, for as much time"""
+    run: Flat[Run] = field(default_factory=Run)
+    images: Flat[Images] = field(default_factory=Images)
+    network: Flat[Network] = field(default_factory=Network)
+    optimisation: Flat[Optimisation] = field(default_factory=Optimisation)
+    finetune: Finetuning = field(default_factory=Finetuning)
+
+
+class MAE(nn.Module):
+    def __init__(self, config: Config, normalise: Normalise) -> None:
+        super().__init__()
+        network, (height, width) = config.network, grid(config.images, config.network)
+        self.height, self.width, self.patch = height, width, network.patch
+        self.view_size, self.normalise_target = config.images.image_size, config.normalise_target
+        self.num_masked = height * width - int(height * width * (1 - config.mask_ratio))
+        self.normalise = normalise
+        self.encoder = ViT(
+            height=height, width=width, patch=network.patch, channels=config.images.channels, **SIZES[network.size]
+        )
+        self.decoder = Decoder(
+            height=height,
+            width=width,
+            encoder_dim=self.encoder.dim,
+            dim=network.decoder_dim,
+            depth=network.decoder_depth,
+            heads=network.decoder_heads,
+            outputs=network.patch**2 * config.images.channels,
+        )
+        initialise_mae(self)
+
+    def noise(self, rand: Callable[..., Tensor], batch: int) -> dict[str, Tensor]:
+        return {"mask": rand(batch, self.height * self.width)}
+
+    def forward(self, images: Tensor, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
+        # 1. Cut the images into patches.
+        patches = patchify(self.normalise(images), patch=self.patch)
+        # 2. Mask most of them at random.
+        mask = random_tokens(noise["mask"], num_masked=self.num_masked)
+        visible, masked = split(mask, num_masked=self.num_masked)
+        # 3. Encode only those that are visible, with their positions.
+        latent = self.encoder(take(patches, visible), self.encoder.positions[visible])
+        # 4. Predict the pixels of those that are masked.
+        prediction = self.decoder(latent, visible, masked)
+        # 5. Compare with the pixels, normalised per patch.
+        target = take(patches, masked)
+        if self.normalise_target:
+            target = normalised_patches(target)
+        return {"loss": squared_error(prediction, target).mean()}
+
+    def pictures(self, images: Tensor, noise: dict[str, Tensor]) -> Pictures:
+        sizes = {"height": self.height, "width": self.width, "patch": self.patch}
+        patches = patchify(self.normalise(images), patch=self.patch)
+        mask = random_tokens(noise["mask"], num_masked=self.num_masked)
+        visible, masked = split(mask, num_masked=self.num_masked)
+        latent = self.encoder(take(patches, visible), self.encoder.positions[visible])
+        target = normalised_patches(patches) if self.normalise_target else patches
+        prediction = put(self.decoder(latent, visible, masked), masked, target)
+        image, note = self.normalise.unit(images), "prediction: visible patches are the input's"
+        if self.normalise_target:
+            prediction, target = (shown(unpatchify(x, **sizes)) for x in (prediction, target))
+            note += "; prediction and target are normalised per patch: its brightness and contrast are not in them"
+        else:
+            undo = self.normalise.undo
+            prediction, target = undo(unpatchify(prediction, **sizes)), image
+        seen = grey_out(image, mask, **sizes)
+        return Pictures({"input": image, "seen": seen, "prediction": prediction, "target": target}, note)
+
+
+IMAGENET = Config(optimisation=Optimisation(epochs=1600))
+FOLDER = replace(
+    IMAGENET,
+    network=Network(size="small"),
+    optimisation=Optimisation(epochs=300, batch_size=256, warmup_epochs=20),
+    finetune=replace(Finetuning(), optimisation=replace(Finetuning().optimisation, batch_size=256)),
+)
+DIGITS = Config()
+
+if __name__ == "__main__":
+    pretrain(MAE, {"digits": DIGITS, "folder": FOLDER, "imagenet": IMAGENET}, name="mae", description=__doc__)

@@ -1,0 +1,73 @@
+"""What is valid input: small tensors of any batch shape, equal numbers among them; and copies of mimkit's files."""
+
+import functools
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import mimkit
+
+SOURCES = sorted(path for path in Path(mimkit.__path__[0]).glob("*.py") if path.stem != "__init__")
+
+fast = settings(deadline=None, max_examples=100)
+batches = st.sampled_from([(), (1,), (3,), (2, 3), (0,), (2, 0)])
+channels = st.sampled_from([1, 3, 10])
+
+
+@functools.cache
+def copied(theme: str) -> ModuleType:
+    """Load a file of mimkit alone, as if it had been copied into another code base.
+
+    The type checker does not reach the copy: it compiles in one graph, and bad shapes get its own messages.
+    """
+    path = Path(mimkit.__path__[0], f"{theme}.py")
+    spec = importlib.util.spec_from_file_location(f"copied_{theme}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def seeded(*shape: int, seed: int = 0) -> Tensor:
+    """Uniform in [0, 1), the same at every call."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """All rows of a tensor, without its leading axes; also where there is nothing in them."""
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+
+
+@st.composite
+def uniforms(draw: st.DrawFn, *shape: int) -> Tensor:
+    """Numbers in [0, 1) with any leading axes: all different, some equal, or all zero."""
+    levels = draw(st.sampled_from([2**24, 5, 2, 1]))
+    numbers = seeded(*draw(batches), *shape, seed=draw(st.integers(0, 99)))
+    return (numbers * levels).floor() / levels
+
+
+@st.composite
+def images(draw: st.DrawFn, *, even: bool = False) -> Tensor:
+    """Images of 1 to 7 pixels a side; `even` leaves out the odd sides."""
+    sides = st.sampled_from([2, 4, 6]) if even else st.integers(1, 7)
+    return draw(uniforms(draw(channels), draw(sides), draw(sides)))
+
+
+@st.composite
+def noise_and_count(draw: st.DrawFn) -> tuple[Tensor, int]:
+    """Noise for 0 to 9 tokens, and how many of them to mask."""
+    n = draw(st.integers(0, 9))
+    return draw(uniforms(n)), draw(st.integers(0, n))
+
+
+@st.composite
+def intervals(draw: st.DrawFn, *, least: int) -> tuple[int, int]:
+    """A size up to 6 and a length of `least` to size that lies within."""
+    size = draw(st.integers(least, 6))
+    return size, draw(st.integers(least, size))

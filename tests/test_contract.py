@@ -1,0 +1,159 @@
+"""What every block promises, checked for each row of one table."""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from strategies import SOURCES, copied, seeded
+from torch import Tensor
+
+# PyTorch warns about the variance of nothing when the batch is empty
+pytestmark = pytest.mark.filterwarnings("ignore:var_mean")
+
+
+@dataclass
+class Row:
+    """A call of a block: six rows of each tensor, the numbers, and the dtype of the answer to bfloat16."""
+
+    tensors: list[Tensor]
+    numbers: dict[str, int] = field(default_factory=dict)
+    half: torch.dtype = torch.bfloat16
+
+
+images = seeded(6, 3, 4, 6)
+tokens = seeded(6, 8, 12)
+some = seeded(6, 8, seed=1).argsort(dim=-1)[:, :5]
+mask = seeded(6, 8, seed=2).argsort(dim=-1) < 3
+
+ROWS = {
+    "degrade.area_resize": Row([images], {"H": 5, "W": 3}),
+    "degrade.central_crop": Row([images], {"H": 2, "W": 4}),
+    "degrade.zoom_in": Row([images], {"window_H": 2, "window_W": 4}),
+    "degrade.zoom_in_anywhere": Row([images, seeded(6, 2)], {"window_H": 3, "window_W": 2}),
+    "losses.band_error": Row([images, seeded(6, 3, 4, 6, seed=1)], {"inner_H": 2, "inner_W": 2}, torch.float32),
+    "losses.channel_normalised_patches": Row([tokens], {"channels": 3}, torch.float32),
+    "losses.normalised_patches": Row([tokens], {}, torch.float32),
+    "losses.squared_error": Row([tokens, seeded(6, 8, 12, seed=1)], {}, torch.float32),
+    "masking.all_but_block": Row(
+        [seeded(6, 2)], {"height": 3, "width": 4, "block_height": 2, "block_width": 1}, torch.bool
+    ),
+    "masking.random_tokens": Row([seeded(6, 8)], {"num_masked": 5}, torch.bool),
+    "positions.resize_table": Row([tokens], {"height": 2, "width": 4, "new_height": 3, "new_width": 2}),
+    "positions.sincos": Row([], {"height": 2, "width": 3, "dim": 8}, torch.float32),
+    "positions.sinusoid": Row([], {"height": 2, "width": 3, "dim": 8}, torch.float32),
+    "tokens.patchify": Row([images], {"patch": 2}),
+    "tokens.put": Row([seeded(6, 5, 12, seed=1), some, tokens]),
+    "tokens.split": Row([mask], {"num_masked": 3}, torch.int64),
+    "tokens.take": Row([tokens, some]),
+    "tokens.unpatchify": Row([tokens], {"height": 4, "width": 2, "patch": 2}),
+}
+
+every_block = pytest.mark.parametrize("name", ROWS)
+every_block_of_tensors = pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.tensors])
+
+
+def block(name: str, *, checked: bool = True) -> Callable[..., tuple[Tensor, ...]]:
+    """The block with its numbers filled in, a function from tensors to a tuple of tensors."""
+    theme, function = name.split(".")
+    call = getattr(importlib.import_module(f"mimkit.{theme}") if checked else copied(theme), function)
+    numbers = ROWS[name].numbers
+
+    def answers(*tensors: Tensor, **device: str) -> tuple[Tensor, ...]:
+        result = call(*tensors, **numbers, **device)
+        return result if isinstance(result, tuple) else (result,)
+
+    return answers
+
+
+def lowered(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.bfloat16() if tensor.is_floating_point() else tensor for tensor in tensors]
+
+
+def test_every_public_block_has_a_row():
+    blocks = set()
+    for path in SOURCES:
+        module = importlib.import_module(f"mimkit.{path.stem}")
+        functions = inspect.getmembers(module, inspect.isfunction)
+        own = [name for name, function in functions if function.__module__ == module.__name__]
+        blocks |= {f"{path.stem}.{name}" for name in own if not name.startswith("_")}
+    assert blocks == set(ROWS)
+
+
+@every_block
+def test_a_block_is_a_pure_function(name):
+    tensors = ROWS[name].tensors
+    before, chance = [tensor.clone() for tensor in tensors], torch.get_rng_state()
+    first = block(name)(*tensors)
+    kept = [answer.clone() for answer in first]
+    assert all(a.equal(b) for a, b in zip(kept, block(name)(*tensors), strict=True))
+    assert all(a.equal(b) for a, b in zip(kept, first, strict=True))
+    assert all(a.equal(b) for a, b in zip(before, tensors, strict=True))
+    assert torch.get_rng_state().equal(chance)
+
+
+@every_block_of_tensors
+def test_vmap_is_batching(name):
+    tensors = ROWS[name].tensors
+    torch.testing.assert_close(torch.func.vmap(block(name))(*tensors), block(name)(*tensors))
+
+
+@every_block_of_tensors
+def test_each_row_of_a_batch_is_what_it_is_alone(name):
+    tensors = ROWS[name].tensors
+    alone = [block(name)(*(tensor[i] for tensor in tensors)) for i in range(6)]
+    together = tuple(torch.stack(answers) for answers in zip(*alone, strict=True))
+    torch.testing.assert_close(block(name)(*tensors), together)
+
+
+@every_block_of_tensors
+def test_several_leading_axes_are_one_flattened(name):
+    tensors = ROWS[name].tensors
+    answers = block(name)(*(tensor.unflatten(0, (2, 3)) for tensor in tensors))
+    torch.testing.assert_close(tuple(answer.flatten(0, 1) for answer in answers), block(name)(*tensors))
+
+
+@every_block_of_tensors
+def test_an_empty_batch_gives_an_empty_answer(name):
+    tensors = ROWS[name].tensors
+    answers, full = block(name)(*(tensor[:0] for tensor in tensors)), block(name)(*tensors)
+    assert [(a.shape, a.dtype) for a in answers] == [((0, *b.shape[1:]), b.dtype) for b in full]
+
+
+@every_block_of_tensors
+def test_strides_do_not_matter(name):
+    tensors = ROWS[name].tensors
+    strided = [tensor.mT.contiguous().mT for tensor in tensors]
+    assert not any(tensor.is_contiguous() for tensor in strided)
+    torch.testing.assert_close(block(name)(*strided), block(name)(*tensors))
+
+
+@every_block
+def test_nothing_is_read_back_to_the_host(name):
+    tensors = ROWS[name].tensors
+    device = {} if tensors else {"device": "meta"}
+    answers, real = block(name)(*(tensor.to("meta") for tensor in tensors), **device), block(name)(*tensors)
+    assert all(answer.is_meta for answer in answers)
+    assert [(a.shape, a.dtype) for a in answers] == [(b.shape, b.dtype) for b in real]
+
+
+@every_block
+def test_a_block_compiles_in_one_graph(name):
+    tensors = ROWS[name].tensors
+    torch.compiler.reset()  # each block is compiled afresh, none counts as a recompilation of another
+    compiled = torch.compile(block(name, checked=False), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*tensors), block(name)(*tensors))
+
+
+@every_block
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+def test_mixed_precision_keeps_the_dtype_of_the_input_and_losses_stay_float32(name, autocast):
+    tensors, half = ROWS[name].tensors, ROWS[name].half
+    exact = [tensor.float() if tensor.is_floating_point() else tensor for tensor in lowered(tensors)]
+    expected = block(name)(*exact)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        answers, from_half = block(name)(*exact), block(name)(*lowered(exact))
+    torch.testing.assert_close(answers, expected)
+    torch.testing.assert_close(from_half, tuple(answer.to(half) for answer in expected))

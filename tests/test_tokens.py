@@ -1,0 +1,224 @@
+"""Patches and images, masks and indices: there and back, and against loops."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import channels, copied, fast, images, noise_and_count, rows, seeded, uniforms
+from torch import Tensor
+
+from mimkit.tokens import patchify, put, split, take, unpatchify
+
+
+@st.composite
+def images_to_cut(draw: st.DrawFn) -> tuple[Tensor, int, int, int]:
+    """Images, and the height, width and patch of the grid they are cut into."""
+    height, width, patch = draw(st.integers(0, 3)), draw(st.integers(0, 3)), draw(st.integers(1, 3))
+    return draw(uniforms(draw(channels), height * patch, width * patch)), height, width, patch
+
+
+@st.composite
+def tokens_and_indices(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Tokens, and for each row some places, all different, in any order."""
+    n, d = draw(st.integers(0, 6)), draw(st.integers(0, 3))
+    tokens = draw(uniforms(n, d))
+    order = seeded(*tokens.shape[:-1], seed=draw(st.integers(0, 99))).argsort(dim=-1)
+    return tokens, order[..., : draw(st.integers(0, n))]
+
+
+@fast
+@given(images_to_cut())
+def test_a_patch_runs_over_rows_then_columns_then_channels(arguments):
+    pictures, height, width, patch = arguments
+    patches = patchify(pictures, patch=patch)
+    c = pictures.shape[-3]
+    assert patches.shape == (*pictures.shape[:-3], height * width, patch * patch * c)
+    for i in range(height):
+        for j in range(width):
+            for p in range(patch):
+                for q in range(patch):
+                    values = patches[..., i * width + j, (p * patch + q) * c : (p * patch + q + 1) * c]
+                    assert values.equal(pictures[..., i * patch + p, j * patch + q])
+
+
+@fast
+@given(images_to_cut())
+def test_unpatchify_undoes_patchify(arguments):
+    pictures, height, width, patch = arguments
+    patches = patchify(pictures, patch=patch)
+    again = unpatchify(patches, height=height, width=width, patch=patch)
+    assert again.equal(pictures)
+    assert patchify(again, patch=patch).equal(patches)
+
+
+@fast
+@given(images())
+def test_patches_of_one_pixel_are_the_pixels(pictures):
+    assert patchify(pictures, patch=1).equal(pictures.flatten(-2).mT)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int64, torch.bfloat16, torch.float64])
+def test_patches_keep_the_dtype_of_the_images(dtype):
+    pictures = (seeded(2, 3, 4, 6) * 9).to(dtype)
+    patches = patchify(pictures, patch=2)
+    assert patches.dtype == dtype
+    assert unpatchify(patches, height=2, width=3, patch=2).equal(pictures)
+
+
+def test_a_convolutional_patch_embedding_is_a_linear_map_of_the_patches():
+    pictures, weight = seeded(2, 3, 4, 6), seeded(5, 3, 2, 2, seed=1)
+    convolved = F.conv2d(pictures, weight, stride=2).flatten(-2).mT
+    linear = F.linear(patchify(pictures, patch=2), rearrange(weight, "d c p q -> d (p q c)"))
+    torch.testing.assert_close(linear, convolved)
+
+
+@fast
+@given(noise_and_count())
+def test_split_gives_each_token_once_in_ascending_order(arguments):
+    noise, num_masked = arguments
+    n = noise.shape[-1]
+    mask = noise.argsort(dim=-1, stable=True) < num_masked
+    visible, masked = split(mask, num_masked=num_masked)
+    assert visible.shape[-1] == n - num_masked
+    assert masked.shape[-1] == num_masked
+    for row, seen, hidden in zip(rows(mask), rows(visible), rows(masked), strict=True):
+        assert seen.tolist() == [i for i in range(n) if not row[i]]
+        assert hidden.tolist() == [i for i in range(n) if row[i]]
+
+
+@fast
+@given(tokens_and_indices())
+def test_take_reads_each_row_at_its_own_indices(arguments):
+    tokens, indices = arguments
+    taken = take(tokens, indices)
+    assert taken.shape == (*indices.shape, tokens.shape[-1])
+    for place in torch.cartesian_prod(*map(torch.arange, (*indices.shape, 1))).tolist():
+        *batch, k, _ = place
+        assert taken[(*batch, k)].equal(tokens[(*batch, int(indices[(*batch, k)]))])
+
+
+@fast
+@given(tokens_and_indices())
+def test_put_undoes_take(arguments):
+    tokens, indices = arguments
+    assert put(take(tokens, indices), indices, tokens).equal(tokens)
+
+
+@fast
+@given(tokens_and_indices())
+def test_put_writes_the_tokens_and_leaves_the_others(arguments):
+    tokens, indices = arguments
+    written = take(tokens, indices) + 2
+    result = put(written, indices, tokens)
+    assert take(result, indices).equal(written)
+    assert (result != tokens).any(dim=-1).sum() == (indices.numel() if tokens.shape[-1] else 0)
+
+
+@fast
+@given(noise_and_count())
+def test_visible_and_masked_tokens_put_back_give_all_tokens(arguments):
+    noise, num_masked = arguments
+    tokens = torch.stack([noise, -noise], dim=-1)
+    visible, masked = split(noise.argsort(dim=-1, stable=True) < num_masked, num_masked=num_masked)
+    half = put(take(tokens, visible), visible, torch.zeros_like(tokens))
+    assert put(take(tokens, masked), masked, half).equal(tokens)
+
+
+def test_take_may_repeat_a_token():
+    assert take(torch.tensor([[1], [2]]), torch.tensor([1, 1, 0])).tolist() == [[2], [2], [1]]
+
+
+def test_gradients_of_take_and_put_reach_only_their_tokens():
+    tokens, into = seeded(3, 2).requires_grad_(), seeded(4, 2).requires_grad_()
+    put(take(tokens, torch.tensor([2, 0])), torch.tensor([3, 1]), into).sum().backward()
+    assert tokens.grad is not None
+    assert into.grad is not None
+    assert tokens.grad.tolist() == [[1, 1], [0, 0], [1, 1]]
+    assert into.grad.tolist() == [[1, 1], [0, 0], [1, 1], [0, 0]]
+
+
+def zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape)
+
+
+def places(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "numbers", "message"),
+    [
+        ("patchify", [zeros(1, 3, 4)], {"patch": 2}, "images of 3 × 4 pixels cannot be cut into patches of 2 × 2"),
+        ("patchify", [zeros(1, 4, 3)], {"patch": 2}, "images of 4 × 3 pixels cannot be cut into patches of 2 × 2"),
+        ("patchify", [zeros(1, 4, 4)], {"patch": 0}, "images of 4 × 4 pixels cannot be cut into patches of 0 × 0"),
+        (
+            "unpatchify",
+            [zeros(5, 4)],
+            {"height": 2, "width": 3, "patch": 2},
+            "5 patches do not fill a grid of 2 × 3",
+        ),
+        (
+            "unpatchify",
+            [zeros(6, 4)],
+            {"height": -2, "width": -3, "patch": 2},
+            "6 patches do not fill a grid of -2 × -3",
+        ),
+        (
+            "unpatchify",
+            [zeros(6, 6)],
+            {"height": 2, "width": 3, "patch": 2},
+            "patches of 6 values are not 2 × 2 pixels of some channels",
+        ),
+        (
+            "unpatchify",
+            [zeros(6, 5)],
+            {"height": 2, "width": 3, "patch": 0},
+            "patches of 5 values are not 0 × 0 pixels of some channels",
+        ),
+        ("split", [zeros(4).bool()], {"num_masked": 5}, "num_masked=5 of 4 tokens cannot be masked"),
+        ("split", [zeros(4).bool()], {"num_masked": -1}, "num_masked=-1 of 4 tokens cannot be masked"),
+        (
+            "take",
+            [zeros(2, 3, 4), places(3, 1)],
+            {},
+            "tokens (2, 3, 4) and indices (3, 1) have different leading axes",
+        ),
+        (
+            "take",
+            [zeros(2, 3, 4), places(1)],
+            {},
+            "tokens (2, 3, 4) and indices (1,) have different leading axes",
+        ),
+        (
+            "put",
+            [zeros(2, 1, 4), places(3, 1), zeros(3, 3, 4)],
+            {},
+            "tokens (2, 1, 4) and indices (3, 1) have different leading axes",
+        ),
+        (
+            "put",
+            [zeros(2, 1, 4), places(2, 1), zeros(3, 3, 4)],
+            {},
+            "tokens (3, 3, 4) and indices (2, 1) have different leading axes",
+        ),
+        (
+            "put",
+            [zeros(2, 4), places(1), zeros(3, 4)],
+            {},
+            "tokens (2, 4) cannot be put at indices (1,) of (3, 4)",
+        ),
+        (
+            "put",
+            [zeros(1, 3), places(1), zeros(3, 4)],
+            {},
+            "tokens (1, 3) cannot be put at indices (1,) of (3, 4)",
+        ),
+    ],
+)
+def test_bad_input_gets_one_clear_sentence(name, tensors, numbers, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        getattr(copied("tokens"), name)(*tensors, **numbers)
