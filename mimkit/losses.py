@@ -30,8 +30,9 @@ def normalised_patches(patches: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*
     """
     if patches.shape[-1] < 2:
         raise ValueError(f"patches of {patches.shape[-1]} value have no variance")
-    variance, mean = torch.var_mean(patches.float(), dim=-1, keepdim=True)
-    return (patches.float() - mean) / (variance + 1e-6).sqrt()
+    patches = patches.float()
+    mean, variance = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
+    return (patches - mean) / (variance + 1e-6).sqrt()
 
 
 def channel_normalised_patches(patches: Float[Tensor, "*batch n d"], *, channels: int) -> Float[Tensor, "*batch n d"]:

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from common import finetuning
 from common.config import Flat, Images, Network, Optimisation, Run
 from common.finetuning import Finetuning
 from common.images import Normalise
-from common.pretraining import Evaluation, grid, pretrain
+from common.pretraining import Evaluation, count_masked, grid, pretrain
 from common.report import Pictures, grey_out, shown
 from common.vit import SIZES, Decoder, ViT, initialise_truncated
 from mimkit.degrade import area_resize, central_crop
@@ -57,7 +58,7 @@ class Integrated(nn.Module):
             if view <= image or (view - image) % 2:
                 raise ValueError(f"--view-size {view} is not an even number more than --image-size {image}")
         self.inner_weight, self.outer_weight = config.inner_weight, config.outer_weight
-        self.num_masked = height * width - int(height * width * (1 - config.mask_ratio))
+        self.num_masked = count_masked(height * width, config.mask_ratio)
         self.normalise = normalise
         shape = {"height": height, "width": width, "class_token": False, "key_bias": False, "table": sinusoid}
         self.encoder = ViT(**shape, patch=network.patch, channels=self.channels, **SIZES[network.size])
@@ -131,25 +132,21 @@ class Integrated(nn.Module):
         )
 
 
-PAPER_FINETUNING = Finetuning(
-    pool="class",
-    train_positions=False,
-    optimisation=replace(
-        Finetuning().optimisation, base_lr=1e-3, layer_decay=0.75, schedule="step", undecayed=("cls_token", "pos_embed")
-    ),
-)
+# Names of the released model, for `common.checkpoint.load_weights`; its class token is never used
+NAMES = {r"mask_token": "decoder.mask_token", r"encoder_to_decoder\.": "decoder.embed."}
+
 IMAGENET = Config(
     network=Network(decoder_dim=384, decoder_depth=4, decoder_heads=6),
     optimisation=Optimisation(
         epochs=300, batch_size=2048, warmup_epochs=20, min_lr=1e-5, schedule="step", undecayed=("mask_token",)
     ),
-    finetune=PAPER_FINETUNING,
+    finetune=finetuning.BEYOND_MASKING,
 )
 FOLDER = replace(
     IMAGENET,
     network=replace(IMAGENET.network, size="small"),
     optimisation=replace(IMAGENET.optimisation, batch_size=256),
-    finetune=replace(Finetuning(), optimisation=replace(Finetuning().optimisation, batch_size=256)),
+    finetune=finetuning.FOLDER,
 )
 DIGITS = Config(
     view_size=(46, 46),
@@ -165,25 +162,7 @@ DIGITS = Config(
         schedule="step",
         undecayed=("mask_token",),
     ),
-    finetune=Finetuning(
-        train_positions=False,
-        mixup=0.0,
-        cutmix=0.0,
-        randaugment="",
-        erasing=0.0,
-        crop_scale=(0.6, 1.0),
-        crop_fraction=1.0,
-        optimisation=Optimisation(
-            epochs=100,
-            batch_size=50,
-            base_lr=5e-3,
-            warmup_epochs=5,
-            min_lr=1e-6,
-            betas=(0.9, 0.999),
-            undecayed=("cls_token", "pos_embed"),
-            layer_decay=0.75,
-        ),
-    ),
+    finetune=finetuning.DIGITS,
 )
 
 if __name__ == "__main__":

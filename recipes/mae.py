@@ -9,13 +9,16 @@ Paper: Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from torch import Tensor, nn
 
+from common import finetuning
+from common.checkpoint import load_weights, read_foreign
 from common.config import Flat, Images, Network, Optimisation, Run
 from common.finetuning import Finetuning
 from common.images import Normalise
-from common.pretraining import Evaluation, grid, pretrain
+from common.pretraining import Evaluation, count_masked, grid, pretrain
 from common.report import Pictures, grey_out, shown
 from common.vit import SIZES, Decoder, ViT, initialise_mae
 from mimkit.losses import normalised_patches, squared_error
@@ -29,6 +32,8 @@ class Config:
 
     mask_ratio: float = 0.75
     """share of the patches that is masked"""
+    weights: Path | None = None
+    """start from a published checkpoint of MAE, with or without its decoder"""
     normalise_target: bool = True
     """predict pixels normalised per patch, better for accuracy; without, pictures are easier on the eye"""
     evaluate: tuple[Evaluation, ...] = ("finetune",)
@@ -46,7 +51,7 @@ class MAE(nn.Module):
         network, (height, width) = config.network, grid(config.images, config.network)
         self.height, self.width, self.patch = height, width, network.patch
         self.view_size, self.normalise_target = config.images.image_size, config.normalise_target
-        self.num_masked = height * width - int(height * width * (1 - config.mask_ratio))
+        self.num_masked = count_masked(height * width, config.mask_ratio)
         self.normalise = normalise
         self.encoder = ViT(
             height=height, width=width, patch=network.patch, channels=config.images.channels, **SIZES[network.size]
@@ -61,6 +66,11 @@ class MAE(nn.Module):
             outputs=network.patch**2 * config.images.channels,
         )
         initialise_mae(self)
+        if config.weights is not None:
+            report = load_weights(
+                self, read_foreign(config.weights), renames=NAMES, optional=(r"decoder\.", r"normalise\.")
+            )
+            print(f"{config.weights}:\n{report}")
 
     def noise(self, rand: Callable[..., Tensor], batch: int) -> dict[str, Tensor]:
         return {"mask": rand(batch, self.height * self.width)}
@@ -100,14 +110,27 @@ class MAE(nn.Module):
         return Pictures({"input": image, "seen": seen, "prediction": prediction, "target": target}, note)
 
 
+# Names of the published checkpoints, for `common.checkpoint.load_weights`
+NAMES = {
+    r"mask_token": "decoder.mask_token",
+    r"decoder_(embed|blocks|norm)\.": r"decoder.\1.",
+    r"decoder_pred\.": "decoder.head.",
+    r"(?=cls_token|pos_embed|patch_embed|blocks|norm)": "encoder.",
+}
+
 IMAGENET = Config(optimisation=Optimisation(epochs=1600))
 FOLDER = replace(
     IMAGENET,
     network=Network(size="small"),
     optimisation=Optimisation(epochs=300, batch_size=256, warmup_epochs=20),
-    finetune=replace(Finetuning(), optimisation=replace(Finetuning().optimisation, batch_size=256)),
+    finetune=finetuning.FOLDER,
 )
-DIGITS = Config()
+DIGITS = Config(
+    images=Images(image_size=(32, 32), channels=1, crop_scale=(0.6, 1.0), flip=0.0),
+    network=Network(size="nano", patch=4, decoder_dim=48, decoder_depth=1, decoder_heads=3),
+    optimisation=Optimisation(epochs=120, batch_size=128, base_lr=2e-3, warmup_epochs=10),
+    finetune=finetuning.DIGITS,
+)
 
 if __name__ == "__main__":
     pretrain(MAE, {"digits": DIGITS, "folder": FOLDER, "imagenet": IMAGENET}, name="mae", description=__doc__)

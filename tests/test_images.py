@@ -4,12 +4,18 @@ import os
 import pickle
 import random
 import re
-import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Generator, Tensor
+from torch.utils.data import get_worker_info
+
 from common import images
 from common.images import (
     Augment,
@@ -27,11 +33,6 @@ from common.images import (
     seed_of,
     statistics,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from PIL import Image
-from torch import Generator, Tensor
-from torch.utils.data import get_worker_info
 
 
 class Memory:
@@ -70,14 +71,9 @@ def quoting(sentence: str) -> str:
     return f"^{re.escape(sentence)}"
 
 
-def write(
-    path: Path, mode: str = "RGB", size: tuple[int, int] = (8, 6), colour: object = None, **options: object
-) -> None:
+def write(path: Path, mode: str = "RGB", size: tuple[int, int] = (8, 6), colour: object = None, **options: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, colour).save(path, **options)  # type: ignore[arg-type]
-
-
-# seeds
 
 
 def test_a_seed_is_the_same_in_every_process_and_on_every_machine():
@@ -90,9 +86,6 @@ def test_a_seed_is_the_same_in_every_process_and_on_every_machine():
 def test_seeds_differ_when_their_parts_do(one, other):
     assert 0 <= seed_of(*one) < 2**63
     assert (seed_of(*one) == seed_of(*other)) == (one == other)
-
-
-# digits
 
 
 def test_digits_are_split_in_proportion_and_never_overlap():
@@ -122,10 +115,10 @@ def test_labelled_digits_are_as_many_of_each_class_and_come_from_the_training_im
 def test_digits_are_the_scikit_learn_images_from_black_to_white():
     from sklearn.datasets import load_digits
 
-    source, data = Digits("test"), load_digits()
+    source, (values, labels) = Digits("test"), load_digits(return_X_y=True)
     index = int(source.name(100).split()[1])
-    assert torch.equal(source.image(100)[0].double(), torch.from_numpy(data.images[index] * 255 / 16).round())
-    assert source.label(100) == data.target[index]
+    assert torch.equal(source.image(100).flatten().double(), torch.from_numpy(values[index] * 255 / 16).round())
+    assert source.label(100) == labels[index]
     assert max(int(source.image(index).max()) for index in range(20)) == 255
 
 
@@ -140,9 +133,6 @@ def test_more_labelled_digits_than_there_are_is_refused(per_class):
         ValueError, match=rf"^per_class={per_class} of the 12\d training images of a digit cannot be drawn"
     ):
         Digits("labelled", per_class=per_class)
-
-
-# folders
 
 
 def test_a_folder_is_read_with_its_classes_sorted_and_hidden_files_left_out(tmp_path):
@@ -216,9 +206,6 @@ def test_no_data_means_digits():
     assert len(open_images(None, "labelled", channels=1, per_class=3)) == 30
 
 
-# decoding
-
-
 @pytest.mark.parametrize(
     ("name", "mode", "colour", "expected"),
     [
@@ -269,9 +256,6 @@ def test_an_image_is_turned_as_its_exif_orientation_says(tmp_path, mode):
     decoded = images.decode(tmp_path / "turned.png", 1)
     assert decoded.shape == (1, 8, 6)
     assert decoded.nonzero().tolist() == [[0, 0, 5]]
-
-
-# crops
 
 
 sides = st.integers(1, 600)
@@ -332,9 +316,6 @@ def test_a_one_shot_crop_is_cut_to_the_image():
     assert images.one_shot_crop_size(1, 1, 0.08, 0.0) == (1, 1)
 
 
-# resizing
-
-
 @pytest.mark.parametrize("channels", [1, 3, 10])
 @pytest.mark.parametrize("size", [(20, 31), (90, 97), (46, 46)])
 def test_resizing_is_pillows_bicubic(channels, size):
@@ -359,9 +340,6 @@ def test_resizing_neither_wraps_round_nor_mixes_channels(channels):
 def test_resizing_to_the_same_size_changes_nothing():
     image = Memory().image(0)
     assert torch.equal(resize(image, 20, 30), image)
-
-
-# views
 
 
 def test_a_pre_training_view_has_the_size_asked_for_whatever_its_shape_and_channels():
@@ -404,9 +382,9 @@ def test_a_fine_tuning_view_is_normalised_and_leaves_the_global_generators_alone
     random.seed(1)
     np.random.seed(1)  # noqa: NPY002
     torch.manual_seed(1)
-    before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # noqa: NPY002
+    before = (random.getstate(), pickle.dumps(np.random.get_state()), torch.get_rng_state().tolist())  # noqa: NPY002
     one, same, other = (view(image, chance(seed)) for seed in (3, 3, 4))
-    after = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # noqa: NPY002
+    after = (random.getstate(), pickle.dumps(np.random.get_state()), torch.get_rng_state().tolist())  # noqa: NPY002
     assert before == after
     assert (one.shape, one.dtype) == ((channels, 24, 40), torch.float32)
     assert torch.equal(one, same)
@@ -469,9 +447,6 @@ def test_sources_that_cannot_be_used_are_refused():
     sentence = "memory 2 is torch.float32 of shape (3, 20, 30), not torch.uint8 of shape (3, H, W)"
     with pytest.raises(ValueError, match=quoting(sentence)):
         Views(source, unchanged)[0, 2]
-
-
-# loading
 
 
 def batches(count: int, size: int = 4, total: int = 12) -> list[list[tuple[int, int]]]:
@@ -538,8 +513,7 @@ def test_workers_use_one_thread_and_leave_signals_to_the_parent():
     worker, threads = next(loader)[0].flatten().tolist()
     assert worker != os.getpid()
     assert threads == 1
-    os.kill(worker, signal.SIGTERM)
-    os.kill(worker, signal.SIGINT)
+    assert os.getpgid(worker) != os.getpgid(0)  # so what is sent to the group, by ctrl-c say, does not reach it
     assert len(list(loader)) == 19
 
 
@@ -549,9 +523,6 @@ def test_views_can_be_sent_to_workers_that_are_not_forked(tmp_path):
         views = Views(Folder(tmp_path, "train"), transform)
         assert torch.equal(pickle.loads(pickle.dumps(views))[0, 0], views[0, 0])
     assert pickle.loads(pickle.dumps(Mix(3)))._mixup.num_classes == 3
-
-
-# unreadable images
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -609,12 +580,9 @@ def test_broken_files_are_unreadable(tmp_path):
     ]
 
 
-# mixing
-
-
 def test_mixed_targets_are_soft_and_sum_to_one():
     pictures, labels = torch.rand(8, 3, 16, 16, generator=chance()), torch.arange(8) % 5
-    before = (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # noqa: NPY002
+    before = (pickle.dumps(np.random.get_state()), torch.get_rng_state().tolist())  # noqa: NPY002
     for seed in range(20):
         mixed, targets = Mix(5)((pictures.clone(), labels), seed)
         assert mixed.shape == pictures.shape
@@ -622,7 +590,7 @@ def test_mixed_targets_are_soft_and_sum_to_one():
         assert (targets.sum(dim=1) - 1).abs().max() < 1e-6
         assert targets.min() >= 0.1 / 5 - 1e-6
         assert torch.equal(mixed, Mix(5)((pictures.clone(), labels), seed)[0])
-    assert before == (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # noqa: NPY002
+    assert before == (pickle.dumps(np.random.get_state()), torch.get_rng_state().tolist())  # noqa: NPY002
 
 
 def test_cutmix_targets_are_the_shares_of_the_pixels():
@@ -645,9 +613,6 @@ def test_what_cannot_be_mixed_is_refused():
         Mix(4)((torch.rand(3, 3, 4, 4), torch.zeros(3, dtype=torch.long)), 0)
     with pytest.raises(ValueError, match=quoting("mixup and cutmix mix floats, not torch.uint8")):
         Mix(4)((torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)), 0)
-
-
-# normalisation
 
 
 def test_normalised_images_have_mean_zero_and_deviation_one():

@@ -1,7 +1,7 @@
 """Fine-tune an encoder on labelled images, as the MAE family does, and measure its accuracy."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,6 +57,40 @@ class Finetuning:
     )
 
 
+def of(settings: Finetuning, *, drop_path: float = 0.1, **optimisation: Any) -> Finetuning:
+    """Return settings with another drop path and other numbers of the optimiser."""
+    return replace(settings, drop_path=drop_path, optimisation=replace(settings.optimisation, **optimisation))
+
+
+MAE = Finetuning()
+FOLDER = of(MAE, batch_size=256)
+BEYOND_MASKING = replace(
+    of(MAE, base_lr=1e-3, layer_decay=0.75, schedule="step"),
+    pool="class",
+    train_positions=False,
+)
+# for the embedded digits: few, small and upright
+DIGITS = Finetuning(
+    train_positions=False,
+    mixup=0.0,
+    cutmix=0.0,
+    randaugment="",
+    erasing=0.0,
+    crop_scale=(0.6, 1.0),
+    crop_fraction=1.0,
+    optimisation=Optimisation(
+        epochs=100,
+        batch_size=50,
+        base_lr=5e-3,
+        warmup_epochs=5,
+        min_lr=1e-6,
+        betas=(0.9, 0.999),
+        undecayed=("cls_token", "pos_embed"),
+        layer_decay=0.75,
+    ),
+)
+
+
 class Classifier(nn.Module):
     """An encoder with a linear head on its class token or on the mean of its patch tokens."""
 
@@ -87,8 +121,12 @@ class Classifier(nn.Module):
 
     def forward(self, batch: tuple[Tensor, Tensor], noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
         images, targets = batch
-        logits = self.head(self.features(images, noise["drop_path"])).float()
-        return {"loss": -(targets * F.log_softmax(logits, dim=-1)).sum(dim=-1).mean()}
+        return {"loss": self.loss(self.head(self.features(images, noise["drop_path"])), targets)}
+
+    @staticmethod
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross entropy with soft targets, which hold label smoothing, mixup and cutmix."""
+        return F.cross_entropy(logits.float(), targets)
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ import math
 import operator
 import os
 import random
-import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -635,9 +634,8 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Keep loading when a whole process group is told to stop: the parent still writes its checkpoint, then ends us."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Keep loading when the whole process group is told to stop: the parent writes its checkpoint, then ends us."""
+    os.setpgid(0, 0)
 
 
 class Normalise(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from common import report
-from common.checkpoint import read_tensors, write_json, write_tensors
+from common.checkpoint import load_weights, read_foreign, read_tensors, write_json, write_tensors
 from common.config import Images, Network, Optimisation, Run, parse, to_json
 from common.engine import World, loading_processes, read_metrics, train, world
 from common.finetuning import Finetuning, finetune
@@ -24,7 +24,7 @@ from common.images import (
     open_images,
     statistics,
 )
-from common.vit import ViT, initialise_mae, resize_positions, timm_arguments, timm_state
+from common.vit import ViT, initialise_mae, resize_positions, timm_arguments, timm_arguments_of, timm_state
 
 Evaluation = Literal["finetune", "scratch", "budget"]
 
@@ -212,6 +212,18 @@ def grid(images: Images, network: Network) -> tuple[int, int]:
     return height // network.patch, width // network.patch
 
 
+def count_masked(tokens: int, ratio: float) -> int:
+    """Tokens to mask: what is kept is truncated in double precision, as in the code that everybody follows.
+
+    Raises:
+        ValueError: if nothing would be masked or nothing visible.
+    """
+    kept = int(tokens * (1 - ratio)) if 0 < ratio < 1 else 0
+    if not 0 < kept < tokens:
+        raise ValueError(f"--mask-ratio {ratio} of {tokens} patches does not leave both masked and visible ones")
+    return tokens - kept
+
+
 def say_size(method: nn.Module, place: World) -> None:
     """Print how large the networks are."""
     encoder = sum(p.numel() for p in method.encoder.parameters())  # pyright: ignore
@@ -252,10 +264,10 @@ def load_encoder(
     scratch: bool = False,
     seed: int = 0,
 ) -> tuple[ViT, Normalise]:
-    """Build an exported encoder again, for another image size if need be, and the normalisation of its images.
+    """Build an encoder from its file, for another image size if need be, and the normalisation of its images.
 
     Args:
-        path: written by `export`.
+        path: an exported encoder, or a published checkpoint of the MAE family (of square ImageNet images).
         image_size: height and width in pixels; positions are resampled where they differ.
         class_token: add a new one (normal, std 0.02, position zero) if the encoder has none.
         drop: drop path of the last block.
@@ -263,20 +275,17 @@ def load_encoder(
         seed: of whatever is new.
 
     Raises:
-        ValueError: if the file is not an exported encoder, or the size is not made of its patches.
+        ValueError: if the file holds no encoder, or the size is not made of its patches.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file: give an encoder.safetensors of a run")
-    state, about = read_tensors(path)
-    if "timm" not in about:
-        raise ValueError(f"{path} was not exported by a recipe: it does not say how to build its encoder")
-    arguments = about["timm"]
-    patch = arguments["patch_size"]
-    height, width = (side // patch for side in arguments["img_size"])
-    size = image_size or tuple(arguments["img_size"])
-    if size[0] % patch or size[1] % patch:
-        raise ValueError(f"images of {size[0]} × {size[1]} pixels are not made of patches of {patch} × {patch}")
-    new = {"height": size[0] // patch, "width": size[1] // patch}
+    weights = read_foreign(path)
+    about = read_tensors(path)[1] if path.suffix == ".safetensors" else {}
+    exported = "timm" in about
+    arguments = about["timm"] if exported else timm_arguments_of(weights, path)
+    patch, (H, W) = arguments["patch_size"], image_size or arguments["img_size"]
+    if H % patch or W % patch:
+        raise ValueError(f"images of {H} × {W} pixels are not made of patches of {patch} × {patch}")
+    old = {"height": arguments["img_size"][0] // patch, "width": arguments["img_size"][1] // patch}
+    new = {"height": H // patch, "width": W // patch}
     torch.manual_seed(seed)
     vit = ViT(
         **new,
@@ -289,18 +298,17 @@ def load_encoder(
         drop=drop,
     )
     initialise_mae(vit)
-    positions = resize_positions(
-        state.pop("pos_embed"), height=height, width=width, new_height=new["height"], new_width=new["width"]
-    )
-    vit.pos_embed.data[:, vit.pos_embed.shape[1] - positions.shape[1] :] = positions
-    if not scratch:
-        missing = vit.load_state_dict(state, strict=False)
-        odd = [
-            name for name in missing.missing_keys if name not in ("cls_token", "pos_embed")
-        ] + missing.unexpected_keys
-        if odd:
-            raise ValueError(f"{path} does not fit its own description: {', '.join(odd[:5])}")
-    return vit, Normalise(about["mean"], about["std"])
+    table = resize_positions(weights["pos_embed"], **old, new_height=new["height"], new_width=new["width"])
+    # a class token that the file does not have is new, and its position is zero
+    weights["pos_embed"] = nn.functional.pad(table, (0, 0, vit.pos_embed.shape[1] - table.shape[1], 0))
+    if scratch:
+        weights = {"pos_embed": weights["pos_embed"]}
+    optional = (r".",) if scratch else (r"cls_token",) if not arguments["class_token"] else ()
+    report = load_weights(vit, weights, renames={}, optional=optional)
+    if not exported:
+        print(f"{path}:\n{report}")
+    mean, std = (about["mean"], about["std"]) if exported else (IMAGENET_MEAN, IMAGENET_STD)
+    return vit, Normalise(mean, std)
 
 
 def _possible(config: Config, place: World) -> tuple[Evaluation, ...]:

@@ -97,9 +97,25 @@ def table(name: str, result: dict[str, Any], folder: Path) -> str:
             what = "pre-trained, then fine-tuned" if title == TITLES["finetune"] else title
             lines.append(f"{what:<42}{row['accuracy']:>8.1f} %{row['epoch']:>9.0f}{row['seconds']:>9.0f}")
         lines += ["─" * 70, f"{first['labelled']} labelled images"]
-    files = ["encoder.safetensors", "reconstruction.png", "curves.png", "result.json", "metrics.jsonl"]
-    lines += ["", "files:", *(f"  {folder / file}" for file in files if (folder / file).exists())]
-    return "\n".join(lines)
+    files = "encoder.safetensors", "reconstruction.png", "curves.png", "result.json", "metrics.jsonl"
+    return "\n".join([*lines, *_files(folder, *files)])
+
+
+def tuned_table(title: str, result: dict[str, Any], folder: Path) -> str:
+    """Write how well a classifier does, how fast it was trained and where the files are."""
+    return "\n".join(
+        [
+            "",
+            f"{title}: {result['accuracy']:.1f} % of {result['test']} test images are right, after "
+            f"{result['epoch']:.0f} epochs of {result['labelled']} labelled images in {result['seconds']:.0f} s, "
+            f"{result['images_per_second']:.0f} images/s, {result['waiting']:.1%} of the time waiting for data",
+            *_files(folder, "result.json", "metrics.jsonl", "curves.png"),
+        ]
+    )
+
+
+def _files(folder: Path, *names: str) -> list[str]:
+    return ["", "files:", *(f"  {folder / name}" for name in names if (folder / name).exists())]
 
 
 def read_json(path: Path) -> Any:

@@ -3,6 +3,7 @@
 Parameter names are timm's, so an exported encoder loads into timm without renaming.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -332,6 +333,31 @@ def timm_arguments(vit: ViT) -> dict[str, Any]:
         "class_token": vit.cls_token is not None,
         "global_pool": "token" if vit.cls_token is not None else "",
         "num_classes": 0,
+    }
+
+
+def timm_arguments_of(weights: dict[str, Tensor], source: object) -> dict[str, Any]:
+    """Read the same off the shapes of a published encoder of square images; its heads follow from its width.
+
+    Raises:
+        ValueError: if the weights are not those of a plain ViT of a named size.
+    """
+    kernel, table = weights.get("patch_embed.proj.weight"), weights.get("pos_embed")
+    if kernel is None or table is None:
+        raise ValueError(f"{source} holds no patch_embed.proj.weight and pos_embed: it is not a plain ViT")
+    dim, channels, patch, _ = kernel.shape
+    heads = next((size["heads"] for size in SIZES.values() if size["dim"] == dim), None)
+    side = math.isqrt(table.shape[1])
+    if heads is None or side**2 + ("cls_token" in weights) != table.shape[1]:
+        raise ValueError(f"{source}: width {dim} and {table.shape[1]} positions are not those of a known encoder")
+    return {
+        "img_size": [side * patch, side * patch],
+        "patch_size": patch,
+        "in_chans": channels,
+        "embed_dim": dim,
+        "depth": 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
+        "num_heads": heads,
+        "class_token": "cls_token" in weights,
     }
 
 

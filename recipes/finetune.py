@@ -1,0 +1,93 @@
+"""Fine-tune an encoder on labelled images and measure its accuracy.
+
+    python recipes/finetune.py --encoder runs/mae/encoder.safetensors                     the embedded digits
+    python recipes/finetune.py --encoder runs/mae/encoder.safetensors --data DIR          images of your own
+    torchrun --nproc_per_node=8 recipes/finetune.py --preset mae_base --encoder mae_pretrain_vit_base.pth --data DIR
+
+The encoder is an export of any recipe here, or a published checkpoint of the MAE family.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common import report
+from common.checkpoint import write_json
+from common.config import Flat, Images, Run, parse, to_json
+from common.engine import read_metrics, world
+from common.finetuning import BEYOND_MASKING, DIGITS, FOLDER, MAE, Finetuning, finetune, of
+from common.pretraining import load_encoder, prepare
+
+
+@dataclass(frozen=True)
+class Config:
+    """Each paper's settings are a preset."""
+
+    encoder: Path
+    """encoder.safetensors of a run, or a published checkpoint"""
+    scratch: bool = False
+    """train the same network from random weights instead"""
+    data: Path | None = None
+    """folder with train/CLASS/*.jpg and val/CLASS/*.jpg; none: the handwritten digits that come with scikit-learn"""
+    image_size: tuple[int, int] | None = None
+    """height and width in pixels; none: those of the encoder. Positions are resampled"""
+    flip: float = 0.5
+    """probability of a horizontal flip"""
+    labels_per_class: int = 10
+    """of the embedded digits: labelled images per class"""
+    run: Flat[Run] = field(default_factory=Run)
+    finetune: Flat[Finetuning] = field(default_factory=Finetuning)
+
+
+UNSET = Path("encoder.safetensors")
+PRESETS = {
+    "digits": Config(UNSET, flip=0.0, finetune=DIGITS),
+    "folder": Config(UNSET, finetune=FOLDER),
+    "mae_base": Config(UNSET, finetune=MAE),
+    "mae_large": Config(UNSET, finetune=of(MAE, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2)),
+    "mae_huge": Config(UNSET, finetune=of(MAE, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.3)),
+    "beyond_masking": Config(UNSET, finetune=BEYOND_MASKING),
+}
+
+
+def main(config: Config) -> None:
+    run = config.run
+    folder = run.runs / (run.name or "finetune")
+    with world(run.device) as place:
+        encoder, normalise = load_encoder(
+            config.encoder,
+            image_size=config.image_size,
+            class_token=config.finetune.pool == "class",
+            drop=config.finetune.drop_path,
+            scratch=config.scratch,
+            seed=run.seed,
+        )
+        images = Images(
+            data=config.data,
+            image_size=(encoder.height * encoder.patch, encoder.width * encoder.patch),
+            channels=encoder.channels,  # pyright: ignore
+            flip=config.flip,
+            labels_per_class=config.labels_per_class,
+        )
+        prepare(folder, to_json(config), resume=run.resume, place=place)
+        title = report.TITLES["scratch" if config.scratch else "finetune"]
+        result = finetune(
+            encoder,
+            normalise,
+            settings=config.finetune,
+            images=images,
+            run=run,
+            folder=folder,
+            place=place,
+            title=title,
+        )
+        if place.first:
+            write_json(folder / "result.json", {"recipe": "finetune", "encoder": str(config.encoder), **result})
+            report.draw_curves(folder / "curves.png", {title: read_metrics(folder / "metrics.jsonl")})
+            place.say(report.tuned_table(title, result, folder))
+
+
+if __name__ == "__main__":
+    try:
+        main(parse(PRESETS, description=__doc__))
+    except ValueError as error:
+        raise SystemExit(f"finetune: {error}") from error

@@ -1,0 +1,511 @@
+"""The right numbers, from the published programs: one test per file, its id the file's stem.
+
+`pytest tests/golden --golden DIR` runs the same tests over other files of the same kinds: all sizes are the file's.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import beyond_masking_integrated as beyond_masking
+import mae
+import numpy as np
+import pytest
+import timm.data.mixup
+import torch
+from goldens import Golden
+from torch import Tensor, nn
+
+from common import vit
+from common.checkpoint import load_weights
+from common.config import Images, Network, Optimisation
+from common.engine import by_epoch, by_step, layer_of, parameter_groups
+from common.finetuning import Classifier
+from common.images import Mix, Normalise, one_shot_crop_size
+from common.lars import LARS
+from common.pretraining import count_masked
+from mimkit.degrade import area_resize, zoom_in
+from mimkit.losses import channel_normalised_patches, normalised_patches, squared_error
+from mimkit.masking import random_tokens
+from mimkit.positions import sincos, sinusoid
+from mimkit.tokens import patchify, put, split, take, unpatchify
+
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+
+CHECKS: dict[str, Callable[[Golden, pytest.MonkeyPatch], None]] = {}
+
+
+def check(kind: str) -> Callable[[Any], Any]:
+    def register(function: Any) -> Any:
+        CHECKS[kind] = function
+        return function
+
+    return register
+
+
+def kind_of(path: Path) -> str | None:
+    """The longest kind that a file's stem is or goes on from, as `…_model_integrated_224_288` does."""
+    fitting = [kind for kind in CHECKS if path.stem == kind or path.stem.startswith(f"{kind}_")]
+    return max(fitting, key=len, default=None)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "golden_file" in metafunc.fixturenames:
+        folder: Path = metafunc.config.getoption("--golden")
+        files = [path for path in sorted(folder.glob("*.npz")) if kind_of(path)]
+        metafunc.parametrize("golden_file", files, ids=[path.stem for path in files])
+
+
+def test_golden(golden_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = kind_of(golden_file)
+    assert kind is not None
+    CHECKS[kind](Golden(golden_file), monkeypatch)
+
+
+def test_every_kind_has_a_file_and_every_file_a_kind() -> None:
+    files = list(Path(__file__).parent.glob("*.npz"))
+    assert {kind_of(path) for path in files} == set(CHECKS)
+
+
+# MAE
+
+
+@check("mae_masking")
+def masking(golden: Golden, _: Any) -> None:
+    for i, case in enumerate(golden.params["cases"]):
+        noise, tokens, kept = golden[f"noise_{i}"], golden[f"x_{i}"], golden[f"ids_keep_{i}"]
+        count = count_masked(noise.shape[-1], case["r"])
+        mask = random_tokens(noise, num_masked=count)
+        visible, masked = split(mask, num_masked=count)
+        golden.close(f"mask_{i}", mask.float())
+        assert (visible == kept.sort(dim=-1).values).all()
+        assert (torch.cat([visible, masked], dim=-1).sort(dim=-1).values == torch.arange(noise.shape[-1])).all()
+        golden.close(f"x_masked_{i}", take(take(tokens, visible), kept.argsort().argsort()))
+    lengths, ratios = golden["keep_table_L"].tolist(), golden["keep_table_ratio_x100"].tolist()
+    for length, ratio, keep in zip(lengths, ratios, golden["keep_table_keep"].tolist(), strict=True):
+        if 0 < keep < length:
+            assert length - count_masked(length, ratio / 100) == keep
+        else:
+            with pytest.raises(ValueError, match="does not leave both masked and visible"):
+                count_masked(length, ratio / 100)
+
+
+@check("mae_patchify_target")
+def patch_targets(golden: Golden, _: Any) -> None:
+    for i, case in enumerate(golden.params["cases"]):
+        images, mask, size = golden[f"image_{i}"], golden[f"mask_{i}"], {"patch": case["p"]}
+        patches = patchify(images, **size)
+        golden.close(f"patches_{i}", patches)
+        grid = {"height": images.shape[-2] // case["p"], "width": images.shape[-1] // case["p"]}
+        assert (unpatchify(patches, **grid, **size) == images).all()
+        golden.close(f"target_norm_{i}", normalised_patches(patches))
+        for kind, target in {"raw": patches, "norm": normalised_patches(patches)}.items():
+            prediction = golden[f"pred_{i}"].requires_grad_()
+            loss = (squared_error(prediction, target) * mask).sum() / mask.sum()
+            loss.backward()
+            golden.close(f"loss_{kind}_{i}", loss)
+            golden.close(f"grad_{kind}_{i}", prediction.grad)
+
+
+@check("mae_sincos")
+def sincos_table(golden: Golden, _: Any) -> None:
+    for i, case in enumerate(golden.params["cases"]):
+        table = sincos(height=case["grid"], width=case["grid"], dim=case["D"])
+        right = golden[f"table_{i}"]
+        golden.close(f"table_{i}", nn.functional.pad(table, (0, 0, 1, 0))[: len(right)])
+    before, after = golden["interp_in"], golden["interp_out"]
+    old, new = (round((table.shape[1] - 1) ** 0.5) for table in (before, after))
+    sizes = {"height": old, "width": old, "new_height": new, "new_width": new}
+    golden.close("interp_out", vit.resize_positions(before, **sizes))
+
+
+@check("mae_lr_schedule")
+def schedule_by_epoch(golden: Golden, _: Any) -> None:
+    for i, case in enumerate(golden.params["cases"]):
+        settings = {"lr": case["lr"], "min_lr": case["min_lr"], "warmup": case["warmup"], "epochs": case["epochs"]}
+        rates = np.array([by_epoch(epoch, **settings) for epoch in golden[f"epoch_{i}"].tolist()])
+        golden.close(f"lr_{i}", rates)
+        golden.close(f"lr_scaled_{i}", rates * case["scale"])
+
+
+@check("mae_groups")
+def groups(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    depth, names = golden.params["depth"], golden.about["names_pretrain"]
+    decoder = 1 + max(int(name.split(".")[1]) for name in names if name.startswith("decoder_blocks."))
+    sizes = {"img": 16, "p": 8, "enc_dim": 8, "enc_depth": depth, "enc_heads": 2, "mask_ratio": 0.5}
+    sizes |= {"dec_dim": 8, "dec_depth": decoder, "dec_heads": 2}
+    found = _groups(_mae(sizes, monkeypatch), Optimisation(weight_decay=golden.params["wd"]))
+    published = {_mae_name(name): group for name, group in found.items()}
+    golden.close("weight_decay_pretrain", [published.pop(name)[0] for name in names])
+    assert not published
+    for pool, ours in (("pool", "mean"), ("cls", "class")):
+        names = golden.about[f"names_{pool}"]
+        classifier = _classifier({"img": 16, "p": 8, "dim": 8, "heads": 2, "depth": depth, "classes": 3}, ours)
+        settings = Optimisation(
+            weight_decay=golden.params["wd"],
+            layer_decay=golden.params["layer_decay"],
+            undecayed=("cls_token", "pos_embed"),
+        )
+        found = {k.removeprefix("encoder."): v for k, v in _groups(classifier, settings, depth=depth).items()}
+        assert set(found) == set(names)
+        golden.close(f"weight_decay_{pool}", [found[name][0] for name in names])
+        golden.close(f"lr_scale_{pool}", [found[name][1] for name in names])
+        golden.close(f"layer_id_{pool}", [layer_of(name, depth) for name in names])
+
+
+@check("mae_lars")
+def lars(golden: Golden, _: Any) -> None:
+    for i, case in enumerate(golden.params["cases"]):
+        parameters = {kind: nn.Parameter(golden[f"p0_{kind}_{i}"]) for kind in ("w", "b")}
+        optimiser = LARS(
+            parameters.values(), lr=case["lr"], weight_decay=case["wd"], momentum=case["mom"], trust=case["eta"]
+        )
+        step = 0
+        while f"grad_w_{i}_{step}" in golden:
+            for kind, parameter in parameters.items():
+                parameter.grad = golden[f"grad_{kind}_{i}_{step}"]
+            optimiser.step()
+            for kind, parameter in parameters.items():
+                golden.close(f"p_{kind}_{i}_{step}", parameter)
+            step += 1
+        assert step
+
+
+@check("mae_linprobe_crop")
+def one_shot_crop(golden: Golden, _: Any) -> None:
+    draws = [golden[name].tolist() for name in ("H", "W", "u_area", "u_logratio")]
+    sizes = [one_shot_crop_size(*draw) for draw in zip(*draws, strict=True)]
+    golden.close("h", [h for h, _ in sizes])
+    golden.close("w", [w for _, w in sizes])
+
+
+@check("mae_mixup")
+def mixup(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    mix = Mix(golden.params["classes"], smoothing=golden.params["smoothing"])
+    for kind, images, target in (("mix", "mixed", "target_mix"), ("cut", "cut", "target_cut")):
+        draw = float(golden[f"lam_{kind}"]), kind == "cut"
+        monkeypatch.setattr(timm.data.mixup.Mixup, "_params_per_batch", lambda self, draw=draw: draw)
+        centre = iter(golden["cy_cx"].tolist())
+        monkeypatch.setattr(np.random, "randint", lambda *args, centre=centre, **kwargs: next(centre))
+        mixed, targets = mix((golden["image"], golden["label"]), 0)
+        golden.close(images, mixed)
+        golden.close(target, targets)
+    classifier = nn.Identity()
+    loss = Classifier.loss(classifier(golden["logits"]), golden["target_mix"])
+    golden.close("loss", loss)
+
+
+@check("mae_model_norm")
+@check("mae_model_raw")
+def mae_model(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, noise = golden["image"], {"mask": golden["noise"]}
+
+    def fresh() -> nn.Module:
+        method = _mae(golden.params, monkeypatch, normalise_target=golden.params["norm_pix_loss"])
+        report = load_weights(method, golden.weights, renames=mae.NAMES, optional=(r"normalise\.",))
+        assert report.dropped == ["decoder_pos_embed"]
+        return method
+
+    method = fresh()
+    visible, masked, order = _order(golden)
+    patches = take(patchify(images, patch=golden.params["p"]), visible)
+    latent = method.encoder(patches, method.encoder.positions[visible])
+    own = torch.cat([torch.zeros_like(order[:, :1]), 1 + order], dim=-1)  # the file's order is that of the noise
+    golden.close("latent", take(latent, own))
+    prediction = method.decoder(latent, visible, masked, visible_too=True)
+    golden.close("pred", put(prediction, torch.cat([visible, masked], dim=-1), into=torch.zeros_like(prediction)))
+
+    loss = method(images, noise, torch.tensor(0.0))["loss"]
+    loss.backward()
+    golden.close("loss", loss)
+    _check_gradients(golden, method, _mae_name)
+    for name, optimiser in {
+        "sgd_losses": lambda groups: torch.optim.SGD(groups, lr=0.1),
+        "adamw_losses": lambda groups: torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, fused=True),
+    }.items():
+        if name in golden:
+            method = fresh()
+            stepper = optimiser(_plain(parameter_groups(method, Optimisation(weight_decay=0.05)), name))
+            losses = list(_losses(stepper, lambda method=method: method(images, noise, torch.tensor(0.0))["loss"]))
+            golden.close(name, torch.stack(losses))
+
+
+@check("mae_model_finetune")
+def mae_classifier(golden: Golden, _: Any) -> None:
+    images, labels, params = golden["image"], golden["label"], golden.params
+    for pool, ours in (("cls", "class"), ("pool", "mean")):
+        names = golden.about[f"param_names_{pool}"]
+
+        def fresh(ours: Any = ours) -> Classifier:
+            classifier = _classifier(params, ours)
+            weights = dict(golden.weights)
+            if ours == "mean":
+                weights |= {f"fc_norm.{kind}": weights[f"norm.{kind}"] for kind in ("weight", "bias")}
+            renames = {r"(?=cls_token|pos_embed|patch_embed|blocks|norm)": "encoder."}
+            load_weights(classifier, weights, renames=renames, optional=(r"normalise\.",))
+            return classifier
+
+        classifier = fresh()
+        golden.close(f"feature_{pool}", classifier.features(images))
+        golden.close(f"logits_{pool}", classifier.head(classifier.features(images)))
+        targets, noise = nn.functional.one_hot(labels, params["classes"]).float(), {"drop_path": None}
+        loss = classifier((images, targets), noise, torch.tensor(0.0))["loss"]
+        loss.backward()
+        golden.close(f"ce_{pool}", loss)
+        found = {k.removeprefix("encoder."): p.grad for k, p in classifier.named_parameters() if p.requires_grad}
+        assert set(found) == set(names)
+        golden.close(f"grad_norm_{pool}", torch.stack([found[name].norm() for name in names]))
+
+        classifier = fresh()
+        settings = Optimisation(layer_decay=params["layer_decay"], undecayed=("cls_token", "pos_embed"))
+        groups = parameter_groups(classifier, settings, depth=params["depth"])
+        for group in groups:
+            group["lr"] = 1e-3 * group["lr_scale"]
+        stepper = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+        losses = _losses(stepper, lambda c=classifier: c((images, targets), noise, torch.tensor(0.0))["loss"])  # noqa: B023
+        golden.close(f"adamw_losses_{pool}", torch.stack(list(losses)))
+        if ours == "class":
+            norm = nn.BatchNorm1d(params["dim"], affine=False, eps=1e-6)
+            probe = fresh()
+            normal = norm(probe.features(images))
+            golden.close("probe_bn", normal)
+            golden.close("probe_logits", probe.head(normal))
+            golden.close("probe_running_mean", norm.running_mean)
+            golden.close("probe_running_var", norm.running_var)
+
+
+# Beyond Masking
+
+
+@check("beyond_masking_targets")
+def channel_targets(golden: Golden, _: Any) -> None:
+    for i, case in enumerate(golden.params["cases"]):
+        images = golden[f"image_{i}"]
+        golden.close(f"patches_{i}", patchify(images, patch=case["p"]))
+        target = channel_normalised_patches(patchify(images * STD + MEAN, patch=case["p"]), channels=3)
+        assert target[0, 0].abs().max() <= 0.1  # a constant patch: rounding noise
+        target[0, 0] = 0
+        golden.close(f"target_{i}", target)
+
+
+@check("beyond_masking_area")
+def area(golden: Golden, _: Any) -> None:
+    for before, after in golden.params["pairs"]:
+        matrix = area_resize(torch.eye(before)[None], H=after, W=before)[0]
+        golden.close(f"A_{before}_to_{after}", matrix)
+    H, W = golden["y"].shape[-2:]
+    golden.close("y", area_resize(golden["x"], H=H, W=W))
+
+
+@check("beyond_masking_zoom_in")
+def zoom(golden: Golden, _: Any) -> None:
+    for i in golden.cases():
+        side = int(golden[f"S_{i}"])
+        golden.close(f"zoomed_{i}", zoom_in(golden[f"image_{i}"], window_H=side, window_W=side))
+
+
+@check("beyond_masking_sinusoid")
+def sinusoid_table(golden: Golden, _: Any) -> None:
+    for i, case in enumerate(golden.params["cases"]):
+        golden.close(f"table_{i}", sinusoid(height=1, width=case["L"], dim=case["d"]))
+
+
+@check("beyond_masking_schedule")
+def schedule_by_step(golden: Golden, _: Any) -> None:
+    for i, case in enumerate(golden.params["cases"]):
+        steps, warmup = case["epochs"] * case["steps"], case["warmup"] * case["steps"]
+        settings = {"lr": case["base"], "min_lr": case["final"], "warmup": warmup, "steps": steps}
+        golden.close(f"lr_{i}", np.array([by_step(step, **settings) for step in range(steps)]))
+
+
+@check("beyond_masking_groups")
+def beyond_masking_groups(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    depth, decay = golden.params["depth"], golden.params["layer_decay"]
+    names = golden.about["finetune_names"]
+    sizes = {"img": 16, "p": 8, "dim": 8, "heads": 2, "depth": depth, "classes": 3}
+    classifier = _classifier(sizes, "class", key_bias=False, positions=False)
+    settings = Optimisation(layer_decay=decay, undecayed=("cls_token", "pos_embed"))
+    found = {k.removeprefix("encoder."): v for k, v in _groups(classifier, settings, depth=depth).items()}
+    assert set(found) == set(names)
+    golden.close("finetune_weight_decay", [found[name][0] for name in names])
+    golden.close("finetune_lr_scale", [found[name][1] for name in names])
+    golden.close("finetune_layer_id", [layer_of(name, depth) for name in names])
+
+    names = golden.about["pretrain_names"]
+    sizes = {"img": 16, "p": 8, "big": 20, "enc_dim": 8, "enc_depth": depth, "enc_heads": 2, "mask_ratio": 0.5}
+    decoder = 1 + max(int(name.split(".")[2]) for name in names if name.startswith("decoder.blocks."))
+    sizes |= {"dec_dim": 8, "dec_depth": decoder, "dec_heads": 2}
+    found = _groups(_integrated(sizes, monkeypatch), Optimisation(undecayed=("mask_token",)))
+    published = {_beyond_masking_name(name): group[0] for name, group in found.items()}
+    published["encoder.cls_token"] = 0.05  # in the release a parameter that nothing uses; there is none here
+    golden.close("pretrain_weight_decay", [published.pop(name) for name in names])
+    assert not published
+
+
+@check("beyond_masking_integrated_loss")
+def integrated_loss(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i, case in enumerate(golden.params["cases"]):
+        size = case["img"] // case["p"]
+        sizes = {"img": case["img"], "p": case["p"], "big": case["big"], "mask_ratio": case["ratio"]}
+        sizes |= {"enc_dim": 8, "enc_depth": 1, "enc_heads": 2, "dec_dim": 8, "dec_depth": 1, "dec_heads": 2}
+        method = _integrated(sizes, monkeypatch)
+        prediction = golden[f"pred_{i}"].requires_grad_()
+        picture = unpatchify(prediction, height=size, width=size, patch=case["p"])
+        monkeypatch.setattr(method, "predict", lambda *_, picture=picture: picture)
+        view = golden[f"ori_{i}"] * STD + MEAN
+        losses = method(view, {"mask": golden[f"mask_{i}"]}, torch.tensor(0.0))  # a mask is its own noise
+        losses["loss"].backward()
+        golden.close(f"loss_in_{i}", losses["inner"])
+        golden.close(f"loss_out_{i}", losses["outer"])
+        golden.close(f"loss_{i}", losses["loss"])
+        golden.close(f"grad_{i}", prediction.grad)
+        border = (case["big"] - case["img"]) // 2
+        ours, right = method.outer_target(view), golden[f"target_out_{i}"]
+        band = torch.ones(case["big"], case["big"], dtype=torch.bool)
+        band[border:-border, border:-border] = False
+        torch.testing.assert_close(ours[..., band], right[..., band], **golden.tolerance(f"target_out_{i}"))
+
+
+@check("beyond_masking_model_integrated")
+def integrated_model(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    view, noise = golden["ori"] * STD + MEAN, {"mask": golden["noise"]}
+
+    def fresh() -> nn.Module:
+        method = _integrated(golden.params, monkeypatch)
+        report = load_weights(method, golden.weights, renames=beyond_masking.NAMES, optional=OWN)
+        assert report.dropped == ["encoder.cls_token"]
+        return method
+
+    method = fresh()
+    visible, masked, order = _order(golden)
+    border = (golden.params["big"] - golden.params["img"]) // 2
+    patches = patchify(golden["ori"][..., border:-border, border:-border], patch=golden.params["p"])
+    latent = method.encoder(take(patches, visible), method.encoder.positions[visible])
+    golden.close("latent", take(latent, order))
+    prediction = patchify(method.predict(latent, visible, masked), patch=golden.params["p"])
+    if "pred" in golden:
+        golden.close("pred", prediction)
+    else:
+        golden.close("pred_head", prediction[:, : golden["pred_head"].shape[1]])
+        golden.close("pred_token_mean", prediction.mean(dim=-1))
+        golden.close("pred_token_sumsq", prediction.square().sum(dim=-1))
+    losses = method(view, noise, torch.tensor(0.0))
+    losses["loss"].backward()
+    golden.close("loss_in", losses["inner"])
+    golden.close("loss_out", losses["outer"])
+    golden.close("loss", losses["loss"])
+    _check_gradients(golden, method, _beyond_masking_name)
+    method = fresh()
+    rows = _losses(
+        torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1),
+        lambda: torch.stack([*method(view, noise, torch.tensor(0.0)).values()]),
+    )
+    golden.close("sgd_losses", torch.stack(list(rows)))
+
+
+@check("beyond_masking_model_finetune")
+def beyond_masking_classifier(golden: Golden, _: Any) -> None:
+    classifier = _classifier(golden.params, "class", key_bias=False, positions=False)
+    renames = {r"(?=cls_token|patch_embed|blocks|norm)": "encoder."}
+    load_weights(classifier, golden.weights, renames=renames, optional=(r"normalise\.", r"encoder\.pos_embed"))
+    encoder = classifier.encoder
+    golden.close("features", encoder(patchify(golden["image"], patch=encoder.patch), encoder.positions))
+    golden.close("logits", classifier.head(classifier.features(golden["image"])))
+
+
+# What the checks share
+
+OWN = (r"normalise\.", r"encoder\.pos_embed")
+
+
+def _sized(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Settings for the sizes of a file, with ImageNet's mean and std already taken off its images or not."""
+    sizes = {"dim": params["enc_dim"], "depth": params["enc_depth"], "heads": params["enc_heads"]}
+    monkeypatch.setitem(vit.SIZES, "golden", sizes)
+    network = Network(
+        size="golden",  # pyright: ignore
+        patch=params["p"],
+        decoder_dim=params["dec_dim"],
+        decoder_depth=params["dec_depth"],
+        decoder_heads=params["dec_heads"],
+    )
+    images = Images(image_size=(params["img"], params["img"]))
+    return {"network": network, "images": images, "mask_ratio": params["mask_ratio"]}
+
+
+def _mae(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **more: Any) -> mae.MAE:
+    return mae.MAE(mae.Config(**_sized(params, monkeypatch), **more), Normalise([0.0] * 3, [1.0] * 3))
+
+
+def _integrated(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> beyond_masking.Integrated:
+    config = beyond_masking.Config(**_sized(params, monkeypatch), view_size=(params["big"], params["big"]))
+    return beyond_masking.Integrated(config, Normalise(MEAN.flatten().tolist(), STD.flatten().tolist()))
+
+
+def _classifier(params: dict[str, Any], pool: Any, *, key_bias: bool = True, positions: bool = True) -> Classifier:
+    side = params["img"] // params["p"]
+    encoder = vit.ViT(
+        height=side,
+        width=side,
+        patch=params["p"],
+        channels=3,
+        dim=params["dim"],
+        depth=params["depth"],
+        heads=params["heads"],
+        key_bias=key_bias,
+        table=sincos if positions else sinusoid,
+    )
+    encoder.pos_embed.requires_grad_(positions)
+    normalise = Normalise([0.0] * 3, [1.0] * 3)
+    return Classifier(encoder, normalise, params["classes"], pool=pool, head_scale=0.01)
+
+
+def _mae_name(ours: str) -> str:
+    """The published name of a parameter."""
+    name = ours.removeprefix("encoder.").replace("decoder.head.", "decoder_pred.")
+    return name.replace("decoder.mask_token", "mask_token").replace("decoder.", "decoder_")
+
+
+def _beyond_masking_name(ours: str) -> str:
+    name = ours.replace("decoder.mask_token", "mask_token")
+    return name.replace("decoder.embed.", "encoder_to_decoder.")
+
+
+def _groups(module: nn.Module, settings: Optimisation, *, depth: int = 0) -> dict[str, tuple[float, float]]:
+    """Weight decay and scale of each trainable parameter."""
+    groups = parameter_groups(module, settings, depth=depth)
+    return {name: (group["weight_decay"], group["lr_scale"]) for group in groups for name in group["names"]}
+
+
+def _plain(groups: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The file's plain SGD has no weight decay."""
+    return groups if name == "adamw_losses" else [{"params": group["params"]} for group in groups]
+
+
+def _order(golden: Golden) -> tuple[Tensor, Tensor, Tensor]:
+    """Visible and masked indices as ours, and where each token of the file's order stands among our visible ones."""
+    mask = golden["mask"].bool()
+    visible, masked = split(mask, num_masked=int(mask[0].sum()))
+    kept = golden["ids_restore"].argsort(dim=-1)[:, : visible.shape[1]]
+    return visible, masked, kept.argsort(dim=-1).argsort(dim=-1)
+
+
+def _check_gradients(golden: Golden, module: nn.Module, published: Callable[[str], str]) -> None:
+    found = {published(name): p.grad for name, p in module.named_parameters() if p.grad is not None}
+    zero = torch.zeros(())
+    names = golden.about["param_names"]
+    assert set(found) <= set(names)
+    golden.close("grad_norm", torch.stack([found.get(name, zero).norm() for name in names]))
+    for name in names:
+        if f"grad.{name}" in golden:
+            golden.close(f"grad.{name}", found[name])
+
+
+def _losses(optimiser: torch.optim.Optimizer, losses: Callable[[], Tensor]) -> Iterator[Tensor]:
+    """The losses before the first and after each of three steps; the first of several is minimised."""
+    for _ in range(4):
+        values = losses()
+        yield values.detach()
+        optimiser.zero_grad()
+        values.flatten()[0].backward()
+        optimiser.step()
