@@ -5,6 +5,9 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+# einops looks up its backend once; done here, it is no reason to compile a caller's graph a second time
+rearrange(torch.empty(0), "n -> n")
+
 
 def normalised_patches(patches: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch n d"]:
     """Bring each patch to mean 0 and variance 1 over all its values together: the target of MAE.
@@ -39,7 +42,8 @@ def channel_normalised_patches(patches: Float[Tensor, "*batch n d"], *, channels
     """Bring each channel of each patch to mean 0 and variance 1: the target of Beyond Masking.
 
     `(v − mean) / (sqrt(var) + 1e-6)` with the unbiased variance over the pixels of one channel of one patch. The
-    values of a constant patch are rounding noise that stays finite.
+    values of a constant patch are rounding noise that stays finite. It is a target: through a constant patch there is
+    no gradient (it is NaN, as that of sqrt at 0).
 
     Args:
         patches: as from `patchify` (channel fastest), of images in [0, 1]: undo the mean and std of the data set first.

@@ -6,6 +6,9 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+# einops looks up its backend once; done here, it is no reason to compile a caller's graph a second time
+rearrange(torch.empty(0), "n -> n")
+
 
 def sincos(
     *, height: int, width: int, dim: int, device: torch.device | str | None = None

@@ -1,8 +1,12 @@
 """Tokens: images to patches and back, masks to indices, gathering and scattering by index."""
 
+import torch
 from einops import rearrange
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
+
+# einops looks up its backend once; done here, it is no reason to compile a caller's graph a second time
+rearrange(torch.empty(0), "n -> n")
 
 
 def patchify(images: Shaped[Tensor, "*batch c H W"], *, patch: int) -> Shaped[Tensor, "*batch n {patch}*{patch}*c"]:

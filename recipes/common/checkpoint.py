@@ -45,10 +45,17 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key != "format"}
+            metadata = {key: _json_or_text(value) for key, value in (file.metadata() or {}).items()}
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:  # a file of others
+        return value
 
 
 class Checkpoints:
@@ -64,7 +71,7 @@ class Checkpoints:
         return sorted(int(path.name[5:]) for path in self.folder.glob("step_*") if path.name[5:].isdigit())
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Write one, then remove the oldest."""
+        """Write one, then remove the oldest, and later ones, which `load` has passed over."""
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f".step_{step}.{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -75,8 +82,9 @@ class Checkpoints:
         shutil.rmtree(final, ignore_errors=True)  # only ever the same step of a resumed run
         temporary.replace(final)
         _sync(self.folder)
-        for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.folder / f"step_{old:09d}", ignore_errors=True)
+        kept = [other for other in self.steps() if other <= step][-self.keep :]
+        for other in set(self.steps()) - set(kept):
+            shutil.rmtree(self.folder / f"step_{other:09d}", ignore_errors=True)
         for leftover in self.folder.glob(".step_*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -130,8 +138,10 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # published checkpoints keep their settings so
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as plain weights: {error}") from error
+    except Exception as error:  # torch's own words fill many lines and advise to run what the file holds
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it asks for {found[1]}" if found else "it is damaged or no checkpoint of PyTorch"
+        raise ValueError(f"{path} cannot be read as plain weights: {reason}") from error
     for key in ("model", "state_dict", "teacher"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -173,6 +183,7 @@ def load_weights(
     report.missing = [name for name in own if name not in found]
     needed = [name for name in report.missing if not any(re.match(rule, name) for rule in optional)]
     if needed:
-        raise ValueError(f"{len(needed)} of {len(own)} weights are missing in the file: {', '.join(needed[:5])}…")
+        names = ", ".join(needed[:5]) + ("…" if len(needed) > 5 else "")
+        raise ValueError(f"{len(needed)} of {len(own)} weights are missing in the file: {names}")
     module.load_state_dict(found, strict=False)
     return report

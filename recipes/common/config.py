@@ -133,7 +133,8 @@ def parse(presets: dict[str, C], args: Sequence[str] | None = None, *, descripti
     if name not in presets:
         raise SystemExit(f"--preset {name}: choose one of {', '.join(presets)}")
     preset = presets[name]
-    about = f"{description or ''}\n\n--preset {{{','.join(presets)}}} fills all settings at once; shown is: {name}"
+    about = (description or "").strip()
+    about += f"\n\n--preset {{{','.join(presets)}}} fills all settings at once; shown is: {name}"
     return tyro.cli(type(preset), default=preset, args=args, description=about)
 
 

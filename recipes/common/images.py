@@ -353,14 +353,16 @@ class CentreCrop:
 
 
 class Augment:
-    """The view to fine-tune on, by timm: random crop, flip, RandAugment, normalisation, random erasing. Gives float32.
+    """The view to fine-tune on, by timm: random crop, flip, RandAugment, random erasing. Gives float32.
+
+    Erased pixels are noise around `mean`, so they may lie outside [0, 1].
 
     Args:
         size: height and width in pixels.
         mean, std: of the 1 or 3 channels, for images in [0, 1].
         scale, ratio, flip: as in `CropFlip`.
         auto_augment: the policy in timm's words; `None` for none.
-        erasing: probability that a rectangle is replaced by noise, after the normalisation.
+        erasing: probability that a rectangle is replaced by noise of that mean and std.
 
     Raises:
         ValueError: there are neither 1 nor 3 channels.
@@ -382,6 +384,7 @@ class Augment:
 
         if len(mean) not in (1, 3):
             raise ValueError(f"RandAugment works on 1 or 3 channels, not {len(mean)}: take CropFlip")
+        self._mean, self._std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (mean, std))
         self._channels = len(mean)
         self._transform: Callable[[Image.Image], Tensor] = create_transform(  # type: ignore[assignment]
             size,
@@ -403,7 +406,7 @@ class Augment:
             raise ValueError(f"an image of {len(image)} channels cannot be normalised by {self._channels} means")
         pixels = image[0] if self._channels == 1 else image.permute(1, 2, 0)
         with _global_chance(int(torch.randint(2**32, (), generator=generator))):
-            return self._transform(Image.fromarray(pixels.numpy()))
+            return self._transform(Image.fromarray(pixels.numpy())) * self._std + self._mean
 
 
 class Mix:
@@ -579,7 +582,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self._loader:
-            self.unreadable = batch.unreadable | self.unreadable
+            self.unreadable |= batch.unreadable
             if _too_many(self.unreadable, self._total):
                 raise ValueError(_complaint(self.unreadable, self._total))
             yield batch.content
@@ -658,6 +661,10 @@ class Normalise(nn.Module):
     def unit(self, images: Tensor) -> Tensor:
         """Return uint8 images as float32 in [0, 1], and floats as they are."""
         return images if images.is_floating_point() else images.float() / 255
+
+    def undo(self, images: Tensor) -> Tensor:
+        """Return normalised images in [0, 1] again."""
+        return images * self.std + self.mean
 
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[-3] != len(self.mean):

@@ -193,9 +193,7 @@ def normalisation(images: Images, source: Source) -> Normalise:
     """
     if images.statistics == "imagenet" or (images.statistics == "auto" and images.data and images.channels == 3):
         if images.channels != 3:
-            raise ValueError(
-                f"ImageNet's mean and std are of 3 channels, not of {images.channels}: use --statistics data"
-            )
+            raise ValueError(f"ImageNet's mean and std have 3 channels, not {images.channels}: use --statistics data")
         return Normalise(IMAGENET_MEAN, IMAGENET_STD)
     return Normalise(*statistics(source))
 

@@ -65,7 +65,8 @@ class Attention(nn.Module):
         if num_queries is None:
             q, k, v = rearrange(F.linear(x, weight, bias), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         else:
-            q = rearrange(F.linear(x[:, -num_queries:], weight[:dim], bias[:dim]), "b k (h d) -> b h k d", h=self.heads)
+            asking = x[:, x.shape[1] - num_queries :]
+            q = rearrange(F.linear(asking, weight[:dim], bias[:dim]), "b k (h d) -> b h k d", h=self.heads)
             k, v = rearrange(F.linear(x, weight[dim:], bias[dim:]), "b n (two h d) -> two b h n d", two=2, h=self.heads)
         return self.proj(rearrange(attend(q, k, v), "b h k d -> b k (h d)"))
 
@@ -89,6 +90,8 @@ class Block(nn.Module):
         self, dim: int, heads: int, *, mlp_ratio: float = 4.0, key_bias: bool = True, drop: float = 0.0
     ) -> None:
         super().__init__()
+        if not 0 <= drop < 1:
+            raise ValueError(f"drop={drop} is not a probability below 1")
         self.drop = drop
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads, key_bias=key_bias)
@@ -100,7 +103,7 @@ class Block(nn.Module):
     ) -> Float[Tensor, "b k d"]:
         """Update all tokens, or only the last `num_queries`, which still attend to all of them."""
         branch = self.attn(self.norm1(x), num_queries)
-        x = x if num_queries is None else x[:, -num_queries:]
+        x = x if num_queries is None else x[:, x.shape[1] - num_queries :]
         x = x + (branch if noise is None else drop_path(branch, noise[:, 0], self.drop))
         branch = self.mlp(self.norm2(x))
         return x + (branch if noise is None else drop_path(branch, noise[:, 1], self.drop))
@@ -114,7 +117,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, dim, patch, patch)
 
     def forward(self, patches: Float[Tensor, "b k values"]) -> Float[Tensor, "b k d"]:
-        return F.linear(patches, rearrange(self.proj.weight, "d c p q -> d (p q c)"), self.proj.bias)
+        return F.linear(patches, self.proj.weight.movedim(1, -1).flatten(1), self.proj.bias)  # channel fastest
 
 
 class ViT(nn.Module):
@@ -153,7 +156,7 @@ class ViT(nn.Module):
         positions = table(height=height, width=width, dim=dim)
         positions = F.pad(positions, (0, 0, int(class_token), 0))  # the class token's position is zero
         self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
-        drops = torch.linspace(0, drop, depth).tolist()
+        drops = torch.linspace(0, drop, depth, device="cpu").tolist()  # numbers, also of a network on the meta device
         self.blocks = nn.ModuleList(Block(dim, heads, key_bias=key_bias, drop=rate) for rate in drops)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
@@ -343,8 +346,9 @@ def timm_arguments_of(weights: dict[str, Tensor], source: object) -> dict[str, A
         ValueError: if the weights are not those of a plain ViT of a named size.
     """
     kernel, table = weights.get("patch_embed.proj.weight"), weights.get("pos_embed")
-    if kernel is None or table is None:
-        raise ValueError(f"{source} holds no patch_embed.proj.weight and pos_embed: it is not a plain ViT")
+    blocks = [int(name.split(".")[1]) for name in weights if name.startswith("blocks.")]
+    if kernel is None or kernel.ndim != 4 or table is None or table.ndim != 3 or not blocks:
+        raise ValueError(f"{source} is not a plain ViT, which has patch_embed.proj.weight, pos_embed and blocks")
     dim, channels, patch, _ = kernel.shape
     heads = next((size["heads"] for size in SIZES.values() if size["dim"] == dim), None)
     side = math.isqrt(table.shape[1])
@@ -355,7 +359,7 @@ def timm_arguments_of(weights: dict[str, Tensor], source: object) -> dict[str, A
         "patch_size": patch,
         "in_chans": channels,
         "embed_dim": dim,
-        "depth": 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
+        "depth": 1 + max(blocks),
         "num_heads": heads,
         "class_token": "cls_token" in weights,
     }
@@ -364,7 +368,13 @@ def timm_arguments_of(weights: dict[str, Tensor], source: object) -> dict[str, A
 def resize_positions(
     pos_embed: Float[Tensor, "1 prefix+n d"], *, height: int, width: int, new_height: int, new_width: int
 ) -> Float[Tensor, "1 prefix+m d"]:
-    """Resample a table with or without the row of a class token for another grid; the class row stays."""
+    """Resample a table with or without the row of a class token for another grid; the class row stays.
+
+    Raises:
+        ValueError: if the table has more or fewer rows, or a side is not positive.
+    """
     prefix = pos_embed.shape[1] - height * width
+    if prefix not in (0, 1):
+        raise ValueError(f"a table of {pos_embed.shape[1]} rows is not one of a grid of {height} × {width}")
     table = resize_table(pos_embed[:, prefix:], height=height, width=width, new_height=new_height, new_width=new_width)
     return torch.cat([pos_embed[:, :prefix], table], dim=1)

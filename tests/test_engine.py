@@ -1,0 +1,280 @@
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from common import engine
+from common.config import Optimisation, Run
+from common.engine import Batches, Rand, World, by_epoch, by_step, learning_rate, parameter_groups, pieces, train
+
+ALONE = World(0, 1, torch.device("cpu"))
+RUN = Run(precision="fp32", compile="off", log_every=2, checkpoint_minutes=0.0)
+SMALL = Optimisation(epochs=3, batch_size=8, device_batch=8, base_lr=0.5, warmup_epochs=1.0)
+IMAGES = 35  # four batches of 8, and three images left over
+
+
+class Regression(nn.Module):
+    """A method that learns the mean of its batch, with noise, and keeps a moving average of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 4)
+        self.average: Tensor
+        self.register_buffer("average", torch.zeros(4, 4))
+
+    def noise(self, rand: Any, batch: int) -> dict[str, Tensor]:
+        return {"jitter": rand(batch, 4)}
+
+    def forward(self, batch: Tensor, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
+        error = (self.layer(batch) - noise["jitter"] * (1 + progress)).square().mean()
+        return {"loss": error, "half": error / 2}
+
+    def after_step(self, progress: Tensor) -> None:
+        self.average.lerp_(self.layer.weight, 0.1 * (1 + progress))
+
+
+class Memory:
+    """A loader over images that are functions of their index; calls `event` with the number of each batch."""
+
+    def __init__(self, batches: Iterable[list[tuple[int, int]]], event: Any = None) -> None:
+        self.batches, self.event, self.unreadable = batches, event, {}
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for number, samples in enumerate(self.batches):
+            if self.event is not None:
+                self.event(number)
+            yield torch.stack([torch.sin(torch.arange(4.0) * (index + 1) + epoch) for epoch, index in samples])
+
+
+def trained(folder: Path, *, event: Any = None, run: Run = RUN, settings: Optimisation = SMALL, **more: Any) -> Any:
+    method = more.pop("method", None) or Regression()
+    result = train(
+        method,
+        lambda batches: Memory(batches, event),
+        images=IMAGES,
+        settings=settings,
+        run=run,
+        folder=folder,
+        place=ALONE,
+        config={"settings": str(settings)},
+        **more,
+    )
+    return method.state_dict(), result
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one | other)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    apart = ("images_per_second", "waiting")
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key not in apart} for record in records]
+
+
+# The order of the images and the noise
+
+
+@given(st.integers(1, 4), st.integers(1, 24), st.integers(1, 24))
+def test_pieces_share_a_batch_equally_and_fit_the_device(devices: int, share: int, device_batch: int) -> None:
+    size, count = pieces(Optimisation(batch_size=share * devices, device_batch=device_batch), devices)
+    assert size * count == share
+    assert size <= device_batch
+
+
+@given(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3, 8]), st.integers(0, 11))
+def test_every_step_has_the_same_images_on_any_number_of_devices(devices: int, device_batch: int, since: int) -> None:
+    def steps(size: int, device_batch: int) -> list[list[tuple[int, int]]]:
+        settings = Optimisation(epochs=3, batch_size=8, device_batch=device_batch)
+        ranks = [Batches(IMAGES, settings, World(r, size, torch.device("cpu")), seed=1) for r in range(size)]
+        streams = [list(batches.since(since)) for batches in ranks]
+        count = ranks[0].count
+        rows = range(len(streams[0]) // count)
+        return [[x for j in range(count) for s in streams for x in s[i * count + j]] for i in rows]
+
+    assert steps(devices, device_batch) == steps(1, 8)
+    assert len(steps(1, 8)) == 12 - since
+
+
+def test_an_epoch_shows_no_image_twice_and_epochs_differ() -> None:
+    stream = [sample for batch in Batches(IMAGES, SMALL, ALONE, seed=1).since(0) for sample in batch]
+    assert len(set(stream)) == len(stream) == 3 * 32
+    orders = [[index for epoch, index in stream if epoch == e] for e in range(3)]
+    assert orders[0] != orders[1] != orders[2]
+    assert Batches(IMAGES, SMALL, ALONE, seed=2).since(0).__next__() != stream[:8]
+
+
+def test_resuming_reads_the_rest_of_the_stream() -> None:
+    batches = Batches(IMAGES, SMALL, ALONE, seed=1)
+    assert list(batches.since(5)) == list(batches.since(0))[5:]
+
+
+def test_fewer_images_than_a_batch_is_one_sentence() -> None:
+    with pytest.raises(ValueError, match="7 images do not fill a batch of 8: use a smaller --batch-size"):
+        Batches(7, SMALL, ALONE, seed=0)
+
+
+def test_devices_that_cannot_share_a_batch_are_one_sentence() -> None:
+    with pytest.raises(ValueError, match="a batch of 8 images cannot be shared equally by 3 devices"):
+        pieces(SMALL, 3)
+
+
+@pytest.mark.parametrize(("devices", "device_batch"), [(1, 2), (2, 4), (4, 1), (2, 1)])
+def test_every_image_has_the_same_noise_on_any_number_of_devices(devices: int, device_batch: int) -> None:
+    def noise(size: int, device_batch: int) -> Tensor:
+        settings = Optimisation(epochs=1, batch_size=8, device_batch=device_batch)
+        parts = []
+        places = [Batches(8, settings, World(r, size, torch.device("cpu")), seed=1) for r in range(size)]
+        for piece in range(places[0].count):
+            for batches in places:
+                rand = Rand(batches).at(3, piece)
+                parts.append(torch.cat([rand(batches.piece, 5), rand(batches.piece, 2)], dim=1))
+        return torch.cat(parts)
+
+    assert torch.equal(noise(devices, device_batch), noise(1, 8))
+    assert noise(1, 8).min() >= 0
+    assert noise(1, 8).max() < 1
+
+
+def test_noise_differs_between_steps_and_calls_and_repeats_at_the_same_place() -> None:
+    rand = Rand(Batches(8, SMALL, ALONE, seed=1))
+    first, second = rand.at(0, 0)(8, 3), rand(8, 3)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, rand.at(1, 0)(8, 3))
+    assert torch.equal(first, rand.at(0, 0)(8, 3))
+
+
+# The learning rate
+
+
+@given(st.integers(2, 50), st.integers(0, 20), st.floats(0, 1e-3))
+def test_the_learning_rate_rises_then_falls_to_its_end(epochs: int, warmup: int, end: float) -> None:
+    settings = {"lr": 1.0, "min_lr": end, "epochs": epochs + warmup, "warmup": warmup}
+    rates = [by_epoch(step / 4, **settings) for step in range(4 * (epochs + warmup))]
+    top = 4 * warmup
+    assert rates[:top] == sorted(rates[:top])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert rates[top] == pytest.approx(1.0)
+    assert by_epoch(epochs + warmup, **settings) == pytest.approx(end)
+
+
+def test_the_step_schedule_reaches_its_top_in_the_last_step_of_the_warmup() -> None:
+    rates = [by_step(step, lr=2.0, min_lr=0.0, warmup=5, steps=20) for step in range(20)]
+    assert rates[0] == 0
+    assert rates[4] == rates[5] == 2.0
+    assert by_step(0, lr=2.0, min_lr=0.0, warmup=1, steps=9) == 0
+
+
+def test_the_learning_rate_is_linear_in_the_batch() -> None:
+    rates = [learning_rate(4, Optimisation(epochs=9, warmup_epochs=1, batch_size=b), 4) for b in (256, 1024)]
+    assert rates == [1.5e-4, pytest.approx(4 * 1.5e-4)]
+
+
+def test_biases_and_norms_never_decay() -> None:
+    module = nn.ModuleDict({"a": nn.Linear(2, 2), "norm": nn.LayerNorm(2)})
+    module.register_parameter("mask_token", nn.Parameter(torch.zeros(1, 1, 2)))
+    module.register_parameter("frozen", nn.Parameter(torch.zeros(2, 2), requires_grad=False))
+    groups = {n: g["weight_decay"] for g in parameter_groups(module, Optimisation()) for n in g["names"]}
+    assert groups == {"mask_token": 0.05, "a.weight": 0.05, "a.bias": 0.0, "norm.weight": 0.0, "norm.bias": 0.0}
+
+
+# The loop
+
+
+def test_the_loss_falls_and_is_written_down(tmp_path: Path) -> None:
+    _, result = trained(tmp_path, settings=Optimisation(epochs=12, batch_size=8, base_lr=3.0, warmup_epochs=1.0))
+    records = lines(tmp_path)
+    assert [record["step"] for record in records] == list(range(2, 49, 2))
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert all(record["half"] == pytest.approx(record["loss"] / 2) for record in records)
+    assert result["loss"] == records[-1]["loss"]
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_accumulated_pieces_equal_one_batch(tmp_path: Path) -> None:
+    whole, _ = trained(tmp_path / "whole")
+    cut, _ = trained(tmp_path / "cut", settings=Optimisation(**{**vars(SMALL), "device_batch": 2}))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(cut[name], tensor, rtol=1e-5, atol=1e-6)
+    for one, other in zip(lines(tmp_path / "whole"), lines(tmp_path / "cut"), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.parametrize("killed_before", [1, 4, 7, 11])
+def test_a_killed_run_that_is_resumed_is_the_same_run_bit_for_bit(tmp_path: Path, killed_before: int) -> None:
+    class Killed(Exception):
+        pass
+
+    def kill(number: int) -> None:
+        if number == killed_before:
+            raise Killed
+
+    whole, _ = trained(tmp_path / "whole")
+    with pytest.raises(Killed):
+        trained(tmp_path / "cut", event=kill)
+    (tmp_path / "cut" / "metrics.jsonl").open("a").write('{"step": 2, "lo')  # died in the middle of a line
+    cut, _ = trained(tmp_path / "cut", run=Run(**{**vars(RUN), "resume": True}))
+    assert same(whole, cut)
+    assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
+
+
+def test_sigterm_writes_a_checkpoint_and_ends_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def terminate(number: int) -> None:
+        if number == 4:
+            engine.signal.raise_signal(engine.signal.SIGTERM)
+
+    rare = Run(**{**vars(RUN), "log_every": 100, "checkpoint_minutes": 60.0})
+    whole, _ = trained(tmp_path / "whole", run=rare)
+    with pytest.raises(SystemExit) as ended:
+        trained(tmp_path / "cut", event=terminate, run=rare)
+    assert ended.value.code == 0
+    assert "stopped by a signal at step 5 of 12; go on with --resume" in capsys.readouterr().out
+    cut, _ = trained(tmp_path / "cut", run=Run(**{**vars(rare), "resume": True}))
+    assert same(whole, cut)
+    assert lines(tmp_path / "whole") == lines(tmp_path / "cut")  # also the mean over steps before and after
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    class Breaks(Regression):
+        def forward(self, batch: Tensor, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
+            losses = super().forward(batch, noise, progress)
+            return losses | {"loss": torch.where(progress >= 7 / 12, math.nan, losses["loss"])}
+
+    with pytest.raises(ValueError, match="the loss of step 7 is not finite; the checkpoint of step 6 is kept"):
+        trained(tmp_path, method=Breaks())
+    found = engine.Checkpoints(tmp_path / "checkpoint").load()
+    assert found is not None
+    assert all(torch.isfinite(tensor).all() for tensor in found[1].values())
+
+
+def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path) -> None:
+    trained(tmp_path)
+    longer = Optimisation(**{**vars(SMALL), "epochs": 9})
+    with pytest.raises(ValueError, match=r"was trained with settings=.*and cannot be resumed with"):
+        trained(tmp_path, run=Run(**{**vars(RUN), "resume": True}), settings=longer)
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    first, _ = trained(tmp_path)
+    again, result = trained(tmp_path, run=Run(**{**vars(RUN), "resume": True}), event=lambda _: 1 / 0)
+    assert same(first, again)
+    assert result["step"] == 12
+
+
+def test_clipping_bounds_the_step(tmp_path: Path) -> None:
+    free, _ = trained(tmp_path / "free")
+    tight, _ = trained(tmp_path / "tight", settings=Optimisation(**{**vars(SMALL), "clip": 1e-3}))
+    assert not same(free, tight)
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    trained(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == ["step_000000010", "step_000000012"]
