@@ -1,11 +1,13 @@
 """Files that survive a kill, and weights of others of which no code is run."""
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,29 +52,26 @@ class Killed(BaseException):
     """The process ends here."""
 
 
-@pytest.fixture
-def kill(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Callable[[], int]]:
-    """Return a function that lets the process be killed at the n-th call to the disk from now on."""
+@contextlib.contextmanager
+def killed_at(number: int) -> Iterator[list[int]]:
+    """Kill whoever writes at the n-th call to the disk; the list is not empty if that came."""
+    calls, killed = itertools.count(1), []
 
-    def at(number: int) -> Callable[[], int]:
-        calls = 0
+    def counting(real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == number:
+                killed.append(number)
+                raise Killed
+            return real(*args, **kwargs)
 
-        def counting(real: Any) -> Any:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                nonlocal calls
-                calls += 1
-                if calls == number:
-                    raise Killed
-                return real(*args, **kwargs)
+        return call
 
-            return call
-
-        monkeypatch.setattr(os, "fsync", counting(os.fsync))
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+        for place, name in [(os, "fsync"), (os, "unlink"), (os, "rmdir")]:
+            patch.setattr(place, name, counting(getattr(place, name)))
         for name in ("open", "replace", "mkdir"):
-            monkeypatch.setattr(Path, name, counting(getattr(Path, name)))
-        return lambda: calls
-
-    return at
+            patch.setattr(Path, name, counting(getattr(Path, name)))
+        yield killed
 
 
 # Files of one's own
@@ -116,19 +115,16 @@ def test_metadata_of_others_is_text(tmp_path: Path):
     assert read_foreign(tmp_path / "a.safetensors")["a"].equal(torch.ones(1))
 
 
-@pytest.mark.parametrize("number", range(1, 10))
-def test_a_file_is_the_old_one_or_the_new_one_whenever_its_writer_is_killed(number: int, tmp_path: Path, kill: Any):
+def test_a_file_is_the_old_one_or_the_new_one_whenever_its_writer_is_killed(tmp_path: Path):
     path = tmp_path / "settings.json"
-    write_json(path, {"a": 1})
-    calls = kill(number)
-    try:
-        write_json(path, {"a": 2})
-    except Killed:
-        assert json.loads(path.read_text()) == {"a": 1}
-        write_json(path, {"a": 2})
-    else:
-        assert calls() < number  # it was not killed
-    assert json.loads(path.read_text()) == {"a": 2}
+    number, killed = 0, [0]
+    while killed:
+        number += 1
+        write_json(path, {"a": 1})
+        with killed_at(number) as killed:
+            write_json(path, {"a": 2})
+        assert json.loads(path.read_text()) == {"a": 1 if killed else 2}
+    assert number > 3
 
 
 def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -228,22 +224,20 @@ def test_a_damaged_checkpoint_that_was_passed_over_does_not_push_out_new_ones(ke
     assert is_state(checkpoints.load(), 4)
 
 
-@pytest.mark.parametrize("number", range(1, 20))
-def test_a_checkpoint_is_whole_or_not_there_whenever_its_writer_is_killed(number: int, tmp_path: Path, kill: Any):
-    checkpoints = saved(tmp_path, 3, 5)
-    calls = kill(number)
-    try:
-        checkpoints.save(7, *state(7))
-    except Killed:
-        whole = checkpoints.steps()
-        assert whole in ([3, 5], [3, 5, 7])
-        assert is_state(checkpoints.load(), whole[-1])
-    else:
-        assert calls() < number
-    checkpoints.save(9, *state(9))
-    assert is_state(checkpoints.load(), 9)
-    assert len(checkpoints.steps()) == 2
-    assert len(list(tmp_path.iterdir())) == 2  # what the killed one left behind is gone
+def test_a_checkpoint_is_whole_or_not_there_whenever_its_writer_is_killed(tmp_path: Path):
+    number, killed = 0, [0]
+    while killed:
+        number += 1
+        folder = tmp_path / str(number)
+        checkpoints = saved(folder, 3, 5)
+        with killed_at(number) as killed:
+            checkpoints.save(7, *state(7))
+        assert is_state(checkpoints.load(), checkpoints.steps()[-1])
+        assert checkpoints.steps() in ([3, 5], [3, 5, 7], [5, 7])
+        checkpoints.save(9, *state(9))
+        assert is_state(checkpoints.load(), 9)
+        assert len(list(folder.iterdir())) == len(checkpoints.steps()) == 2  # what the killed one left is gone
+    assert number > 10
 
 
 def test_what_another_killed_process_left_is_ignored_and_cleaned(tmp_path: Path):
@@ -265,7 +259,7 @@ def test_a_folder_of_another_name_is_left_alone(tmp_path: Path):
 
 
 def test_keeping_no_checkpoint_is_an_error(tmp_path: Path):
-    with pytest.raises(ValueError, match="^keep=0 checkpoints would leave nothing to resume from$"):
+    with pytest.raises(ValueError, match=r"^keep=0 checkpoints would leave nothing to resume from$"):
         Checkpoints(tmp_path, keep=0)
 
 

@@ -1,6 +1,6 @@
 """The vision transformer against timm's, and what must not matter to it and to the decoder."""
 
-from typing import Any
+from typing import Any, cast
 
 import beyond_masking_integrated as beyond_masking
 import mae
@@ -35,7 +35,7 @@ from common.vit import (
 from mimkit.positions import resize_table, sincos, sinusoid
 from mimkit.tokens import patchify, put, split, take
 
-GRID = {"height": 2, "width": 3}
+GRID: dict[str, Any] = {"height": 2, "width": 3}
 N = 6
 
 
@@ -197,7 +197,7 @@ def test_attention_is_the_mean_of_values_weighted_by_similarity(dtype: torch.dty
 
 @pytest.mark.parametrize(("tokens", "fused"), [(256, False), (257, True)])
 def test_both_ways_of_attention_are_one(tokens: int, fused: bool, monkeypatch: pytest.MonkeyPatch):
-    kernel, calls = F.scaled_dot_product_attention, []
+    calls, kernel = [], cast(Any, F.scaled_dot_product_attention)
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: calls.append(1) or kernel(*qkv))
     inputs = [normal(1, 2, tokens, 16, seed=i).bfloat16().requires_grad_() for i in range(3)]
     output = attend(*inputs)

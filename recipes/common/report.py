@@ -65,10 +65,12 @@ def draw_curves(path: Path, metrics: dict[str, list[dict[str, Any]]]) -> None:
     for column, (title, records) in enumerate(metrics.items()):
         epochs = [record["epoch"] for record in records]
         axes[0, column].set_title(title, fontsize=9)
-        for name in [name for name in (records[0] if records else {}) if name not in apart]:
+        names = [name for name in (records[0] if records else {}) if name not in apart]
+        for name in names:
             axes[0, column].plot(epochs, [record[name] for record in records], label=name)
         axes[0, column].set_ylabel("loss")
-        axes[0, column].legend(fontsize=7)
+        if names:
+            axes[0, column].legend(fontsize=7)
         axes[1, column].plot(epochs, [record["lr"] for record in records])
         axes[1, column].set_ylabel("learning rate")
         axes[1, column].set_xlabel("epoch")

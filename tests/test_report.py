@@ -1,0 +1,191 @@
+"""What a run tells: pictures that can be opened, colours by a fixed rule, and the numbers of the table."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from strategies import fast, seeded
+from torch import Tensor
+
+from common.report import (
+    Pictures,
+    draw_curves,
+    draw_pictures,
+    grey_out,
+    read_json,
+    shown,
+    table,
+    tuned_table,
+)
+from mimkit.tokens import patchify, unpatchify
+
+
+def drawn(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        image.verify()
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def share(picture: np.ndarray, colour: tuple[int, int, int]) -> float:
+    return float((abs(picture - np.array(colour)).max(axis=-1) <= 1).mean())
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("channels", [1, 3, 10])
+@pytest.mark.parametrize("size", [(8, 8), (8, 20), (20, 8)])
+def test_pictures_of_any_shape_can_be_opened(channels: int, size: tuple[int, int], tmp_path: Path):
+    columns = {title: seeded(2, channels, *size, seed=i) for i, title in enumerate(("input", "seen", "target"))}
+    draw_pictures(tmp_path / "a.png", Pictures(columns, "a note"))
+    height, width, _ = drawn(tmp_path / "a.png").shape
+    assert width > height > 200
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_more_samples_make_more_rows_as_many_as_all_kinds_have(tmp_path: Path):
+    for rows in (1, 4):
+        columns = {"input": seeded(5, 1, 4, 4), "target": seeded(rows, 1, 4, 4)}
+        draw_pictures(tmp_path / f"{rows}.png", Pictures(columns))
+    assert len(drawn(tmp_path / "4.png")) > 2 * len(drawn(tmp_path / "1.png"))
+
+
+def test_colours_are_drawn_as_they_are(tmp_path: Path):
+    red = torch.tensor([1.0, 0.25, 0.0]).view(1, 3, 1, 1).expand(1, 3, 6, 9)
+    draw_pictures(tmp_path / "a.png", Pictures({"input": red}))
+    assert share(drawn(tmp_path / "a.png"), (255, 64, 0)) > 0.2
+
+
+@pytest.mark.parametrize("channels", [1, 2, 10])
+def test_greys_are_not_stretched_and_many_channels_are_drawn_as_their_mean(channels: int, tmp_path: Path):
+    grey = (torch.arange(channels) / max(channels - 1, 1) * 0.5).view(1, channels, 1, 1).expand(1, channels, 6, 9)
+    expected = round(255 * grey.mean().item())
+    draw_pictures(tmp_path / "a.png", Pictures({"input": grey}))
+    assert share(drawn(tmp_path / "a.png"), (expected, expected, expected)) > 0.2
+
+
+def test_what_is_out_of_range_or_half_precise_is_drawn_too(tmp_path: Path):
+    bright = torch.full((1, 1, 6, 9), 7.0, dtype=torch.bfloat16, requires_grad=True)
+    draw_pictures(tmp_path / "a.png", Pictures({"input": -bright}))
+    assert share(drawn(tmp_path / "a.png"), (0, 0, 0)) > 0.2
+
+
+@fast
+@given(st.integers(0, 99), st.floats(0.1, 10))
+def test_normalised_pixels_are_shown_by_one_fixed_rule(seed: int, scale: float):
+    values = ((seeded(20, seed=seed) - 0.5) * scale).sort().values
+    greys = shown(values)
+    assert (greys.diff() >= 0).all()
+    assert ((greys >= 0) & (greys <= 1)).all()
+    assert greys[:3].equal(shown(values[:3]))  # the others have no influence
+    within = values.abs() < 2.5
+    torch.testing.assert_close(greys[within], values[within] / 5 + 0.5)
+
+
+def test_zero_is_shown_as_middle_grey_and_far_values_as_black_and_white():
+    assert shown(torch.tensor([-9.0, -2.5, 0.0, 2.5, 9.0])).tolist() == [0, 0, 0.5, 1, 1]
+
+
+@st.composite
+def covered(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """Images, a mask of their patches, and their grid."""
+    grid = {name: draw(st.integers(1, 4)) for name in ("height", "width", "patch")}
+    seed, channels = draw(st.integers(0, 99)), draw(st.sampled_from([1, 3, 10]))
+    H, W = grid["height"] * grid["patch"], grid["width"] * grid["patch"]
+    mask = seeded(2, grid["height"] * grid["width"], seed=seed) < draw(st.floats(0, 1))
+    return seeded(2, channels, H, W, seed=seed + 1), mask, grid
+
+
+@fast
+@given(covered())
+def test_exactly_the_masked_patches_are_covered_with_grey(arguments):
+    images, mask, grid = arguments
+    before = images.clone()
+    patches = patchify(images, patch=grid["patch"])
+    expected = unpatchify(torch.where(mask[..., None], 0.5, patches), **grid)
+    assert grey_out(images, mask, **grid).equal(expected)
+    assert images.equal(before)
+
+
+# Curves
+
+
+def records(count: int) -> list[dict[str, Any]]:
+    apart = {"images_per_second": 100.0, "waiting": 0.1}
+    return [{"step": i, "epoch": i / 2, "loss": 1 / (i + 1), "inner": 0.5, "lr": 0.1 * i} | apart for i in range(count)]
+
+
+@pytest.mark.parametrize("counts", [(0,), (1,), (5,), (5, 0, 3)])
+def test_curves_are_drawn_also_of_trainings_without_a_record(counts: tuple[int, ...], tmp_path: Path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_curves(tmp_path / "a.png", {f"training {i}": records(count) for i, count in enumerate(counts)})
+    assert drawn(tmp_path / "a.png").shape[1] == 600 * len(counts)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_the_drawing_shows_the_records(tmp_path: Path):
+    draw_curves(tmp_path / "empty.png", {"training": []})
+    draw_curves(tmp_path / "full.png", {"training": records(9)})
+    blue = (31, 119, 180)
+    assert share(drawn(tmp_path / "empty.png"), blue) == 0
+    assert share(drawn(tmp_path / "full.png"), blue) > 0.002
+
+
+# The table
+
+TRAINED = {"epoch": 120.0, "seconds": 71.6, "loss": 0.43218, "images_per_second": 2187.4, "waiting": 0.0431}
+
+
+def row(accuracy: float, epochs: float, seconds: float) -> dict[str, Any]:
+    return {"accuracy": accuracy, "epoch": epochs, "seconds": seconds, "test": 397, "labelled": 100}
+
+
+def test_the_table_holds_the_numbers_of_the_run(tmp_path: Path):
+    rows = {"finetune": row(93.25, 101, 12.3), "scratch": row(51.04, 102, 11.8), "budget": row(70.9, 703, 84.6)}
+    for file in ("encoder.safetensors", "result.json"):
+        (tmp_path / file).touch()
+    lines = table("mae", {"pretraining": TRAINED, **rows}, tmp_path).splitlines()
+    assert (
+        "mae: pre-trained for 120 epochs in 72 s, loss 0.4322, 2187 images/s, 4.3% of the time waiting for data"
+        in lines
+    )
+    numbers = {line[:42].strip(): line[42:].split() for line in lines if "─" not in line}
+    assert numbers["accuracy on 397 test images"] == ["accuracy", "epochs", "seconds"]
+    assert numbers["pre-trained, then fine-tuned"] == ["93.2", "%", "101", "12"]
+    assert numbers["from scratch, same epochs"] == ["51.0", "%", "102", "12"]
+    assert numbers["from scratch, same time"] == ["70.9", "%", "703", "85"]
+    assert "100 labelled images" in lines
+    assert lines[lines.index("files:") + 1 :] == [
+        f"  {tmp_path / 'encoder.safetensors'}",
+        f"  {tmp_path / 'result.json'}",
+    ]
+
+
+@pytest.mark.parametrize("kept", [(), ("finetune",), ("scratch",)])
+def test_the_table_holds_only_the_evaluations_that_were_made(kept: tuple[str, ...], tmp_path: Path):
+    text = table("mae", {"pretraining": TRAINED, **{key: row(51.04, 100, 12) for key in kept}}, tmp_path)
+    assert text.count("51.0 %") == len(kept)
+    assert ("accuracy" in text) == bool(kept)
+
+
+def test_a_classifier_alone_has_a_sentence(tmp_path: Path):
+    text = tuned_table("fine-tuning", row(93.25, 100, 12.3) | {"images_per_second": 512.3, "waiting": 0.02}, tmp_path)
+    assert text.splitlines()[1] == (
+        "fine-tuning: 93.2 % of 397 test images are right, after 100 epochs of 100 labelled images in 12 s, "
+        "512 images/s, 2.0% of the time waiting for data"
+    )
+
+
+def test_a_result_is_read_as_it_was_written(tmp_path: Path):
+    (tmp_path / "result.json").write_text(json.dumps({"a": [1, 2.5, None]}))
+    assert read_json(tmp_path / "result.json") == {"a": [1, 2.5, None]}
