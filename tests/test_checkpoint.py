@@ -364,6 +364,7 @@ def test_the_first_rule_that_matches_at_the_start_of_a_name_holds():
     assert load_weights(module, {"x_b": torch.ones(1), "b": -torch.ones(1)}, renames=rules).renamed == {"x_b": "a_b"}
     assert module.a_b.item() == 1
     assert module.b.item() == -1
+    assert load_weights(module, {"a_x_b": torch.zeros(1)}, renames={r"x_": ""}, optional=(r".",)).dropped == ["a_x_b"]
 
 
 def test_if_nothing_is_to_be_said_the_report_says_so():
@@ -385,8 +386,8 @@ def test_weights_that_are_needed_and_missing_are_named():
 def test_weights_of_another_shape_are_an_error_and_load_nothing():
     module = two_layers()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    weights = {**{name: tensor + 1 for name, tensor in before.items()}, "head.weight": seeded(2, 3)}
-    with pytest.raises(ValueError, match=r"^head.weight is \(2, 3\) in the file but \(1, 3\) here$"):
+    weights = {**{name: tensor + 1 for name, tensor in before.items()}, "head.weight": seeded(3, 1)}
+    with pytest.raises(ValueError, match=r"^head.weight is \(3, 1\) in the file but \(1, 3\) here$"):
         load_weights(module, weights, renames={})
     assert same(module.state_dict(), before)
 

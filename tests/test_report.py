@@ -60,9 +60,13 @@ def test_more_samples_make_more_rows_as_many_as_all_kinds_have(tmp_path: Path):
 
 
 def test_colours_are_drawn_as_they_are(tmp_path: Path):
-    red = torch.tensor([1.0, 0.25, 0.0]).view(1, 3, 1, 1).expand(1, 3, 6, 9)
-    draw_pictures(tmp_path / "a.png", Pictures({"input": red}))
-    assert share(drawn(tmp_path / "a.png"), (255, 64, 0)) > 0.2
+    image = torch.tensor([1.0, 0.25, 0.0]).view(1, 3, 1, 1).repeat(1, 1, 6, 9)
+    image[:, :, 3:] = image[:, :, :3].flip(1)  # red above, blue below
+    draw_pictures(tmp_path / "a.png", Pictures({"input": image}))
+    picture = drawn(tmp_path / "a.png")
+    red, blue = (abs(picture - np.array(colour)).max(axis=-1) <= 1 for colour in ((255, 64, 0), (0, 64, 255)))
+    assert min(red.mean(), blue.mean()) > 0.1
+    assert np.nonzero(red)[0].max() < np.nonzero(blue)[0].min()
 
 
 @pytest.mark.parametrize("channels", [1, 2, 10])

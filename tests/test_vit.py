@@ -341,11 +341,10 @@ def test_each_branch_of_each_sample_is_dropped_alone():
 def test_drop_path_rises_linearly_from_zero_and_each_block_has_its_noise():
     encoder, patches = network(depth=3, drop=0.4), some_patches()
     assert [block.drop for block in encoder.blocks] == pytest.approx([0, 0.2, 0.4])
-    noise = torch.full((2, 3, 2), 0.3)  # drops the last block alone
+    noise = torch.tensor([0.5, 0.1, 0.9]).view(1, 3, 1).expand(2, 3, 2)  # drops the second block alone
     x = torch.cat([encoder.cls_token + encoder.pos_embed[:, :1]] * 2)  # pyright: ignore
     x = torch.cat([x, encoder.patch_embed(patches) + encoder.positions], dim=1)
-    for i in range(2):
-        x = encoder.blocks[i](x, noise[:, i])
+    x = encoder.blocks[2](encoder.blocks[0](x), noise[:, 2])
     close(encoder(patches, encoder.positions, noise), encoder.norm(x))
 
 

@@ -289,13 +289,17 @@ def train(
     bar = tqdm(total=steps, initial=start, desc=title, unit="step", disable=None if place.first else True, leave=False)
     begin = checked = saved = time.perf_counter()
 
+    stored = start if found is not None else None  # the newest step that is known to be whole on the disk
+
     def save(step: int) -> None:
-        if place.first and (not checkpoints.steps() or checkpoints.steps()[-1] != step):
+        nonlocal stored
+        if place.first and stored != step:
             tensors = {f"method.{name}": tensor for name, tensor in method.state_dict().items()}
             for i, parameter in enumerate(parameters):
                 tensors |= {f"optimiser.{i}.{name}": value for name, value in optimiser.state[parameter].items()}
             tensors |= {} if window is None else {"window": window}
             checkpoints.save(step, tensors, {"step": step, "config": config, "last": last | {"names": names}})
+        stored = step
 
     try:
         for step in range(start, steps):
