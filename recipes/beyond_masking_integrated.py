@@ -17,9 +17,9 @@ from common import finetuning
 from common.config import Flat, Images, Network, Optimisation, Run
 from common.finetuning import Finetuning
 from common.images import Normalise
-from common.pretraining import Evaluation, count_masked, grid, pretrain
+from common.pretraining import Evaluation, count_masked, encoder_and_decoder, pretrain
 from common.report import Pictures, grey_out, shown
-from common.vit import SIZES, Decoder, ViT, initialise_truncated
+from common.vit import initialise_truncated
 from mimkit.degrade import area_resize, central_crop
 from mimkit.losses import band_error, channel_normalised_patches, squared_error
 from mimkit.masking import random_tokens
@@ -51,26 +51,18 @@ class Config:
 class Integrated(nn.Module):
     def __init__(self, config: Config, normalise: Normalise) -> None:
         super().__init__()
-        network, (height, width) = config.network, grid(config.images, config.network)
-        self.height, self.width, self.patch, self.channels = height, width, network.patch, config.images.channels
+        self.encoder, self.decoder = encoder_and_decoder(
+            config.images, config.network, class_token=False, key_bias=False, embed_bias=False, table=sinusoid
+        )
+        self.height, self.width, self.patch = self.encoder.height, self.encoder.width, self.encoder.patch
+        self.channels = self.encoder.channels
         self.image_size, self.view_size = config.images.image_size, config.view_size
         for image, view in zip(self.image_size, self.view_size, strict=True):
             if view <= image or (view - image) % 2:
                 raise ValueError(f"--view-size {view} is not an even number more than --image-size {image}")
         self.inner_weight, self.outer_weight = config.inner_weight, config.outer_weight
-        self.num_masked = count_masked(height * width, config.mask_ratio)
+        self.num_masked = count_masked(self.height * self.width, config.mask_ratio)
         self.normalise = normalise
-        shape = {"height": height, "width": width, "class_token": False, "key_bias": False, "table": sinusoid}
-        self.encoder = ViT(**shape, patch=network.patch, channels=self.channels, **SIZES[network.size])
-        self.decoder = Decoder(
-            **shape,
-            encoder_dim=self.encoder.dim,
-            dim=network.decoder_dim,
-            depth=network.decoder_depth,
-            heads=network.decoder_heads,
-            outputs=network.patch**2 * self.channels,
-            embed_bias=False,
-        )
         initialise_truncated(self)
 
     def noise(self, rand: Callable[..., Tensor], batch: int) -> dict[str, Tensor]:
@@ -120,7 +112,7 @@ class Integrated(nn.Module):
         patches = take(patchify(self.normalise(centre), patch=self.patch), visible)
         prediction = self.predict(self.encoder(patches, self.encoder.positions[visible]), visible, masked)
         rows, columns = (view_H - H) // 2, (view_W - W) // 2
-        seen = nn.functional.pad(grey_out(centre, mask, **sizes), (columns, columns, rows, rows), value=0.5)
+        seen = nn.functional.pad(grey_out(centre, mask, **sizes), (columns, columns, rows, rows), value=1.0)
         return Pictures(
             {
                 "input": view,

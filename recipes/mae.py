@@ -18,9 +18,9 @@ from common.checkpoint import load_weights, read_foreign
 from common.config import Flat, Images, Network, Optimisation, Run
 from common.finetuning import Finetuning
 from common.images import Normalise
-from common.pretraining import Evaluation, count_masked, grid, pretrain
+from common.pretraining import Evaluation, count_masked, encoder_and_decoder, pretrain
 from common.report import Pictures, grey_out, shown
-from common.vit import SIZES, Decoder, ViT, initialise_mae
+from common.vit import initialise_mae
 from mimkit.losses import normalised_patches, squared_error
 from mimkit.masking import random_tokens
 from mimkit.tokens import patchify, put, split, take, unpatchify
@@ -48,23 +48,11 @@ class Config:
 class MAE(nn.Module):
     def __init__(self, config: Config, normalise: Normalise) -> None:
         super().__init__()
-        network, (height, width) = config.network, grid(config.images, config.network)
-        self.height, self.width, self.patch = height, width, network.patch
+        self.encoder, self.decoder = encoder_and_decoder(config.images, config.network)
+        self.height, self.width, self.patch = self.encoder.height, self.encoder.width, self.encoder.patch
         self.view_size, self.normalise_target = config.images.image_size, config.normalise_target
-        self.num_masked = count_masked(height * width, config.mask_ratio)
+        self.num_masked = count_masked(self.height * self.width, config.mask_ratio)
         self.normalise = normalise
-        self.encoder = ViT(
-            height=height, width=width, patch=network.patch, channels=config.images.channels, **SIZES[network.size]
-        )
-        self.decoder = Decoder(
-            height=height,
-            width=width,
-            encoder_dim=self.encoder.dim,
-            dim=network.decoder_dim,
-            depth=network.decoder_depth,
-            heads=network.decoder_heads,
-            outputs=network.patch**2 * config.images.channels,
-        )
         initialise_mae(self)
         if config.weights is not None:
             report = load_weights(
@@ -104,8 +92,7 @@ class MAE(nn.Module):
             prediction, target = (shown(unpatchify(x, **sizes)) for x in (prediction, target))
             note += "; prediction and target are normalised per patch: its brightness and contrast are not in them"
         else:
-            undo = self.normalise.undo
-            prediction, target = undo(unpatchify(prediction, **sizes)), image
+            prediction, target = self.normalise.undo(unpatchify(prediction, **sizes)), image
         seen = grey_out(image, mask, **sizes)
         return Pictures({"input": image, "seen": seen, "prediction": prediction, "target": target}, note)
 

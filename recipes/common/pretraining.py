@@ -24,7 +24,17 @@ from common.images import (
     open_images,
     statistics,
 )
-from common.vit import ViT, initialise_mae, resize_positions, timm_arguments, timm_arguments_of, timm_state
+from common.vit import (
+    SIZES,
+    Decoder,
+    ViT,
+    initialise_mae,
+    resize_positions,
+    timm_arguments,
+    timm_arguments_of,
+    timm_state,
+)
+from mimkit.positions import sincos
 
 Evaluation = Literal["finetune", "scratch", "budget"]
 
@@ -208,6 +218,32 @@ def grid(images: Images, network: Network) -> tuple[int, int]:
     if min(height, width, network.patch) < 1 or height % network.patch or width % network.patch:
         raise ValueError(f"--image-size {height} {width} is not made of patches of {network.patch} × {network.patch}")
     return height // network.patch, width // network.patch
+
+
+def encoder_and_decoder(
+    images: Images,
+    network: Network,
+    *,
+    class_token: bool = True,
+    key_bias: bool = True,
+    embed_bias: bool = True,
+    table: Callable[..., Tensor] = sincos,
+) -> tuple[ViT, Decoder]:
+    """Build a ViT of a named size and a decoder that predicts the pixels of its patches; see `common.vit`."""
+    height, width = grid(images, network)
+    shape: dict[str, Any] = {"height": height, "width": width, "class_token": class_token, "key_bias": key_bias}
+    shape["table"] = table
+    encoder = ViT(**shape, patch=network.patch, channels=images.channels, **SIZES[network.size])
+    decoder = Decoder(
+        **shape,
+        encoder_dim=encoder.dim,
+        dim=network.decoder_dim,
+        depth=network.decoder_depth,
+        heads=network.decoder_heads,
+        outputs=network.patch**2 * images.channels,
+        embed_bias=embed_bias,
+    )
+    return encoder, decoder
 
 
 def count_masked(tokens: int, ratio: float) -> int:
