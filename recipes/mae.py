@@ -115,7 +115,7 @@ FOLDER = replace(
 DIGITS = Config(
     images=Images(image_size=(32, 32), channels=1, crop_scale=(0.6, 1.0), flip=0.0),
     network=Network(size="nano", patch=4, decoder_dim=48, decoder_depth=1, decoder_heads=3),
-    optimisation=Optimisation(epochs=120, batch_size=128, base_lr=2e-3, warmup_epochs=10),
+    optimisation=Optimisation(epochs=40, batch_size=64, base_lr=4e-3, warmup_epochs=4),
     finetune=finetuning.DIGITS,
 )
 

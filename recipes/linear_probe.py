@@ -1,0 +1,38 @@
+"""Train a linear classifier on a frozen encoder and measure its accuracy.
+
+    python recipes/linear_probe.py --encoder runs/mae/encoder.safetensors                 the embedded digits
+    python recipes/linear_probe.py --encoder runs/mae/encoder.safetensors --data DIR      images of your own
+    python recipes/linear_probe.py --timm vit_base_patch16_224.dino --encoder dino.pth --data DIR
+    torchrun --nproc_per_node=8 recipes/linear_probe.py --preset mae --augment --encoder MAE.pth --data DIR
+
+Every image is encoded once, as its central crop, and all learning rates train in one pass over these features. The
+papers encode a new random crop of every image in every epoch instead: --augment does that.
+"""
+
+from dataclasses import dataclass, field, replace
+
+from common.config import Flat, Run
+from common.probing import DIGITS, FOLDER, Linear, Probed, linear, probe
+
+
+@dataclass(frozen=True)
+class Config:
+    """The published protocols are the presets "mae" and "hpm"."""
+
+    probed: Flat[Probed] = field(default_factory=Probed)
+    flip: float = 0.5
+    """with --augment: probability of a horizontal flip"""
+    run: Flat[Run] = field(default_factory=Run)
+    settings: Flat[Linear] = field(default_factory=Linear)
+
+
+HPM = replace(Linear(), optimiser="sgd", base_lrs=(1e-3,), batch_size=4096, epochs=100, pool="mean")
+PRESETS = {
+    "digits": Config(flip=0.0, settings=DIGITS),
+    "folder": Config(settings=FOLDER),
+    "mae": Config(),
+    "hpm": Config(settings=HPM),
+}
+
+if __name__ == "__main__":
+    probe(linear, PRESETS, name="linear_probe", title="linear probe", description=__doc__)

@@ -1,0 +1,35 @@
+"""Train a few new transformer blocks and a head behind a frozen encoder, and measure their accuracy.
+
+    python recipes/nonlinear_probe.py --encoder runs/mae/encoder.safetensors                 the embedded digits
+    python recipes/nonlinear_probe.py --encoder runs/mae/encoder.safetensors --data DIR --blocks 4
+    torchrun --nproc_per_node=8 recipes/nonlinear_probe.py --encoder mae_pretrain_vit_base.pth --data DIR
+
+The blocks are as wide as the encoder and are trained as in fine-tuning, all at the same learning rate.
+
+Paper: Beyond Masking, arXiv 2203.14313, non-linear probing. It gives no settings of the optimiser.
+"""
+
+from dataclasses import dataclass, field
+
+from common import finetuning
+from common.config import Flat, Run
+from common.probing import Nonlinear, Probed, nonlinear, probe
+
+
+@dataclass(frozen=True)
+class Config:
+    probed: Flat[Probed] = field(default_factory=Probed)
+    flip: float = 0.5
+    """probability of a horizontal flip"""
+    run: Flat[Run] = field(default_factory=Run)
+    settings: Flat[Nonlinear] = field(default_factory=Nonlinear)
+
+
+PRESETS = {
+    "digits": Config(flip=0.0, settings=Nonlinear(finetune=finetuning.DIGITS)),
+    "folder": Config(settings=Nonlinear(finetune=finetuning.FOLDER)),
+    "imagenet": Config(settings=Nonlinear(finetune=finetuning.of(finetuning.MAE, base_lr=1e-3))),
+}
+
+if __name__ == "__main__":
+    probe(nonlinear, PRESETS, name="nonlinear_probe", title="non-linear probe", description=__doc__)
