@@ -136,6 +136,7 @@ IMAGENET = Config(
 )
 FOLDER = replace(
     IMAGENET,
+    evaluate=("finetune", "scratch"),
     network=replace(IMAGENET.network, size="small"),
     optimisation=replace(IMAGENET.optimisation, batch_size=256),
     finetune=finetuning.FOLDER,

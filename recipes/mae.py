@@ -108,11 +108,13 @@ NAMES = {
 IMAGENET = Config(optimisation=Optimisation(epochs=1600))
 FOLDER = replace(
     IMAGENET,
+    evaluate=("finetune", "scratch"),
     network=Network(size="small"),
     optimisation=Optimisation(epochs=300, batch_size=256, warmup_epochs=20),
     finetune=finetuning.FOLDER,
 )
 DIGITS = Config(
+    evaluate=("finetune", "scratch"),
     images=Images(image_size=(32, 32), channels=1, crop_scale=(0.6, 1.0), flip=0.0),
     network=Network(size="nano", patch=4, decoder_dim=48, decoder_depth=1, decoder_heads=3),
     optimisation=Optimisation(epochs=40, batch_size=64, base_lr=4e-3, warmup_epochs=4),
