@@ -1,9 +1,15 @@
 """Degradations of images: what the network sees instead of the image it has to give back."""
 
+import math
+
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+
+# einops looks up its backend once; done here, it is no reason to compile a caller's graph a second time
+rearrange(torch.empty(0), "n -> n")
 
 
 def area_resize(images: Float[Tensor, "*batch c H0 W0"], *, H: int, W: int) -> Float[Tensor, "*batch c {H} {W}"]:
@@ -97,20 +103,495 @@ def zoom_in_anywhere(
 
     Source: Beyond Masking, arXiv 2203.14313, appendix A.3.
     """
-    if noise.shape != (*images.shape[:-3], 2):
-        raise ValueError(f"noise {tuple(noise.shape)} does not give a row and a column to images {tuple(images.shape)}")
+    _check_noise(noise, images, 2, "a row and a column")
     _margins(images, window_H, window_W)
     H, W = images.shape[-2:]
-    rows = _window(noise[..., 0], window_H, H)[..., None, :, None].expand(*images.shape[:-2], window_H, W)
-    columns = _window(noise[..., 1], window_W, W)[..., None, None, :].expand(*images.shape[:-2], window_H, window_W)
-    return area_resize(images.gather(-2, rows).gather(-1, columns), H=H, W=W)
+    top, left = _whole(noise[..., 0], H - window_H), _whole(noise[..., 1], W - window_W)
+    rows = top.unsqueeze(-1) + torch.arange(window_H, device=noise.device)
+    columns = left.unsqueeze(-1) + torch.arange(window_W, device=noise.device)
+    return area_resize(_pick(images, rows, columns), H=H, W=W)
 
 
-def _window(noise: Float[Tensor, "*batch"], length: int, size: int) -> Int[Tensor, "*batch {length}"]:
-    """Indices of `length` neighbours among `size`, at a random offset."""
-    choices = size - length + 1
-    first = (noise.float() * choices).long().clamp(max=choices - 1)
-    return first.unsqueeze(-1) + torch.arange(length, device=noise.device)
+def mirror_fill(
+    images: Shaped[Tensor, "*batch c h w"], noise: Float[Tensor, "*batch 2"], *, H: int, W: int
+) -> Shaped[Tensor, "*batch c {H} {W}"]:
+    """Put images at random places of larger canvases and fill these with mirror images.
+
+    The mirror repeats the edge pixel (… 1 0 | 0 1 … w−1 | w−1 w−2 …) and is itself mirrored, as often as it takes.
+    The same noise puts other images of the same size, predictions say, at the same places.
+
+    Args:
+        images: any dtype, channels first.
+        noise: uniform in [0, 1); row and column of the image, every place equally likely.
+        H: height of the canvas in pixels, at least h.
+        W: width of the canvas in pixels, at least w.
+
+    Raises:
+        ValueError: if an image is empty or does not fit onto its canvas, or the leading axes differ.
+
+    Example:
+        >>> mirror_fill(torch.tensor([[[1, 2]]]), torch.tensor([0.0, 0.6]), H=1, W=7)
+        tensor([[[2, 2, 1, 1, 2, 2, 1]]])
+
+    Source: Beyond Masking, arXiv 2203.14313, task (b). The published code has one place per batch, never the last
+    row or column, and fails where the mirror is wider than the image or the margin is zero.
+    """
+    _check_noise(noise, images, 2, "a row and a column")
+    h, w = images.shape[-2:]
+    _check_fits(h, w, H, W)
+    rows = _mirrored(_whole(noise[..., 0], H - h), h, H)
+    columns = _mirrored(_whole(noise[..., 1], W - w), w, W)
+    return _pick(images, rows, columns)
+
+
+def paste(
+    images: Float[Tensor, "*batch c h w"], canvases: Float[Tensor, "*batch c H W"], noise: Float[Tensor, "*batch 2"]
+) -> Float[Tensor, "*batch c H W"]:
+    """Put images at random places of larger ones: the ablations of the mirror image around a shrunken image.
+
+    For black give `black.expand(...)` of one value per channel (−mean / std, once images are normalised), for foreign
+    images `images.roll(1, dims=0)`. The same noise means the same places as in `mirror_fill`.
+
+    Args:
+        images: channels first.
+        canvases: what to put them on; left as they are.
+        noise: uniform in [0, 1); row and column of the image, every place equally likely.
+
+    Returns:
+        The dtype of `images`.
+
+    Raises:
+        ValueError: if an image is empty or does not fit onto its canvas, or the leading axes or channels differ.
+
+    Example:
+        >>> paste(torch.tensor([[[1.0, 2.0]]]), torch.zeros(1, 1, 4), torch.tensor([0.0, 0.6]))
+        tensor([[[0., 1., 2., 0.]]])
+
+    Source: Beyond Masking, arXiv 2203.14313, appendix A.3.
+    """
+    _check_noise(noise, images, 2, "a row and a column")
+    if canvases.shape[:-2] != images.shape[:-2]:
+        raise ValueError(f"images {tuple(images.shape)} cannot be put on canvases {tuple(canvases.shape)}")
+    (h, w), (H, W) = images.shape[-2:], canvases.shape[-2:]
+    _check_fits(h, w, H, W)
+    rows = torch.arange(H, device=noise.device) - _whole(noise[..., 0], H - h).unsqueeze(-1)
+    columns = torch.arange(W, device=noise.device) - _whole(noise[..., 1], W - w).unsqueeze(-1)
+    inside = ((rows >= 0) & (rows < h)).unsqueeze(-1) & ((columns >= 0) & (columns < w)).unsqueeze(-2)
+    placed = _pick(images, rows.clamp(0, h - 1), columns.clamp(0, w - 1))
+    return torch.where(inside.unsqueeze(-3), placed, canvases.to(images.dtype))
+
+
+def zoom_out(
+    images: Float[Tensor, "*batch c H W"], noise: Float[Tensor, "*batch 2"], *, small_H: int, small_W: int
+) -> Float[Tensor, "*batch c H W"]:
+    """Shrink images, put them back at a random place and fill the rest with mirror images.
+
+    It is `mirror_fill` after `area_resize`; for other fills use `paste` instead, for none `area_resize` alone. Masking
+    and zooming out at once compares prediction and target in the frame of the input: send both through this function,
+    with the noise of the input.
+
+    Args:
+        images: channels first.
+        noise: uniform in [0, 1); row and column of the small image, every place equally likely.
+        small_H: height of the small image in pixels (best 160 of 224).
+        small_W: width of the small image in pixels.
+
+    Raises:
+        ValueError: if the small image is empty or larger than the images, or the leading axes differ.
+
+    Example:
+        >>> zoom_out(torch.tensor([[[1.0, 1.0, 5.0, 5.0]]]), torch.tensor([0.0, 0.0]), small_H=1, small_W=2)
+        tensor([[[1., 5., 5., 1.]]])
+
+    Source: Beyond Masking, arXiv 2203.14313, task (b); the loss on the canvas is that of the published code.
+    """
+    H, W = images.shape[-2:]
+    _check_noise(noise, images, 2, "a row and a column")
+    _check_fits(small_H, small_W, H, W)
+    return mirror_fill(area_resize(images, H=small_H, W=small_W), noise, H=H, W=W)
+
+
+def zoom_out_any_size(
+    images: Float[Tensor, "*batch c H W"], noise: Float[Tensor, "*batch 3"], *, sizes: tuple[tuple[int, int], ...]
+) -> Float[Tensor, "*batch c H W"]:
+    """Zoom out with a size of its own for each image.
+
+    The averages are products with small matrices, in float32 whatever autocast says. They are quick where the sizes
+    share a large divisor with those of the images, as 96, 128, 160, 192 and 224 do.
+
+    Args:
+        images: channels first.
+        noise: uniform in [0, 1); row and column of the small image, every place equally likely, then its size, all
+            sizes equally likely.
+        sizes: heights and widths of small images in pixels, such as `((96, 96), (128, 128), (160, 160), (192, 192))`.
+
+    Raises:
+        ValueError: if there is no size, one is empty or larger than the images, or the leading axes differ.
+
+    Example:
+        >>> images = torch.tensor([[[1.0, 1.0, 5.0, 5.0]]])
+        >>> zoom_out_any_size(images, torch.tensor([0.0, 0.0, 0.9]), sizes=((1, 4), (1, 2)))
+        tensor([[[1., 5., 5., 1.]]])
+
+    Source: Beyond Masking, arXiv 2203.14313, task (b), "rand." in the table of parameters.
+    """
+    _check_noise(noise, images, 3, "a row, a column and a size")
+    if not sizes:
+        raise ValueError("sizes=() leaves nothing to choose from")
+    H, W = images.shape[-2:]
+    for height, width in sizes:
+        _check_fits(height, width, H, W)
+    dtype, images, which = images.dtype, images.float(), _whole(noise[..., 2], len(sizes) - 1)
+    rows, averages = _shrunken_axis(noise[..., 0], which, [height for height, _ in sizes], H)
+    blocks = images.unflatten(-2, (-1, averages.shape[-1]))
+    with _full_precision(images):
+        images = torch.einsum("...qp,...cgpw->...cgqw", averages, blocks).flatten(-3, -2)
+    columns, averages = _shrunken_axis(noise[..., 1], which, [width for _, width in sizes], W)
+    blocks = images.unflatten(-1, (-1, averages.shape[-1]))
+    with _full_precision(images):
+        images = torch.einsum("...qp,...chgp->...chgq", averages, blocks).flatten(-2)
+    return _pick(images, rows, columns).to(dtype)
+
+
+def fisheye(
+    images: Float[Tensor, "*batch c H W"], noise: Float[Tensor, "*batch 3"], *, least_twist: float, most_twist: float
+) -> Float[Tensor, "*batch c H W"]:
+    """Bend each image towards a random point of its own: what is near the point is seen larger, what is far is lost.
+
+    For the form that loses no pixels of the target bend a larger view (288 for 224), `area_resize` it, and take the
+    `central_crop` of the unbent view as the target.
+
+    Args:
+        images: channels first.
+        noise: uniform in [0, 1); row and column of the centre, anywhere in the image, then the twist.
+        least_twist: smallest twist (best 0.20; 0.15 in the published code).
+        most_twist: largest twist (0.25). Up to 0.30 nothing outside the image is ever read.
+
+    Raises:
+        ValueError: if the twists are no interval of finite numbers from 0, the images have no pixels, or the leading
+            axes differ.
+
+    Example:
+        >>> image = torch.tensor([[[0.0, 1.0, 2.0, 3.0, 4.0]]])
+        >>> fisheye(image, torch.tensor([0.5, 0.5, 0.0]), least_twist=0.25, most_twist=0.25)
+        tensor([[[0.5000, 1.1250, 2.0000, 2.8750, 3.5000]]])
+
+    Source: Beyond Masking, arXiv 2203.14313, task (c).
+    """
+    _check_noise(noise, images, 3, "a row, a column and a twist")
+    if not 0 <= least_twist <= most_twist < math.inf:
+        raise ValueError(f"twists from {least_twist} to {most_twist} are no interval of numbers from 0")
+    noise = noise.float()
+    return fisheye_at(images, 2 * noise[..., :2] - 1, least_twist + (most_twist - least_twist) * noise[..., 2])
+
+
+def fisheye_at(
+    images: Float[Tensor, "*batch c H W"], centres: Float[Tensor, "*batch 2"], twists: Float[Tensor, "*batch"]
+) -> Float[Tensor, "*batch c H W"]:
+    """Bend each image towards a given point: a pixel at distance d from it shows what is `twist` · d² nearer.
+
+    Rows and columns run from −1 to 1, from the centre of the first pixel to that of the last; d is measured in them.
+    The image is read with bilinear weights, 0 where a point lies outside (only for twists above 0.35).
+
+    Args:
+        images: channels first.
+        centres: row and column in [−1, 1] (the published code has them the other way round).
+        twists: from 0, the image as it is. Above 1 / (2 d) the picture folds back.
+
+    Raises:
+        ValueError: if the images have no pixels or the leading axes differ.
+
+    Example:
+        >>> image = torch.tensor([[[0.0, 1.0, 2.0, 3.0, 4.0]]])
+        >>> fisheye_at(image, torch.tensor([0.0, -1.0]), torch.tensor(0.25))
+        tensor([[[0.0000, 0.8750, 1.5000, 1.8750, 2.0000]]])
+
+    Source: Beyond Masking, arXiv 2203.14313, task (c).
+    """
+    if centres.shape != (*images.shape[:-3], 2) or twists.shape != images.shape[:-3]:
+        raise ValueError(
+            f"centres {tuple(centres.shape)} and twists {tuple(twists.shape)} are not one of each for images "
+            f"{tuple(images.shape)}"
+        )
+    rows, columns = _coordinates(images)
+    rows = rows.unsqueeze(-1)
+    down, right = centres[..., 0, None, None].float() - rows, centres[..., 1, None, None].float() - columns
+    pull = twists[..., None, None].float() * (down.square() + right.square()).sqrt()
+    return _sample(images, torch.addcmul(rows, pull, down), torch.addcmul(columns, pull, right), outside="zeros")
+
+
+def wave(images: Float[Tensor, "*batch c H W"], *, amplitude: float, frequency: float) -> Float[Tensor, "*batch c H W"]:
+    """Shift the columns of images up and down along a cosine; what would be lost comes back mirrored at the edge.
+
+    A pixel at (row, column), both from −1 to 1, shows row + `amplitude` · cos(`frequency` · column), with bilinear
+    weights. The mirror stands on the edge pixel, which is not repeated.
+
+    Args:
+        images: channels first.
+        amplitude: height of the wave, 0.1 say; 1 is half of the image.
+        frequency: 10 say; 2π is two waves.
+
+    Raises:
+        ValueError: if a number is not finite, or the images have no pixels.
+
+    Example:
+        >>> wave(torch.tensor([[[1.0], [2.0], [3.0]]]), amplitude=1.0, frequency=10.0)
+        tensor([[[2.],
+                 [3.],
+                 [2.]]])
+
+    Source: Beyond Masking, arXiv 2203.14313, appendix A.3, "horizontal wave", of which there is neither formula nor
+    code; this is the second transform of the tutorial from which the published fisheye is taken.
+    """
+    if not (math.isfinite(amplitude) and math.isfinite(frequency)):
+        raise ValueError(f"amplitude={amplitude} and frequency={frequency} make no wave")
+    rows, columns = _coordinates(images)
+    rows = rows.unsqueeze(-1) + amplitude * torch.cos(frequency * columns)
+    return _sample(images, rows, columns.expand_as(rows), outside="reflection")
+
+
+def random_kernels(noise: Float[Tensor, "*batch k k"], *, mean: float, std: float) -> Float[Tensor, "*batch k k"]:
+    """Make normal weights for `convolve_each`, which nothing brings to a sum of one.
+
+    Args:
+        noise: uniform in [0, 1), one value per weight.
+        mean: of the weights: 1 / k², a box filter (0 for the initialisations that do worse than no pre-training).
+        std: of the weights: 0.02. The sum of a kernel has a standard deviation of k · `std`.
+
+    Returns:
+        float32.
+
+    Raises:
+        ValueError: if `mean` is not finite, or `std` neither zero nor positive.
+
+    Example:
+        >>> random_kernels(torch.tensor([[0.5]]), mean=1.0, std=0.02)
+        tensor([[1.]])
+
+    Source: Beyond Masking, arXiv 2203.14313, task (d); mean and std are those of the published code for k = 7.
+    """
+    if not (math.isfinite(mean) and 0 <= std < math.inf):
+        raise ValueError(f"mean={mean} and std={std} are not those of a normal distribution")
+    return mean + std * _normal(noise)
+
+
+def random_kernels_any_size(
+    noise: Float[Tensor, "*batch m k k"],
+    size_noise: Float[Tensor, "*batch"],
+    *,
+    sizes: tuple[int, ...],
+    std: float,
+) -> Float[Tensor, "*batch m k k"]:
+    """Make normal weights of mean 1 / size² for `convolve_each`, with a size of kernel of its own for each image.
+
+    Smaller kernels stand in the middle of a k × k kernel of zeros, which makes no difference to the result.
+
+    Args:
+        noise: uniform in [0, 1), one value per weight of the largest size.
+        size_noise: uniform in [0, 1), one value per image; all sizes equally likely.
+        sizes: sides of the kernels, odd, such as (5, 7, 9, 11); the largest is k.
+        std: of the weights: 0.02.
+
+    Returns:
+        float32.
+
+    Raises:
+        ValueError: if a size is not odd or the largest is not k, `std` is neither zero nor positive, or the leading
+            axes differ.
+
+    Example:
+        >>> noise = torch.full((1, 3, 3), 0.5)
+        >>> random_kernels_any_size(noise, torch.tensor(0.2), sizes=(1, 3), std=0.02)
+        tensor([[[0., 0., 0.],
+                 [0., 1., 0.],
+                 [0., 0., 0.]]])
+
+    Source: Beyond Masking, arXiv 2203.14313, task (d), "rand." in the table of parameters.
+    """
+    k = noise.shape[-1]
+    if size_noise.shape != noise.shape[:-3] or noise.shape[-2] != k:
+        raise ValueError(f"noise {tuple(noise.shape)} and sizes {tuple(size_noise.shape)} are not those of kernels")
+    if max(sizes, default=0) != k or any(size < 1 or size % 2 == 0 for size in sizes):
+        raise ValueError(f"sizes={sizes} are not odd sides of kernels with {k} as the largest")
+    if not 0 <= std < math.inf:
+        raise ValueError(f"std={std} is not that of a normal distribution")
+    size = _listed(_whole(size_noise, len(sizes) - 1), list(sizes))[..., None, None, None]
+    distance = (torch.arange(k, device=noise.device) - k // 2).abs()
+    inside = torch.maximum(distance.unsqueeze(-1), distance) <= size // 2
+    return torch.where(inside, 1 / size**2 + std * _normal(noise), 0)
+
+
+def convolve_each(
+    images: Float[Tensor, "*batch c H W"], kernels: Float[Tensor, "*batch m k k"]
+) -> Float[Tensor, "*batch c H W"]:
+    """Convolve each image with kernels of its own, zeros around it: with random kernels, the blur.
+
+    Like every convolution of a network it is a cross-correlation: kernels are not turned round. Zeros are the mean
+    colour if the images are normalised by the mean and std of the data set.
+
+    Args:
+        images: channels first.
+        kernels: of odd side k; m = c for one per channel, or m = c · c for kernels that mix the channels: number
+            o · c + i leads from channel i to channel o.
+
+    Raises:
+        ValueError: if the kernels are not c or c · c squares of odd side for each image.
+
+    Example:
+        >>> convolve_each(torch.tensor([[[1.0, 2.0, 3.0]]]), torch.ones(1, 3, 3))
+        tensor([[[3., 6., 5.]]])
+
+    Source: Beyond Masking, arXiv 2203.14313, task (d). The paper has one kernel per channel; its pictures look as if
+    channels had been mixed; the published layer cannot run.
+    """
+    c, H, W = images.shape[-3:]
+    m, k = kernels.shape[-3], kernels.shape[-1]
+    if kernels.shape != (*images.shape[:-3], m, k, k) or m not in (c, c * c) or k % 2 == 0:
+        raise ValueError(
+            f"kernels {tuple(kernels.shape)} are not {c} or {c * c} of odd side for images {tuple(images.shape)}"
+        )
+    if not images.numel():
+        return images.clone()
+    planes, weights = images.reshape(1, -1, H, W).float(), kernels.reshape(-1, m // c, k, k).float()
+    # Three channels leave most of a CPU's vector lanes empty: kernels that mix make four rows at once.
+    rows = 1 if m == c else 4
+    if rows > 1:
+        weights = torch.stack([F.pad(weights, (0, 0, row, rows - 1 - row)) for row in range(rows)], dim=1).flatten(0, 1)
+        planes = F.pad(planes, (0, 0, 0, -H % rows)) if H % rows else planes
+    with _full_precision(images):
+        result = F.conv2d(planes, weights, stride=(rows, 1), padding=k // 2, groups=planes.shape[1] // (m // c))
+    result = rearrange(result, "1 (planes rows) h w -> planes (h rows) w", rows=rows)[:, :H]
+    return result.reshape(images.shape).to(images.dtype)
+
+
+def decolorise(
+    images: Float[Tensor, "*batch c H W"], *, saturation: float | Float[Tensor, "*batch"]
+) -> Float[Tensor, "*batch c H W"]:
+    """Reduce the saturation of images: every channel approaches the largest of its pixel.
+
+    It is RGB to HSV, S times `saturation`, and back, in closed form. At 0 the image is grey, of the largest channel
+    and not of the luma. One channel has no colour and stays as it is.
+
+    Args:
+        images: channels first, in [0, 1]: before mean and std of the data set are taken off.
+        saturation: from 0, grey, to 1, the image as it is; a number, or one per image.
+
+    Raises:
+        ValueError: if `saturation` is a number outside 0…1, or not one per image.
+
+    Example:
+        >>> decolorise(torch.tensor([1.0, 0.5, 0.0]).view(3, 1, 1), saturation=0.5).flatten()
+        tensor([1.0000, 0.7500, 0.5000])
+
+    Source: Beyond Masking, arXiv 2203.14313, task (e). The published code truncates to 8 bits, uses the result as the
+    target too, and does not run.
+    """
+    brightest = images.amax(dim=-3, keepdim=True)
+    if not isinstance(saturation, Tensor):
+        if not 0 <= saturation <= 1:
+            raise ValueError(f"saturation={saturation} is not between 0 and 1")
+        return torch.lerp(brightest, images, saturation)
+    if saturation.shape != images.shape[:-3]:
+        raise ValueError(f"saturation {tuple(saturation.shape)} is not one per image of {tuple(images.shape)}")
+    weight = saturation[..., None, None, None].float()
+    return torch.lerp(brightest.float(), images.float(), weight).to(images.dtype)
+
+
+def _whole(noise: Float[Tensor, "*batch"], most: int | Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
+    """Whole numbers from 0 to `most`, equally likely."""
+    return (noise.float() * (most + 1)).long().clamp(max=most)
+
+
+def _listed(which: Int[Tensor, "*batch"], numbers: list[int]) -> Int[Tensor, "*batch"]:
+    """The numbers at these places of a list, without sending the list to the device."""
+    result = torch.full_like(which, numbers[0])
+    for place, number in enumerate(numbers):
+        result = torch.where(which == place, number, result)
+    return result
+
+
+def _normal(noise: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Standard normal numbers from uniform ones; 0 and, rounded up, 1 become ∓5.3."""
+    return torch.special.ndtri(noise.float().clamp(2**-24, 1 - 2**-24))
+
+
+def _mirrored(
+    first: Int[Tensor, "*batch"], length: int | Int[Tensor, "*batch 1"], size: int
+) -> Int[Tensor, "*batch {size}"]:
+    """Which of `length` pixels is seen at each of `size` places: pixel 0 at place `first`, mirrors on both sides."""
+    places = (torch.arange(size, device=first.device) - first.unsqueeze(-1)) % (2 * length)
+    return torch.minimum(places, 2 * length - 1 - places)
+
+
+def _pick(
+    images: Shaped[Tensor, "*batch c H W"], rows: Int[Tensor, "*batch h"], columns: Int[Tensor, "*batch w"]
+) -> Shaped[Tensor, "*batch c h w"]:
+    """The pixels of each image at its rows and columns."""
+    places = (rows.unsqueeze(-1) * images.shape[-1] + columns.unsqueeze(-2)).flatten(-2)
+    places = places.unsqueeze(-2).expand(*images.shape[:-2], places.shape[-1])
+    return images.flatten(-2).gather(-1, places).unflatten(-1, (rows.shape[-1], columns.shape[-1]))
+
+
+def _shrunken_axis(
+    noise: Float[Tensor, "*batch"], which: Int[Tensor, "*batch"], lengths: list[int], size: int
+) -> tuple[Int[Tensor, "*batch {size}"], Float[Tensor, "*batch q p"]]:
+    """For one axis: where each place of the canvas finds its pixel, and the averages that shrink the image.
+
+    Shrinking repeats itself in blocks of p old pixels, and all lengths have the same number of blocks. A block has room
+    for the q new pixels of the largest length; what smaller ones leave free is nowhere looked for.
+    """
+    blocks = math.gcd(size, *lengths)
+    # products with very small matrices are slow: at least 16 pixels in a block where that is possible
+    blocks = max(n for n in range(1, blocks + 1) if blocks % n == 0 and (size >= 16 * n or n == 1))
+    p, q = size // blocks, max(lengths) // blocks
+    length = _listed(which, lengths)
+    new = (length // blocks)[..., None, None]
+    i, j = torch.arange(q, device=which.device).unsqueeze(-1), torch.arange(p, device=which.device)
+    touched = (j * new < (i + 1) * p) & ((j + 1) * new > i * p) & (i < new)
+    averages = touched / touched.sum(dim=-1, keepdim=True).clamp(min=1)
+    pixels = _mirrored(_whole(noise, size - length), length.unsqueeze(-1), size)
+    new = new.squeeze(-1)
+    return pixels // new * q + pixels % new, averages
+
+
+def _coordinates(images: Tensor) -> tuple[Float[Tensor, " H"], Float[Tensor, " W"]]:
+    """Rows and columns of the pixels, from −1 to 1; a single one is at 0."""
+    H, W = images.shape[-2:]
+    if not (H and W):
+        raise ValueError(f"images of {H} × {W} pixels have nothing to show")
+    rows, columns = (torch.arange(1.0 - n, n, 2, device=images.device) / max(n - 1, 1) for n in (H, W))
+    return rows, columns
+
+
+def _sample(
+    images: Float[Tensor, "*batch c H W"],
+    rows: Float[Tensor, "*some H W"],
+    columns: Float[Tensor, "*some H W"],
+    *,
+    outside: str,
+) -> Float[Tensor, "*batch c H W"]:
+    """Read images at rows and columns from −1 to 1, bilinearly."""
+    count, (c, H, W) = images.shape[:-3].numel(), images.shape[-3:]
+    grids = torch.stack([columns, rows], dim=-1).expand(*images.shape[:-3], H, W, 2).reshape(count, H, W, 2)
+    planes = images.reshape(count, c, H, W).float()
+    result = F.grid_sample(planes, grids, mode="bilinear", padding_mode=outside, align_corners=True)
+    return result.reshape(images.shape).to(images.dtype)
+
+
+def _full_precision(images: Tensor) -> torch.autocast:
+    """Autocast switched off, also where there is none (on the meta device)."""
+    kind = images.device.type
+    return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
+
+
+def _check_noise(noise: Tensor, images: Tensor, count: int, what: str) -> None:
+    if noise.shape != (*images.shape[:-3], count):
+        raise ValueError(f"noise {tuple(noise.shape)} does not give {what} to images {tuple(images.shape)}")
+
+
+def _check_fits(h: int, w: int, H: int, W: int) -> None:
+    if not (0 < h <= H and 0 < w <= W):
+        raise ValueError(f"an image of {h} × {w} pixels does not fit onto a canvas of {H} × {W}")
 
 
 def _margins(images: Tensor, H: int, W: int) -> tuple[int, int]:

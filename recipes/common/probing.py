@@ -174,9 +174,10 @@ def load_timm(path: Path, name: str, *, image_size: tuple[int, int] | None = Non
         prefix = table.shape[1] - old[0] * old[1]
         weights["pos_embed"] = torch.cat([table[:, :prefix], resize_table(table[:, prefix:], **sizes)], dim=1)
     loaded = load_weights(model, weights, renames={})
-    mean, std = (about[key] if "timm" in about else model.pretrained_cfg[key] for key in ("mean", "std"))
+    numbers = cast(dict[str, list[float]], about if "timm" in about else model.pretrained_cfg)
+    mean, std = numbers["mean"], numbers["std"]
     if len(mean) != channels:
-        mean, std = ([sum(numbers) / len(numbers)] * channels for numbers in (mean, std))
+        mean, std = ([sum(values) / len(values)] * channels for values in (mean, std))
     if "timm" not in about:
         print(f"{path}:\n{loaded}\nimages are normalised by mean {list(mean)} and std {list(std)}, timm's for {name}")
     return cast(ViT, TimmViT(model)), Normalise(mean, std)
@@ -192,10 +193,6 @@ class Frozen(nn.Module):
         self.encoder, self.normalise = encoder.requires_grad_(False), normalise
         self.pool = ("mean" if encoder.cls_token is None else "class") if pool == "auto" else pool
         self.eval()
-
-    def train(self, mode: bool = True) -> "Frozen":
-        """Stay in evaluation mode: no dropout, no new statistics."""
-        return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -213,7 +210,7 @@ class Deepened(nn.Module):
             raise ValueError(f"--blocks {blocks}: without a new block it is a linear probe")
         self.encoder = encoder.requires_grad_(False)
         self.patch, self.dim, self.depth, self.num_prefix = encoder.patch, encoder.dim, blocks, encoder.num_prefix
-        ratio = encoder.blocks[0].mlp.fc1.out_features / encoder.dim  # pyright: ignore
+        ratio = cast(Any, encoder.blocks[0]).mlp.fc1.out_features / encoder.dim
         drops = torch.linspace(0, drop, blocks).tolist()
         self.blocks = nn.ModuleList(Block(encoder.dim, encoder.heads, mlp_ratio=ratio, drop=rate) for rate in drops)
         initialise_mae(self.blocks)
@@ -390,8 +387,8 @@ class Heads(nn.Module):
 
 def fit(
     heads: Heads, batches: Iterable[tuple[Tensor, Tensor]], *, rates: Sequence[float], steps: int, settings: Linear
-) -> list[float]:
-    """Train each head at its learning rate, and return the mean loss of every epoch, of the last head.
+) -> list[dict[str, Any]]:
+    """Train each head at its learning rate, and return the loss and learning rate of every epoch, of the last head.
 
     Args:
         batches: features and labels of every step.
@@ -417,7 +414,8 @@ def fit(
         optimiser.step()
         window.append(losses[-1].detach())
         if len(window) == steps:
-            history.append(float(torch.stack(window).mean()))
+            lr, loss = optimiser.param_groups[-1]["lr"], float(torch.stack(window).mean())
+            history.append({"step": step + 1, "epoch": (step + 1) // steps, "loss": loss, "lr": lr})
             window = []
     return history
 
@@ -476,7 +474,7 @@ def linear(
     if not settings.augment:
         features, labels = encode(frozen, labelled, images, settings.crop_fraction, only=every, **shared)
 
-    def trained(only: list[int], base_lrs: Sequence[float], what: str) -> tuple[Heads, list[float]]:
+    def trained(only: list[int], base_lrs: Sequence[float], what: str) -> tuple[Heads, list[dict[str, Any]]]:
         batch, epochs = min(settings.batch_size, len(only)), settings.epochs
         steps, rates = len(only) // batch, [rate * batch / 256 for rate in base_lrs]
         place.say(
@@ -507,13 +505,13 @@ def linear(
         best = max(finite, key=lambda i: (correct[i], -losses[i]))
         base_lr, held_out = settings.base_lrs[best], dict(zip(map(str, settings.base_lrs), correct, strict=True))
     heads, history = trained(every, [base_lr], f"training at {base_lr:g}")
-    if not math.isfinite(history[-1]):
+    if not math.isfinite(history[-1]["loss"]):
         raise ValueError(f"the loss at --base-lrs {base_lr:g} is not finite")
     tested = encode(frozen, test, images, settings.crop_fraction, only=range(len(test)), **shared)
     correct, _ = heads.judge(*tested)
     if place.first:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_metrics(folder / "metrics.jsonl", history, base_lr, settings, len(labelled))
+        write(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history).encode())
     return {
         "accuracy": float(correct),
         "labelled": len(labelled),
@@ -521,7 +519,7 @@ def linear(
         "feature": frozen.pool,
         "base_lr": base_lr,
         "held_out": held_out,
-        "loss": history[-1],
+        "loss": history[-1]["loss"],
         "epoch": settings.epochs,
         "seconds": time.perf_counter() - start,
     }
@@ -534,21 +532,6 @@ def _check_linear(settings: Linear) -> None:
         raise ValueError(f"--epochs {settings.epochs} trains nothing")
     if settings.batch_size < 2:
         raise ValueError(f"--batch-size {settings.batch_size} has no statistics to normalise by: at least 2 images")
-
-
-def _write_metrics(path: Path, history: list[float], base_lr: float, settings: Linear, labelled: int) -> None:
-    batch = min(settings.batch_size, labelled)
-    rates = {"lr": base_lr * batch / 256, "min_lr": 0.0, "warmup": min(settings.warmup_epochs, settings.epochs)}
-    lines = [
-        {
-            "step": epoch * (labelled // batch),
-            "epoch": epoch,
-            "loss": loss,
-            "lr": by_epoch(epoch, **rates, epochs=settings.epochs),
-        }
-        for epoch, loss in enumerate(history, 1)
-    ]
-    write(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 # Nearest neighbours
@@ -684,6 +667,25 @@ def nonlinear(
         title=title,
     )
     return tuned | {"blocks": settings.blocks}
+
+
+# What a pre-training calls at its end
+
+JUDGES = ("linear", "knn", "nonlinear")
+
+
+def judge(
+    kind: str, encoder: ViT, normalise: Normalise, *, finetuning: Finetuning, images: Images, **where: Any
+) -> dict[str, Any]:
+    """Judge an encoder in one of these ways, with settings that fit the images and their fine-tuning."""
+    fraction = finetuning.crop_fraction
+    if kind == "linear":
+        settings = replace(FOLDER if images.data else DIGITS, crop_fraction=fraction)
+        return linear(encoder, normalise, settings=settings, images=images, **where)
+    if kind == "knn":
+        return knn(encoder, normalise, settings=Neighbours(crop_fraction=fraction), images=images, **where)
+    pooled = finetuning if encoder.cls_token is not None else replace(finetuning, pool="mean")
+    return nonlinear(encoder, normalise, settings=Nonlinear(finetune=pooled), images=images, **where)
 
 
 def _sources(images: Images, run: Run) -> tuple[Source, Source]:

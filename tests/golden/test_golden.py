@@ -24,9 +24,23 @@ from common.finetuning import Classifier
 from common.images import Mix, Normalise, one_shot_crop_size
 from common.lars import LARS
 from common.pretraining import count_masked
-from mimkit.degrade import area_resize, zoom_in
+from common.probing import nearest
+from mimkit.degrade import (
+    area_resize,
+    central_crop,
+    convolve_each,
+    decolorise,
+    fisheye_at,
+    mirror_fill,
+    paste,
+    random_kernels,
+    wave,
+    zoom_in,
+    zoom_in_anywhere,
+    zoom_out,
+)
 from mimkit.losses import channel_normalised_patches, normalised_patches, squared_error
-from mimkit.masking import random_tokens
+from mimkit.masking import all_but_block, random_tokens
 from mimkit.positions import sincos, sinusoid
 from mimkit.tokens import patchify, put, split, take, unpatchify
 
@@ -413,6 +427,128 @@ def beyond_masking_classifier(golden: Golden, _: Any) -> None:
     golden.close("logits", classifier.head(classifier.features(golden["image"])))
 
 
+@check("beyond_masking_fisheye")
+def bent(golden: Golden, _: Any) -> None:
+    for i in golden.cases():
+        images, centres, twists = golden[f"image_{i}"], golden[f"center_{i}"].flip(-1)[None], golden[f"m_{i}"][None]
+        golden.close(f"distorted_{i}", fisheye_at(images, centres, twists))
+        # an image of its own coordinates, bent, is the grid, but for what lies outside
+        H, W = images.shape[-2:]
+        columns, rows = torch.meshgrid(torch.linspace(-1, 1, W), torch.linspace(-1, 1, H), indexing="xy")
+        ours = fisheye_at(torch.stack([columns, rows])[None], centres, twists).movedim(1, -1)
+        right = golden[f"grid_{i}"]
+        inside = (right.abs() <= 1).all(dim=-1, keepdim=True)
+        golden.close(f"grid_{i}", ours.where(inside, right))
+    view, centres, twists = golden["big_image"], golden["big_center"].flip(-1)[None], golden["big_m"][None]
+    H, W = golden["big_input"].shape[-2:]
+    golden.close("big_input", area_resize(fisheye_at(view, centres, twists), H=H, W=W))
+    golden.close("big_target_image", central_crop(view, H=H, W=W))
+
+
+@check("beyond_masking_wave")
+def waved(golden: Golden, _: Any) -> None:
+    ours = wave(golden["image"], amplitude=float(golden["amplitude"]), frequency=float(golden["frequency"]))
+    golden.close("waved_reflect", ours)
+    inside = (golden["grid"].abs() <= 1).all(dim=-1).unsqueeze(1)
+    golden.close("waved", ours.where(inside, golden["waved"]))
+
+
+@check("beyond_masking_zoom_out")
+def zoomed_out(golden: Golden, _: Any) -> None:
+    offsets, several = golden.params["offsets_left_top"], golden.params["multi"]
+    places = {f"{{}}_{i}": [int(golden[f"top_{i}"]), int(golden[f"left_{i}"])] for i in range(len(offsets))}
+    places |= {f"multi_{{}}_{i}": golden[f"multi_left_top_{i}"].flip(0).tolist() for i in range(len(several))}
+    for name, place in places.items():
+        small, canvas = golden[name.format("small")], name.format("canvas")
+        (h, w), (H, W) = small.shape[-2:], golden[canvas].shape[-2:]
+        golden.close(canvas, mirror_fill(small, _noise_of(place, small, room=(H - h, W - w)), H=H, W=W))
+
+    small, prediction, patch = golden["loss_small"], golden["loss_pred"].requires_grad_(), golden.params["loss"]["p"]
+    (h, w), (H, W) = small.shape[-2:], golden["plain_image"].shape[-2:]
+    noise = _noise_of(golden["loss_left_top"].flip(0).tolist(), small, room=(H - h, W - w))
+
+    def on_canvas(patches: Tensor) -> Tensor:
+        picture = unpatchify(patches, height=H // patch, width=W // patch, patch=patch)
+        return patchify(zoom_out(picture, noise, small_H=h, small_W=w), patch=patch)
+
+    def target(images: Tensor) -> Tensor:
+        return channel_normalised_patches(patchify(images * STD + MEAN, patch=patch), channels=3)
+
+    error = squared_error(on_canvas(prediction), on_canvas(target(area_resize(small, H=H, W=W))))
+    loss = (error * golden["loss_mask"]).sum() / golden["loss_mask"].sum()
+    loss.backward()
+    golden.close("loss_canvas", loss)
+    golden.close("loss_canvas_grad", prediction.grad)
+
+    golden.close("plain_small", area_resize(golden["plain_image"], H=h, W=w))
+    golden.close("plain_target", target(golden["plain_image"]))
+    golden.close("plain_loss", squared_error(prediction, target(golden["plain_image"])).mean())
+
+
+@check("beyond_masking_blur")
+def blurred(golden: Golden, _: Any) -> None:
+    for i, case in enumerate(golden.params["cases"]):
+        images, box = golden[f"image_{i}"], {"mean": 1 / case["k"] ** 2, "std": 0.02}
+        noise = torch.special.ndtr(golden[f"z_{i}"].double()).float()
+        kernels = random_kernels(noise, **box)
+        golden.close(f"kernel_{i}", kernels)
+        golden.close(f"blurred_{i}", convolve_each(images, kernels.squeeze(1)[None]))
+        noise = torch.special.ndtr(golden[f"z_mix_{i}"].double()).float()
+        kernels = random_kernels(noise, **box)
+        golden.close(f"blurred_mix_{i}", convolve_each(images, kernels.flatten(0, 1)[None]))
+
+
+@check("beyond_masking_decolorize")
+def decolorised(golden: Golden, _: Any) -> None:
+    for factor in golden.params["factors"]:
+        name = f"f{round(100 * factor)}"
+        ours = decolorise(golden["rgb"], saturation=factor)
+        golden.close(f"out_{name}", ours)
+        # the published 8-bit version, of a corner of the image
+        quantised = golden[f"quant_rgb_{name}"].permute(2, 0, 1) / 255
+        corner = ours[0, :, : quantised.shape[1], : quantised.shape[2]]
+        most = float(golden.about["tolerance"]["quantised_vs_float"].split()[-1])
+        assert (corner - quantised).abs().max() <= most
+
+
+@check("beyond_masking_ablations")
+def ablations(golden: Golden, _: Any) -> None:
+    for i, case in enumerate(golden.params["blocks"]):
+        grid, block = case["N"] // case["p"], case["S"] // case["p"]
+        sizes = {"height": grid, "width": grid, "block_height": block, "block_width": block}
+        mask = all_but_block(torch.full((2,), 0.5), **sizes)
+        golden.close(f"block_mask_{i}", mask.float())
+        golden.close(f"block_visible_{i}", split(mask, num_masked=grid**2 - block**2)[0])
+
+    case, images = golden.params["random_zoom"], golden["zoom_image"]
+    room = case["N"] - case["S"]
+    noise = _noise_of([case["top"], case["left"]], images, room=(room, room))
+    golden.close("zoom_random", zoom_in_anywhere(images, noise, window_H=case["S"], window_W=case["S"]))
+
+    case, images = golden.params["paste"], golden["paste_image"]
+    small = area_resize(images, H=case["S"], W=case["S"])
+    golden.close("paste_small", small)
+    room = case["N"] - case["S"]
+    noise = _noise_of([case["top"], case["left"]], images, room=(room, room))
+    golden.close("paste_black", paste(small, (-MEAN / STD).expand_as(images), noise))
+    golden.close("paste_foreign", paste(small, images.roll(1, dims=0), noise))
+
+
+# HPM
+
+
+@check("hpm_knn")
+def nearest_neighbours(golden: Golden, _: Any) -> None:
+    names = "train_features", "train_labels", "test_features"
+    labels, counts = golden["test_labels"], golden["k"].tolist()
+    sizes = {"classes": golden.params["C"], "k": counts, "temperature": golden.params["T"]}
+    best = nearest(*(golden[name] for name in names), **sizes).topk(min(5, golden.params["C"]), dim=-1).indices
+    for right, (top1, top5) in zip(best == labels[:, None], golden["top1_top5"].tolist(), strict=True):
+        assert 100 * float(right[:, 0].double().mean()) == pytest.approx(top1, abs=1e-4)
+        # where the neighbours are of fewer than five classes, the order of the others is anyone's
+        assert 100 * float(right.any(dim=-1).double().mean()) == pytest.approx(top5, abs=1)
+
+
 # What the checks share
 
 OWN = (r"normalise\.", r"encoder\.pos_embed")
@@ -458,6 +594,12 @@ def _classifier(params: dict[str, Any], pool: Any, *, key_bias: bool = True, pos
     encoder.pos_embed.requires_grad_(positions)
     normalise = Normalise([0.0] * 3, [1.0] * 3)
     return Classifier(encoder, normalise, params["classes"], pool=pool, head_scale=0.01)
+
+
+def _noise_of(place: list[int], images: Tensor, *, room: tuple[int, int]) -> Tensor:
+    """Noise that puts each image at this row and column, of `room` + 1 possible ones."""
+    noise = torch.tensor([(first + 0.5) / (most + 1) for first, most in zip(place, room, strict=True)])
+    return noise.expand(len(images), 2)
 
 
 def _mae_name(ours: str) -> str:

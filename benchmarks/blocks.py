@@ -1,0 +1,334 @@
+"""Blocks beside the obvious loop: the whole batch at once against one image after the other.
+
+    pip install -e .[recipes]
+    python benchmarks/blocks.py
+    python benchmarks/blocks.py --only fisheye blur --rounds 15
+
+Each row compares a block with what one would write for a single image, in a loop whose results are stacked. Both get the
+same tensors, random numbers too, and must give the same result (within the row's tolerance) before anything is timed.
+One thread and processor time, so that other programs disturb little. Each round runs both once, in random order; a ratio
+is that of two times of one round, above 1 where the block is faster.
+
+A row also says whether the block is one graph (it compiles with `fullgraph=True` and then gives the same result) and
+whether it runs without reading anything back to the host (it does on the meta device, where there is nothing to read).
+
+Another block is another `yield` in `comparisons`.
+"""
+
+import math
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import matplotlib.colors
+import numpy as np
+import scipy.ndimage
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+from mimkit.degrade import (
+    convolve_each,
+    decolorise,
+    fisheye,
+    mirror_fill,
+    paste,
+    random_kernels,
+    random_kernels_any_size,
+    wave,
+    zoom_in,
+    zoom_in_anywhere,
+    zoom_out,
+    zoom_out_any_size,
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    only: tuple[str, ...] = ()
+    """rows whose name contains one of these words; none: all"""
+    images: int = 64
+    """images per batch"""
+    size: tuple[int, int] = (224, 224)
+    """their height and width in pixels"""
+    rounds: int = 9
+    """each runs both sides of a row once; take 15 or more for differences below 10 %"""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    name: str
+    peer: str
+    ours: Callable[..., Tensor]
+    one: Callable[..., Tensor]  # for the tensors of one image, without a batch axis
+    tensors: tuple[Tensor, ...]
+    tolerance: float = 1e-5
+
+    def theirs(self, *tensors: Tensor) -> Tensor:
+        return torch.stack([self.one(*parts) for parts in zip(*tensors, strict=True)])
+
+
+def comparisons(settings: Settings) -> Iterator[Comparison]:
+    """Every row, with its tensors."""
+    count, (H, W), c = settings.images, settings.size, 3
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.rand(count, *shape, generator=generator)
+
+    images = noise(c, H, W)
+    h, w = H * 5 // 14 * 2, W * 5 // 14 * 2  # 160 of 224; even margins
+    window = {"window_H": h, "window_W": w}
+    sizes = tuple((H * part // 7, W * part // 7) for part in (3, 4, 5, 6))  # 96, 128, 160 and 192 of 224
+
+    yield Comparison(
+        "zoom_in", "slice, interpolate", partial(zoom_in, **window), partial(zoom_in_one, **window), (images,)
+    )
+    yield Comparison(
+        "zoom_in_anywhere",
+        "slice, interpolate",
+        partial(zoom_in_anywhere, **window),
+        partial(zoom_in_anywhere_one, **window),
+        (images, noise(2)),
+    )
+    small = F.interpolate(images, (h, w), mode="area")
+    yield Comparison(
+        "mirror_fill", "numpy.pad", partial(mirror_fill, H=H, W=W), partial(mirror_one, H=H, W=W), (small, noise(2))
+    )
+    yield Comparison(
+        "zoom_out",
+        "interpolate, numpy.pad",
+        partial(zoom_out, small_H=h, small_W=w),
+        partial(zoom_out_one, small_H=h, small_W=w),
+        (images, noise(2)),
+    )
+    yield Comparison(
+        "zoom_out_any_size",
+        "interpolate, numpy.pad",
+        partial(zoom_out_any_size, sizes=sizes),
+        partial(zoom_out_any_size_one, sizes=sizes),
+        (images, noise(3)),
+    )
+    yield Comparison("paste", "clone, slice", paste, paste_one, (small, images, noise(2)))
+    twists = {"least_twist": 0.2, "most_twist": 0.25}
+    for peer, one in {"grid_sample": fisheye_one, "scipy map_coordinates": fisheye_scipy}.items():
+        yield Comparison(
+            "fisheye", peer, partial(fisheye, **twists), partial(one, **twists), (images, noise(3)), tolerance=1e-4
+        )
+    shape = {"amplitude": 0.1, "frequency": 10.0}
+    yield Comparison("wave", "grid_sample", partial(wave, **shape), partial(wave_one, **shape), (images,))
+    for k in (5, 7, 9, 11):
+        kernels = random_kernels(noise(c, k, k), mean=k**-2, std=0.02)
+        yield Comparison(f"blur {k} × {k}", "conv2d", convolve_each, blur_one, (images, kernels))
+    kernels = {"sizes": (5, 7, 9, 11), "std": 0.02}
+    yield Comparison(
+        "blur any size",
+        "conv2d",
+        lambda images, *noise: convolve_each(images, random_kernels_any_size(*noise, **kernels)),
+        partial(blur_any_size_one, **kernels),
+        (images, noise(c, 11, 11), noise()),
+    )
+    for k in (5, 9):
+        kernels = random_kernels(noise(c * c, k, k), mean=k**-2, std=0.02)
+        yield Comparison(f"blur, mix {k} × {k}", "conv2d", convolve_each, mix_one, (images, kernels), tolerance=1e-4)
+    for peer, one in {"max, lerp": decolorise_one, "matplotlib HSV": decolorise_hsv}.items():
+        yield Comparison(
+            "decolorise", peer, partial(decolorise, saturation=0.3), partial(one, saturation=0.3), (images,)
+        )
+
+
+# One image at a time, as one would write it
+
+
+def whole(noise: Tensor, most: int) -> int:
+    return min(int(noise * (most + 1)), most)
+
+
+def resize_one(image: Tensor, H: int, W: int) -> Tensor:
+    return F.interpolate(image[None], (H, W), mode="area")[0]
+
+
+def zoom_in_one(image: Tensor, *, window_H: int, window_W: int) -> Tensor:
+    H, W = image.shape[1:]
+    top, left = (H - window_H) // 2, (W - window_W) // 2
+    return resize_one(image[:, top : top + window_H, left : left + window_W], H, W)
+
+
+def zoom_in_anywhere_one(image: Tensor, noise: Tensor, *, window_H: int, window_W: int) -> Tensor:
+    H, W = image.shape[1:]
+    top, left = whole(noise[0], H - window_H), whole(noise[1], W - window_W)
+    return resize_one(image[:, top : top + window_H, left : left + window_W], H, W)
+
+
+def mirror_one(image: Tensor, noise: Tensor, *, H: int, W: int) -> Tensor:
+    h, w = image.shape[1:]
+    top, left = whole(noise[0], H - h), whole(noise[1], W - w)
+    margins = ((0, 0), (top, H - h - top), (left, W - w - left))
+    return torch.from_numpy(np.pad(image.numpy(), margins, mode="symmetric"))
+
+
+def zoom_out_one(image: Tensor, noise: Tensor, *, small_H: int, small_W: int) -> Tensor:
+    H, W = image.shape[1:]
+    return mirror_one(resize_one(image, small_H, small_W), noise, H=H, W=W)
+
+
+def zoom_out_any_size_one(image: Tensor, noise: Tensor, *, sizes: tuple[tuple[int, int], ...]) -> Tensor:
+    small_H, small_W = sizes[whole(noise[2], len(sizes) - 1)]
+    return zoom_out_one(image, noise, small_H=small_H, small_W=small_W)
+
+
+def paste_one(image: Tensor, canvas: Tensor, noise: Tensor) -> Tensor:
+    (h, w), (H, W) = image.shape[1:], canvas.shape[1:]
+    top, left = whole(noise[0], H - h), whole(noise[1], W - w)
+    canvas = canvas.clone()
+    canvas[:, top : top + h, left : left + w] = image
+    return canvas
+
+
+def fisheye_grid(image: Tensor, noise: Tensor, least_twist: float, most_twist: float) -> Tensor:
+    H, W = image.shape[1:]
+    row, column = (2 * noise[:2] - 1).tolist()
+    twist = least_twist + (most_twist - least_twist) * float(noise[2])
+    rows, columns = torch.meshgrid(torch.linspace(-1, 1, H), torch.linspace(-1, 1, W), indexing="ij")
+    down, right = row - rows, column - columns
+    distance = (down**2 + right**2).sqrt()
+    return torch.stack([columns + twist * distance * right, rows + twist * distance * down], dim=-1)
+
+
+def fisheye_one(image: Tensor, noise: Tensor, *, least_twist: float, most_twist: float) -> Tensor:
+    grid = fisheye_grid(image, noise, least_twist, most_twist)
+    return F.grid_sample(image[None], grid[None], align_corners=True)[0]
+
+
+def fisheye_scipy(image: Tensor, noise: Tensor, *, least_twist: float, most_twist: float) -> Tensor:
+    H, W = image.shape[1:]
+    columns, rows = fisheye_grid(image, noise, least_twist, most_twist).numpy().transpose(2, 0, 1)
+    places = (rows + 1) / 2 * (H - 1), (columns + 1) / 2 * (W - 1)
+    planes = [scipy.ndimage.map_coordinates(plane, places, order=1, mode="grid-constant") for plane in image.numpy()]
+    return torch.from_numpy(np.stack(planes))
+
+
+def wave_one(image: Tensor, *, amplitude: float, frequency: float) -> Tensor:
+    H, W = image.shape[1:]
+    rows, columns = torch.meshgrid(torch.linspace(-1, 1, H), torch.linspace(-1, 1, W), indexing="ij")
+    grid = torch.stack([columns, rows + amplitude * torch.cos(frequency * columns)], dim=-1)
+    return F.grid_sample(image[None], grid[None], padding_mode="reflection", align_corners=True)[0]
+
+
+def blur_one(image: Tensor, kernels: Tensor) -> Tensor:
+    return F.conv2d(image[None], kernels[:, None], padding=kernels.shape[-1] // 2, groups=len(image))[0]
+
+
+def mix_one(image: Tensor, kernels: Tensor) -> Tensor:
+    kernels = kernels.unflatten(0, (len(image), len(image)))
+    return F.conv2d(image[None], kernels, padding=kernels.shape[-1] // 2)[0]
+
+
+def blur_any_size_one(image: Tensor, noise: Tensor, size: Tensor, *, sizes: tuple[int, ...], std: float) -> Tensor:
+    k = sizes[whole(size, len(sizes) - 1)]
+    margin = (noise.shape[-1] - k) // 2
+    own = noise[:, margin : margin + k, margin : margin + k]
+    return blur_one(image, k**-2 + std * torch.special.ndtri(own))
+
+
+def decolorise_one(image: Tensor, *, saturation: float) -> Tensor:
+    return torch.lerp(image.amax(dim=0), image, saturation)
+
+
+def decolorise_hsv(image: Tensor, *, saturation: float) -> Tensor:
+    hsv = matplotlib.colors.rgb_to_hsv(image.permute(1, 2, 0).numpy())
+    hsv[..., 1] *= saturation
+    return torch.from_numpy(matplotlib.colors.hsv_to_rgb(hsv)).permute(2, 0, 1)
+
+
+# Checks and times
+
+
+def check_parity(row: Comparison) -> None:
+    ours, theirs = row.ours(*row.tensors), row.theirs(*row.tensors)
+    if ours.shape != theirs.shape:
+        raise SystemExit(f"{row.name} gives {tuple(ours.shape)}, {row.peer} {tuple(theirs.shape)}")
+    worst = float((ours - theirs).abs().max())
+    if not worst <= row.tolerance:
+        raise SystemExit(f"{row.name} and {row.peer} differ by {worst:.1e}, more than {row.tolerance:.0e}")
+
+
+def is_one_graph(row: Comparison) -> bool:
+    torch.compiler.reset()
+    few = tuple(tensor[:2] for tensor in row.tensors)
+    try:
+        compiled = torch.compile(row.ours, fullgraph=True, backend="aot_eager")(*few)
+    except torch._dynamo.exc.TorchDynamoException:
+        return False
+    return torch.allclose(compiled, row.ours(*few), atol=row.tolerance)
+
+
+def reads_nothing_back(row: Comparison) -> bool:
+    try:
+        answer = row.ours(*(tensor.to("meta") for tensor in row.tensors))
+    except (RuntimeError, NotImplementedError):
+        return False
+    return answer.is_meta
+
+
+def seconds(function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> float:
+    begin = time.process_time()
+    function(*tensors)
+    return time.process_time() - begin
+
+
+def measure(row: Comparison, rounds: int, order: random.Random) -> None:
+    check_parity(row)
+    sides = {"ours": row.ours, "theirs": row.theirs}
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(rounds):
+        for side in order.sample(list(sides), len(sides)):
+            times[side].append(seconds(sides[side], row.tensors))
+    ratios = [theirs / ours for ours, theirs in zip(times["ours"], times["theirs"], strict=True)]
+    ours, theirs = (statistics.median(values) * 1e3 for values in times.values())
+    line = f"{row.name:<20}{row.peer:<24}{ours:>8.1f}{theirs:>10.1f}"
+    line += f"{statistics.median(ratios):>8.2f}{min(ratios):>7.2f}{max(ratios):>7.2f}"
+    print(f"{line}{yes(is_one_graph(row)):>11}{yes(reads_nothing_back(row)):>15}", flush=True)
+
+
+def yes(answer: bool) -> str:
+    return "yes" if answer else "NO"
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+@torch.no_grad()
+def main() -> None:
+    settings = tyro.cli(Settings, description=__doc__)
+    torch.set_num_threads(1)  # two threads that wait for each other in turns measure the waiting
+    print("python", *sys.argv)
+    print(f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}")
+    print(f"{cpu_name()}, 1 thread, load average {' '.join(f'{load:.1f}' for load in os.getloadavg())}")
+    H, W = settings.size
+    print(f"{settings.images} images of 3 × {H} × {W}, float32, {settings.rounds} rounds\n")
+    print(
+        f"{'block':<20}{'one image at a time':<24}{'ours ms':>8}{'loop ms':>10}{'ratio':>8}{'min':>7}{'max':>7}"
+        f"{'one graph':>11}{'no host sync':>15}"
+    )
+    order = random.Random(0)
+    for row in comparisons(settings):
+        if not settings.only or any(word in row.name for word in settings.only):
+            measure(row, settings.rounds, order)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""Beyond Masking, its six tasks: degrade an image in one of several ways, and predict the original.
+
+    python recipes/beyond_masking.py --task distorted                    the embedded digits, minutes on a laptop
+    python recipes/beyond_masking.py --task zoom_in --data DIR           images of your own
+    torchrun --nproc_per_node=8 recipes/beyond_masking.py --task blurred --preset imagenet --data DIR
+
+Paper: Beyond Masking: Demystifying Token-Based Pre-Training for Vision Transformers, arXiv 2203.14313.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from common import finetuning
+from common.config import Flat, Images, Network, Optimisation, Run
+from common.finetuning import Finetuning
+from common.images import Normalise
+from common.pretraining import Evaluation, count_masked, encoder_and_decoder, pretrain
+from common.report import Pictures, grey_out, shown
+from common.vit import initialise_truncated
+from mimkit.degrade import (
+    area_resize,
+    central_crop,
+    convolve_each,
+    decolorise,
+    fisheye,
+    paste,
+    random_kernels_any_size,
+    wave,
+    zoom_in,
+    zoom_in_anywhere,
+    zoom_out,
+    zoom_out_any_size,
+)
+from mimkit.losses import channel_normalised_patches, squared_error
+from mimkit.masking import all_but_block, random_tokens
+from mimkit.positions import sinusoid
+from mimkit.tokens import patchify, put, split, take, unpatchify
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of the paper are the preset "imagenet". Options of other tasks than --task are not used."""
+
+    task: Literal["masked", "zoom_in", "zoom_out", "distorted", "blurred", "decolorized"] = "masked"
+    """how images are degraded"""
+    mask_ratio: float = 0.75
+    """masked: share of the patches that is masked"""
+    mask: Literal["random", "block"] = "random"
+    """masked: random patches, or all but one block at a random place"""
+    zoom: Literal["centre", "anywhere", "view", "inner"] = "centre"
+    """zoom_in: enlarge the central window; one at a random place; see the centre of a larger view as it is and predict
+    the view; see the central window as it is and predict what lies outside"""
+    window: float = 160 / 224
+    """zoom_in: side of the window, as a share of the image's"""
+    shrunken: tuple[float, ...] = (160 / 224,)
+    """zoom_out: side of the shrunken image, as a share; one of several at random for each image"""
+    fill: Literal["mirror", "black", "foreign", "none"] = "mirror"
+    """zoom_out: what surrounds it: mirror images, black, the next image of the batch, or nothing"""
+    distortion: Literal["fisheye", "lossless", "wave"] = "fisheye"
+    """distorted: fisheye; one of a larger view, so that no pixel of the image is lost; a horizontal wave"""
+    twist: tuple[float, float] = (0.20, 0.25)
+    """distorted: strength of the fisheye, least and most"""
+    wave: tuple[float, float] = (0.1, 10.0)
+    """distorted: amplitude and frequency of the wave"""
+    kernels: tuple[int, ...] = (9,)
+    """blurred: side of the random kernel; one of several at random for each image"""
+    mix: bool = False
+    """blurred: kernels that mix the channels"""
+    saturation: float = 0.3
+    """decolorized: share of the saturation that stays"""
+    evaluate: tuple[Evaluation, ...] = ("finetune",)
+    """what to do with the encoder: fine-tune it; the same network from scratch for as many epochs, for as much time"""
+    run: Flat[Run] = field(default_factory=Run)
+    images: Flat[Images] = field(default_factory=Images)
+    network: Flat[Network] = field(default_factory=Network)
+    optimisation: Flat[Optimisation] = field(default_factory=Optimisation)
+    finetune: Finetuning = field(default_factory=Finetuning)
+
+
+class Task(nn.Module):
+    def __init__(self, config: Config, normalise: Normalise) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder_and_decoder(
+            config.images, config.network, class_token=False, key_bias=False, embed_bias=False, table=sinusoid
+        )
+        self.config, self.normalise, self.channels = config, normalise, config.images.channels
+        self.height, self.width, self.patch = self.encoder.height, self.encoder.width, self.encoder.patch
+        self.image_size = config.images.image_size
+        share = {"view": 7 / 10, "lossless": 7 / 9}.get(self.variant, 1.0)  # of the view that the image takes
+        self.view_size = tuple(side + 2 * round(side * (1 / share - 1) / 2) for side in self.image_size)
+        # A window in whole patches for those variants that show the encoder only some of them
+        share = {"block": (1 - config.mask_ratio) ** 0.5, "inner": config.window, "none": config.shrunken[0]}
+        self.inner = [round(share.get(self.variant, 1) * side) for side in (self.height, self.width)]
+        tokens = self.height * self.width
+        self.num_masked = tokens - self.inner[0] * self.inner[1]
+        if self.variant == "random":
+            self.num_masked = count_masked(tokens, config.mask_ratio)
+        initialise_truncated(self)
+
+    @property
+    def variant(self) -> str:
+        """Which form of the task this is."""
+        c = self.config
+        forms = {"masked": c.mask, "zoom_in": c.zoom, "zoom_out": c.fill, "distorted": c.distortion}
+        return forms.get(c.task, c.task)
+
+    def noise(self, rand: Callable[..., Tensor], batch: int) -> dict[str, Tensor]:
+        noise = {"mask": rand(batch, self.height * self.width), "place": rand(batch, 3)}
+        if self.config.task == "blurred":
+            count, side = self.channels ** (2 if self.config.mix else 1), max(self.config.kernels)
+            noise["kernels"] = rand(batch, count, side, side)
+        return noise
+
+    def forward(self, images: Tensor, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
+        # 1. Degrade the images; what is asked for is the original, in [0, 1].
+        degraded, original = self.degrade(self.normalise.unit(images), noise)
+        # 2. Encode their patches, or those of them that are visible.
+        visible, masked = split(self.mask(noise), num_masked=self.num_masked)
+        latent = self.encode(degraded, visible)
+        # 3. Predict all patches of the original, or those that were masked, normalised per patch and channel.
+        target = patchify(original, patch=self.patch)
+        if self.config.task == "masked" or self.variant == "inner":
+            prediction, target = self.decoder(latent, visible, masked), take(target, masked)
+        else:
+            prediction = self.decoder(latent, visible, masked, visible_too=True)
+            target = take(target, torch.cat([visible, masked], dim=-1))
+        return {"loss": squared_error(prediction, channel_normalised_patches(target, channels=self.channels)).mean()}
+
+    def degrade(self, view: Tensor, noise: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return what the encoder may see, normalised, and the original, in [0, 1]."""
+        c, (H, W), place = self.config, self.image_size, noise["place"]
+        x = self.normalise(view)
+        match self.variant:
+            case "centre":
+                return zoom_in(x, window_H=_window(H, c.window), window_W=_window(W, c.window)), view
+            case "anywhere":
+                window = {"window_H": _window(H, c.window), "window_W": _window(W, c.window)}
+                return zoom_in_anywhere(x, place[:, :2], **window), view
+            case "view":
+                return central_crop(x, H=H, W=W), area_resize(view, H=H, W=W)
+            case "mirror" if len(c.shrunken) > 1:
+                sizes = tuple((round(H * share), round(W * share)) for share in c.shrunken)
+                return zoom_out_any_size(x, place, sizes=sizes), view
+            case "mirror":
+                small = {"small_H": round(H * c.shrunken[0]), "small_W": round(W * c.shrunken[0])}
+                return zoom_out(x, place[:, :2], **small), view
+            case "black" | "foreign":
+                small = area_resize(x, H=round(H * c.shrunken[0]), W=round(W * c.shrunken[0]))
+                black = self.normalise(torch.zeros_like(view))
+                return paste(small, black if self.variant == "black" else x.roll(1, dims=0), place[:, :2]), view
+            case "none":
+                return area_resize(x, H=self.inner[0] * self.patch, W=self.inner[1] * self.patch), view
+            case "fisheye":
+                return fisheye(x, place, least_twist=c.twist[0], most_twist=c.twist[1]), view
+            case "lossless":
+                bent = fisheye(x, place, least_twist=c.twist[0], most_twist=c.twist[1])
+                return area_resize(bent, H=H, W=W), central_crop(view, H=H, W=W)
+            case "wave":
+                return wave(x, amplitude=c.wave[0], frequency=c.wave[1]), view
+            case "blurred":
+                kernels = random_kernels_any_size(noise["kernels"], place[:, 0], sizes=c.kernels, std=0.02)
+                return convolve_each(x, kernels), view
+            case "decolorized":
+                return self.normalise(decolorise(view, saturation=c.saturation)), view
+            case _:  # only patches are hidden
+                return x, view
+
+    def mask(self, noise: dict[str, Tensor]) -> Tensor:
+        """Return what the encoder does not see: nothing, as a rule."""
+        if self.variant == "random":
+            return random_tokens(noise["mask"], num_masked=self.num_masked)
+        place = noise["place"][:, :2] if self.variant == "block" else torch.full_like(noise["place"][:, :2], 0.5)
+        inner = {"block_height": self.inner[0], "block_width": self.inner[1]}
+        return all_but_block(place, height=self.height, width=self.width, **inner)
+
+    def encode(self, degraded: Tensor, visible: Tensor) -> Tensor:
+        """Encode the visible patches of a whole image, or all of one that is smaller."""
+        patches = patchify(degraded, patch=self.patch)
+        if self.variant != "none":
+            patches = take(patches, visible)
+        return self.encoder(patches, self.encoder.positions[visible])
+
+    def pictures(self, images: Tensor, noise: dict[str, Tensor]) -> Pictures:
+        sizes = {"height": self.height, "width": self.width, "patch": self.patch}
+        degraded, original = self.degrade(self.normalise.unit(images), noise)
+        mask = self.mask(noise)
+        visible, masked = split(mask, num_masked=self.num_masked)
+        prediction = self.decoder(self.encode(degraded, visible), visible, masked, visible_too=True)
+        order = torch.cat([visible, masked], dim=-1)
+        patches = put(prediction.float(), order, into=torch.zeros_like(prediction.float()))
+        seen = self.normalise.undo(degraded)
+        if self.num_masked and self.variant != "none":
+            seen = grey_out(seen, mask, **sizes)
+        target = channel_normalised_patches(patchify(original, patch=self.patch), channels=self.channels)
+        return Pictures(
+            {
+                "input": original,
+                "seen": seen,
+                "prediction": shown(unpatchify(patches, **sizes)),
+                "target": shown(unpatchify(target, **sizes)),
+            },
+            "prediction and target are normalised per patch and channel: its brightness and contrast are not in them",
+        )
+
+
+def _window(side: int, share: float) -> int:
+    """Pixels of a central window: the margins on both sides are equal."""
+    return side - 2 * round(side * (1 - share) / 2)
+
+
+# Names of the released model, for `common.checkpoint.load_weights`
+NAMES = {r"mask_token": "decoder.mask_token", r"encoder_to_decoder\.": "decoder.embed."}
+
+IMAGENET = Config(
+    network=Network(decoder_dim=384, decoder_depth=4, decoder_heads=6),
+    optimisation=Optimisation(
+        epochs=300, batch_size=2048, warmup_epochs=20, min_lr=1e-5, schedule="step", undecayed=("mask_token",)
+    ),
+    finetune=finetuning.BEYOND_MASKING,
+)
+FOLDER = replace(
+    IMAGENET,
+    evaluate=("finetune", "scratch"),
+    network=replace(IMAGENET.network, size="small"),
+    optimisation=replace(IMAGENET.optimisation, batch_size=256),
+    finetune=finetuning.FOLDER,
+)
+DIGITS = Config(
+    evaluate=("finetune", "scratch"),
+    kernels=(5,),  # of 32 pixels; the paper's 9 are of 224
+    images=Images(image_size=(32, 32), channels=1, crop_scale=(0.6, 1.0), flip=0.0),
+    network=Network(size="nano", patch=4, decoder_dim=48, decoder_depth=1, decoder_heads=3),
+    optimisation=replace(IMAGENET.optimisation, epochs=40, batch_size=64, base_lr=4e-3, warmup_epochs=4),
+    finetune=finetuning.DIGITS,
+)
+
+if __name__ == "__main__":
+    presets = {"digits": DIGITS, "folder": FOLDER, "imagenet": IMAGENET}
+    pretrain(Task, presets, name="beyond_masking", description=__doc__)

@@ -1,0 +1,114 @@
+"""Run several recipes with several seeds on the same images and the same budget, and compare them in one table.
+
+    python recipes/study.py --runs runs/study                        all recipes, three seeds
+    python recipes/study.py --only mae integrated --seeds 0 --extra="--epochs 10"
+
+A run that has its result is not run again, and one that was interrupted is resumed: the command can be repeated.
+"""
+
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import tyro
+
+from common.checkpoint import write
+from common.engine import read_metrics
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RECIPES = {
+    "mae": "mae",
+    "masked": "beyond_masking --task masked",
+    "masked, block": "beyond_masking --task masked --mask block",
+    "zoom_in": "beyond_masking --task zoom_in",
+    "zoom_in, anywhere": "beyond_masking --task zoom_in --zoom anywhere",
+    "zoom_out": "beyond_masking --task zoom_out",
+    "zoom_out, black": "beyond_masking --task zoom_out --fill black",
+    "distorted": "beyond_masking --task distorted",
+    "blurred": "beyond_masking --task blurred",
+    "integrated": "beyond_masking_integrated --evaluate finetune scratch",
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared."""
+
+    only: tuple[str, ...] = tuple(RECIPES)
+    """names of the rows, of those in the help's default"""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """each recipe is run with each"""
+    runs: Path = Path("runs/study")
+    """folder of the runs and of the results, study.md and study.png"""
+    extra: str = ""
+    """options for every recipe, in one string"""
+
+
+def main(study: Study) -> None:
+    unknown = set(study.only) - set(RECIPES)
+    if unknown:
+        raise ValueError(f"{', '.join(sorted(unknown))}: choose among {', '.join(RECIPES)}")
+    for seed in study.seeds:
+        for row in study.only:
+            run(row, seed, study)
+    table = [
+        f"| task | fine-tuned, mean of {len(study.seeds)} | least – most | from scratch | loss |",
+        "|---|---|---|---|---|",
+    ]
+    for row in study.only:
+        results = [json.loads((folder(row, seed, study) / "result.json").read_text()) for seed in study.seeds]
+        tuned = [result["finetune"]["accuracy"] for result in results]
+        scratch = [result["scratch"]["accuracy"] for result in results if "scratch" in result]
+        beside = f"{statistics.mean(scratch):.1f}" if scratch else ""
+        loss = statistics.mean(result["pretraining"]["loss"] for result in results)
+        table.append(
+            f"| {row} | {statistics.mean(tuned):.1f} | {min(tuned):.1f} – {max(tuned):.1f} | {beside} | {loss:.3f} |"
+        )
+    write(study.runs / "study.md", "\n".join([*table, ""]).encode())
+    draw(study)
+    print("\n".join(table), f"\n{study.runs / 'study.md'}\n{study.runs / 'study.png'}", sep="\n")
+
+
+def folder(row: str, seed: int, study: Study) -> Path:
+    return study.runs / f"{row.replace(', ', '_')}-{seed}"
+
+
+def run(row: str, seed: int, study: Study) -> None:
+    """Run a recipe in a process of its own, unless its result is there."""
+    place = folder(row, seed, study)
+    if (place / "result.json").exists():
+        return
+    name, *options = shlex.split(RECIPES[row])
+    script = Path(__file__).parent / f"{name}.py"
+    own = ["--seed", str(seed), "--runs", str(place.parent), "--name", place.name, "--resume"]
+    print(f"{row}, seed {seed}", flush=True)
+    subprocess.run([sys.executable, script, *options, *own, *shlex.split(study.extra)], check=True)
+
+
+def draw(study: Study) -> None:
+    """Draw the losses of pre-training over the epochs: a line per recipe, the mean over its seeds."""
+    figure, axis = plt.subplots(figsize=(7, 5))
+    for row in study.only:
+        records = [read_metrics(folder(row, seed, study) / "metrics.jsonl") for seed in study.seeds]
+        losses = [statistics.mean(record["loss"] for record in step) for step in zip(*records, strict=False)]
+        axis.plot([record["epoch"] for record in records[0]][: len(losses)], losses, label=row)
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("pre-training loss")
+    axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(study.runs / "study.png", dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Study, description=__doc__))
+    except ValueError as error:
+        raise SystemExit(f"study: {error}") from error
