@@ -174,11 +174,11 @@ def paste(
         raise ValueError(f"images {tuple(images.shape)} cannot be put on canvases {tuple(canvases.shape)}")
     (h, w), (H, W) = images.shape[-2:], canvases.shape[-2:]
     _check_fits(h, w, H, W)
-    rows = torch.arange(H, device=noise.device) - _whole(noise[..., 0], H - h).unsqueeze(-1)
-    columns = torch.arange(W, device=noise.device) - _whole(noise[..., 1], W - w).unsqueeze(-1)
-    inside = ((rows >= 0) & (rows < h)).unsqueeze(-1) & ((columns >= 0) & (columns < w)).unsqueeze(-2)
-    placed = _pick(images, rows.clamp(0, h - 1), columns.clamp(0, w - 1))
-    return torch.where(inside.unsqueeze(-3), placed, canvases.to(images.dtype))
+    rows = _whole(noise[..., 0], H - h).unsqueeze(-1) + torch.arange(h, device=noise.device)
+    columns = _whole(noise[..., 1], W - w).unsqueeze(-1) + torch.arange(w, device=noise.device)
+    places = (rows.unsqueeze(-1) * W + columns.unsqueeze(-2)).flatten(-2)
+    places = places.unsqueeze(-2).expand(*images.shape[:-2], h * w)
+    return canvases.to(images.dtype).flatten(-2).scatter(-1, places, images.flatten(-2)).unflatten(-1, (H, W))
 
 
 def zoom_out(
@@ -314,10 +314,11 @@ def fisheye_at(
             f"{tuple(images.shape)}"
         )
     rows, columns = _coordinates(images)
-    rows = rows.unsqueeze(-1)
+    rows, twists = rows.unsqueeze(-1), twists[..., None, None].float()
     down, right = centres[..., 0, None, None].float() - rows, centres[..., 1, None, None].float() - columns
-    pull = twists[..., None, None].float() * (down.square() + right.square()).sqrt()
-    return _sample(images, torch.addcmul(rows, pull, down), torch.addcmul(columns, pull, right), outside="zeros")
+    distance = (down.square() + right.square()).sqrt()
+    rows, columns = torch.addcmul(rows, distance, twists * down), torch.addcmul(columns, distance, twists * right)
+    return _sample(images, rows, columns, outside="zeros")
 
 
 def wave(images: Float[Tensor, "*batch c H W"], *, amplitude: float, frequency: float) -> Float[Tensor, "*batch c H W"]:
@@ -572,7 +573,8 @@ def _sample(
 ) -> Float[Tensor, "*batch c H W"]:
     """Read images at rows and columns from −1 to 1, bilinearly."""
     count, (c, H, W) = images.shape[:-3].numel(), images.shape[-3:]
-    grids = torch.stack([columns, rows], dim=-1).expand(*images.shape[:-3], H, W, 2).reshape(count, H, W, 2)
+    grids = torch.stack([columns, rows], dim=-3).expand(*images.shape[:-3], 2, H, W)
+    grids = grids.reshape(count, 2, H, W).movedim(1, -1)
     planes = images.reshape(count, c, H, W).float()
     result = F.grid_sample(planes, grids, mode="bilinear", padding_mode=outside, align_corners=True)
     return result.reshape(images.shape).to(images.dtype)

@@ -90,11 +90,12 @@ class Task(nn.Module):
         self.config, self.normalise, self.channels = config, normalise, config.images.channels
         self.height, self.width, self.patch = self.encoder.height, self.encoder.width, self.encoder.patch
         self.image_size = config.images.image_size
-        share = {"view": 7 / 10, "lossless": 7 / 9}.get(self.variant, 1.0)  # of the view that the image takes
-        self.view_size = tuple(side + 2 * round(side * (1 / share - 1) / 2) for side in self.image_size)
-        # A window in whole patches for those variants that show the encoder only some of them
-        share = {"block": (1 - config.mask_ratio) ** 0.5, "inner": config.window, "none": config.shrunken[0]}
-        self.inner = [round(share.get(self.variant, 1) * side) for side in (self.height, self.width)]
+        part = {"view": 7 / 10, "lossless": 7 / 9}.get(self.variant, 1.0)  # of the view that the image takes
+        H, W = (side + 2 * round(side * (1 / part - 1) / 2) for side in self.image_size)
+        self.view_size = (H, W)
+        # The part of the grid that the encoder sees, where it does not see all of it
+        part = {"block": (1 - config.mask_ratio) ** 0.5, "inner": config.window, "none": min(config.shrunken)}
+        self.inner = [round(part.get(self.variant, 1) * side) for side in (self.height, self.width)]
         tokens = self.height * self.width
         self.num_masked = tokens - self.inner[0] * self.inner[1]
         if self.variant == "random":
@@ -146,10 +147,10 @@ class Task(nn.Module):
                 sizes = tuple((round(H * share), round(W * share)) for share in c.shrunken)
                 return zoom_out_any_size(x, place, sizes=sizes), view
             case "mirror":
-                small = {"small_H": round(H * c.shrunken[0]), "small_W": round(W * c.shrunken[0])}
+                small = {"small_H": round(H * min(c.shrunken)), "small_W": round(W * min(c.shrunken))}
                 return zoom_out(x, place[:, :2], **small), view
             case "black" | "foreign":
-                small = area_resize(x, H=round(H * c.shrunken[0]), W=round(W * c.shrunken[0]))
+                small = area_resize(x, H=round(H * min(c.shrunken)), W=round(W * min(c.shrunken)))
                 black = self.normalise(torch.zeros_like(view))
                 return paste(small, black if self.variant == "black" else x.roll(1, dims=0), place[:, :2]), view
             case "none":

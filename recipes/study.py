@@ -24,15 +24,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RECIPES = {
-    "mae": "mae",
-    "masked": "beyond_masking --task masked",
-    "masked, block": "beyond_masking --task masked --mask block",
-    "zoom_in": "beyond_masking --task zoom_in",
-    "zoom_in, anywhere": "beyond_masking --task zoom_in --zoom anywhere",
-    "zoom_out": "beyond_masking --task zoom_out",
-    "zoom_out, black": "beyond_masking --task zoom_out --fill black",
-    "distorted": "beyond_masking --task distorted",
-    "blurred": "beyond_masking --task blurred",
+    "mae": "mae --evaluate finetune",
+    "masked": "beyond_masking --evaluate finetune --task masked",
+    "masked, block": "beyond_masking --evaluate finetune --task masked --mask block",
+    "zoom_in": "beyond_masking --evaluate finetune --task zoom_in",
+    "zoom_in, anywhere": "beyond_masking --evaluate finetune --task zoom_in --zoom anywhere",
+    "zoom_out": "beyond_masking --evaluate finetune --task zoom_out",
+    "zoom_out, black": "beyond_masking --evaluate finetune --task zoom_out --fill black",
+    "distorted": "beyond_masking --evaluate finetune --task distorted",
+    "blurred": "beyond_masking --evaluate finetune --task blurred",
+    "decolorized": "beyond_masking --evaluate finetune --task decolorized",
     "integrated": "beyond_masking_integrated --evaluate finetune scratch",
 }
 
@@ -58,22 +59,24 @@ def main(study: Study) -> None:
     for seed in study.seeds:
         for row in study.only:
             run(row, seed, study)
-    table = [
-        f"| task | fine-tuned, mean of {len(study.seeds)} | least – most | from scratch | loss |",
-        "|---|---|---|---|---|",
-    ]
+    table = [f"| task | fine-tuned, mean of {len(study.seeds)} | least – most | loss |", "|---|---|---|---|"]
+    scratch: list[float] = []
     for row in study.only:
         results = [json.loads((folder(row, seed, study) / "result.json").read_text()) for seed in study.seeds]
-        tuned = [result["finetune"]["accuracy"] for result in results]
-        scratch = [result["scratch"]["accuracy"] for result in results if "scratch" in result]
-        beside = f"{statistics.mean(scratch):.1f}" if scratch else ""
+        scratch = scratch or [result["scratch"]["accuracy"] for result in results if "scratch" in result]
         loss = statistics.mean(result["pretraining"]["loss"] for result in results)
-        table.append(
-            f"| {row} | {statistics.mean(tuned):.1f} | {min(tuned):.1f} – {max(tuned):.1f} | {beside} | {loss:.3f} |"
-        )
+        table.append(line(row, [result["finetune"]["accuracy"] for result in results], f"{loss:.3f}"))
+    if scratch:
+        table.append(line("no pre-training", scratch, ""))
     write(study.runs / "study.md", "\n".join([*table, ""]).encode())
     draw(study)
     print("\n".join(table), f"\n{study.runs / 'study.md'}\n{study.runs / 'study.png'}", sep="\n")
+
+
+def line(title: str, accuracies: list[float], loss: str) -> str:
+    """Write a row of the table."""
+    least, most = min(accuracies), max(accuracies)
+    return f"| {title} | {statistics.mean(accuracies):.1f} | {least:.1f} – {most:.1f} | {loss} |"
 
 
 def folder(row: str, seed: int, study: Study) -> Path:

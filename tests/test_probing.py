@@ -354,12 +354,28 @@ def test_the_class_token_is_read_where_there_is_one() -> None:
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 99))
-def test_a_crop_of_the_linear_probe_is_any_part_of_the_image_once(H: int, W: int, seed: int) -> None:
+def test_a_crop_of_the_linear_probe_depends_on_its_chance_alone(H: int, W: int, seed: int) -> None:
     image = torch.arange(H * W).view(1, H, W).remainder(256).to(torch.uint8)
-    crop = probing.OneShotCrop((4, 6), (0.08, 1.0), 0.5)
-    view = crop(image, torch.Generator().manual_seed(seed))
-    assert view.shape == (1, 4, 6)
-    assert torch.equal(view, crop(image, torch.Generator().manual_seed(seed)))
+    plain, again, flipped = (
+        probing.OneShotCrop((4, 6), (0.08, 1.0), flip)(image, torch.Generator().manual_seed(seed))
+        for flip in (0.0, 0.0, 1.0)
+    )
+    assert plain.shape == (1, 4, 6)
+    assert torch.equal(plain, again)
+    assert torch.equal(plain, flipped.flip(-1))
+
+
+@given(st.integers(0, 999))
+def test_a_crop_of_the_linear_probe_has_the_area_and_the_aspect_asked_for(seed: int) -> None:
+    image = (torch.arange(200)[:, None] + torch.arange(100)).to(torch.uint8)[None]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probing, "resize", lambda part, height, width: part)
+        view = probing.OneShotCrop((8, 4), (0.25, 0.25), 0.0)(image, torch.Generator().manual_seed(seed))
+    _, h, w = view.shape
+    assert h * w == pytest.approx(200 * 100 / 4, rel=0.03)
+    assert 0.74 < w / h * 2 < 1.36
+    top_left, bottom_right = int(view[0, 0, 0]), int(view[0, -1, -1])
+    assert (bottom_right - top_left) % 256 == h + w - 2  # one piece of the image
 
 
 def test_augmented_features_are_new_every_epoch_and_those_of_their_labels(place: World) -> None:
