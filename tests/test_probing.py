@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -378,6 +379,19 @@ def test_a_crop_of_the_linear_probe_has_the_area_and_the_aspect_asked_for(seed: 
     assert (bottom_right - top_left) % 256 == h + w - 2  # one piece of the image
 
 
+def test_a_crop_of_the_linear_probe_lies_anywhere_down_and_across() -> None:
+    rows = torch.arange(200, dtype=torch.uint8).view(1, 200, 1).expand(1, 200, 200)
+    corners = torch.empty(2, 300)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probing, "resize", lambda part, height, width: part)
+        crop = probing.OneShotCrop((8, 8), (0.25, 0.25), 0.0)
+        for seed in range(300):
+            for axis, image in enumerate((rows, rows.mT)):
+                corners[axis, seed] = crop(image, torch.Generator().manual_seed(seed))[0, 0, 0]
+    assert abs(float(corners.corrcoef()[0, 1])) < 0.2
+    assert ((corners.mean(dim=1) - 50).abs() < 6).all()  # of 0 … 100, for a side of about 100
+
+
 def test_augmented_features_are_new_every_epoch_and_those_of_their_labels(place: World) -> None:
     frozen = Frozen(small(), Normalise([0.3], [0.35]))
     labelled, _ = probing._sources(SMALL_IMAGES, RUN)
@@ -464,9 +478,13 @@ def test_recipes_judge_a_timm_model(tiny: Path, tmp_path: Path) -> None:
     assert theirs["by_k"] == ours["by_k"]
 
 
-def test_a_folder_of_images_is_judged(exported: Path, tmp_path: Path) -> None:
-    from PIL import Image
-
+@pytest.mark.parametrize("published", [False, True])
+def test_a_folder_of_images_is_judged(published: bool, exported: Path, tmp_path: Path) -> None:
+    if published:  # a checkpoint of the MAE family, as its authors store it
+        vit = ViT(height=2, width=2, patch=8, channels=3, dim=96, depth=1, heads=3)
+        initialise_mae(vit)
+        exported = tmp_path / "mae.pth"
+        torch.save({"model": {**timm_state(vit), "mask_token": torch.zeros(1, 1, 8)}}, exported)
     for split, count in (("train", 12), ("val", 3)):
         for grey, name in ((40, "dark"), (200, "light")):
             (tmp_path / split / name).mkdir(parents=True)

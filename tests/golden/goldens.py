@@ -16,7 +16,7 @@ class Golden:
     def __init__(self, path: Path) -> None:
         self.arrays = dict(np.load(path))
         self.about: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
-        self.params: Any = self.about["params"]
+        self.params: Any = self.about.get("params") or self.about["produced_with"]
         self.weights = {k.removeprefix("param."): self[k] for k in self.arrays if k.startswith("param.")}
 
     def __getitem__(self, name: str) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import beyond_masking as beyond_masking_tasks
 import beyond_masking_integrated as beyond_masking
 import mae
 import numpy as np
@@ -547,6 +548,37 @@ def nearest_neighbours(golden: Golden, _: Any) -> None:
         assert 100 * float(right[:, 0].double().mean()) == pytest.approx(top1, abs=1e-4)
         # where the neighbours are of fewer than five classes, the order of the others is anyone's
         assert 100 * float(right.any(dim=-1).double().mean()) == pytest.approx(top5, abs=1)
+
+
+@check("beyond_masking_model_distorted")
+def task_model(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = golden.params
+    bends = torch.tensor(params["cx_cy_m"])
+    golden.close("degraded", fisheye_at(golden["original"], bends[:, [1, 0]], bends[:, 2]))
+    original, noise = golden["original"] * STD + MEAN, {"mask": torch.zeros(0), "place": torch.zeros(len(bends), 3)}
+
+    def fresh() -> nn.Module:
+        sized = _sized(params | {"mask_ratio": 0.75}, monkeypatch)
+        config = beyond_masking_tasks.Config(**sized, task="distorted")
+        method = beyond_masking_tasks.Task(config, Normalise(MEAN.flatten().tolist(), STD.flatten().tolist()))
+        monkeypatch.setattr(method, "degrade", lambda *_: (golden["degraded"], original))
+        load_weights(method, golden.weights, renames=beyond_masking_tasks.NAMES, optional=OWN)
+        return method
+
+    method = fresh()
+    visible = torch.arange(golden["pred"].shape[1]).expand(len(bends), -1)
+    latent = method.encode(golden["degraded"], visible)
+    golden.close("pred", method.decoder(latent, visible, visible[:, :0], visible_too=True))
+    target = channel_normalised_patches(patchify(original, patch=params["p"]), channels=3)
+    golden.close("target", target)
+    loss = method(original, noise, torch.tensor(0.0))["loss"]
+    loss.backward()
+    golden.close("loss", loss)
+    _check_gradients(golden, method, _beyond_masking_name)
+    method = fresh()
+    stepper = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
+    losses = _losses(stepper, lambda: method(original, noise, torch.tensor(0.0))["loss"])
+    golden.close("sgd_losses", torch.stack(list(losses)))
 
 
 # What the checks share
