@@ -411,7 +411,10 @@ def random_kernels_any_size(
     """
     k = noise.shape[-1]
     if size_noise.shape != noise.shape[:-3] or noise.shape[-2] != k:
-        raise ValueError(f"noise {tuple(noise.shape)} and sizes {tuple(size_noise.shape)} are not those of kernels")
+        raise ValueError(
+            f"noise {tuple(noise.shape)} and size_noise {tuple(size_noise.shape)} are not those of kernels of one "
+            "image each"
+        )
     if max(sizes, default=0) != k or any(size < 1 or size % 2 == 0 for size in sizes):
         raise ValueError(f"sizes={sizes} are not odd sides of kernels with {k} as the largest")
     if not 0 <= std < math.inf:
@@ -449,7 +452,8 @@ def convolve_each(
     m, k = kernels.shape[-3], kernels.shape[-1]
     if kernels.shape != (*images.shape[:-3], m, k, k) or m not in (c, c * c) or k % 2 == 0:
         raise ValueError(
-            f"kernels {tuple(kernels.shape)} are not {c} or {c * c} of odd side for images {tuple(images.shape)}"
+            f"kernels {tuple(kernels.shape)} are not {c} or {c * c} squares of odd side for each of images "
+            f"{tuple(images.shape)}"
         )
     if not images.numel():
         return images.clone()

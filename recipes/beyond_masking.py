@@ -73,7 +73,7 @@ class Config:
     saturation: float = 0.3
     """decolorized: share of the saturation that stays"""
     evaluate: tuple[Evaluation, ...] = ("finetune",)
-    """what to do with the encoder: fine-tune it; the same network from scratch for as many epochs, for as much time"""
+    """fine-tune the encoder; the same network from scratch for as many epochs, for as much time; judge it frozen"""
     run: Flat[Run] = field(default_factory=Run)
     images: Flat[Images] = field(default_factory=Images)
     network: Flat[Network] = field(default_factory=Network)

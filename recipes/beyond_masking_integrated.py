@@ -40,7 +40,7 @@ class Config:
     outer_weight: float = 0.2
     """weight of the band around it, the sum of its four strips"""
     evaluate: tuple[Evaluation, ...] = ("finetune",)
-    """what to do with the encoder: fine-tune it; the same network from scratch for as many epochs, for as much time"""
+    """fine-tune the encoder; the same network from scratch for as many epochs, for as much time; judge it frozen"""
     run: Flat[Run] = field(default_factory=Run)
     images: Flat[Images] = field(default_factory=Images)
     network: Flat[Network] = field(default_factory=Network)

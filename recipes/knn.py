@@ -15,6 +15,8 @@ from common.probing import Neighbours, Probed, knn, probe
 
 @dataclass(frozen=True)
 class Config:
+    """Neighbours are sought among the features of the frozen encoder."""
+
     probed: Flat[Probed] = field(default_factory=Probed)
     run: Flat[Run] = field(default_factory=Run)
     settings: Flat[Neighbours] = field(default_factory=Neighbours)

@@ -37,7 +37,7 @@ class Config:
     normalise_target: bool = True
     """predict pixels normalised per patch, better for accuracy; without, pictures are easier on the eye"""
     evaluate: tuple[Evaluation, ...] = ("finetune",)
-    """what to do with the encoder: fine-tune it; the same network from scratch for as many epochs, for as much time"""
+    """fine-tune the encoder; the same network from scratch for as many epochs, for as much time; judge it frozen"""
     run: Flat[Run] = field(default_factory=Run)
     images: Flat[Images] = field(default_factory=Images)
     network: Flat[Network] = field(default_factory=Network)

@@ -18,6 +18,8 @@ from common.probing import Nonlinear, Probed, nonlinear, probe
 
 @dataclass(frozen=True)
 class Config:
+    """The backbone is frozen; what is new behind it is trained as in fine-tuning."""
+
     probed: Flat[Probed] = field(default_factory=Probed)
     flip: float = 0.5
     """probability of a horizontal flip"""

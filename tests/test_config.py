@@ -2,15 +2,20 @@
 
 import ast
 import dataclasses
+import importlib
 import json
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
+import beyond_masking
 import beyond_masking_integrated
 import finetune
+import knn
+import linear_probe
 import mae
+import nonlinear_probe
 import pytest
 
 from common import config as settings
@@ -24,9 +29,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "folder": beyond_masking_integrated.FOLDER,
         "imagenet": beyond_masking_integrated.IMAGENET,
     },
+    "beyond_masking": {
+        "digits": beyond_masking.DIGITS,
+        "folder": beyond_masking.FOLDER,
+        "imagenet": beyond_masking.IMAGENET,
+    },
     "finetune": finetune.PRESETS,
+    "linear_probe": linear_probe.PRESETS,
+    "knn": knn.PRESETS,
+    "nonlinear_probe": nonlinear_probe.PRESETS,
 }
-GROUPS = ("Run", "Images", "Network", "Optimisation", "Finetuning")
+TUNING = ("finetune", "nonlinear_probe")  # whose settings of fine-tuning stand without a prefix
+GROUPS = ("Run", "Images", "Network", "Optimisation", "Finetuning", "Probed", "Linear", "Neighbours", "Nonlinear")
 
 
 def mae_with(*args: str) -> mae.Config:
@@ -46,7 +60,7 @@ def test_digits_are_the_default_and_a_folder_with_data(recipe: str):
 
 def _with_data(recipe: str, preset: Any) -> dict[str, Any]:
     expected = to_json(preset)
-    (expected if recipe == "finetune" else expected["images"])["data"] = "d"
+    (expected if recipe == "finetune" else expected.get("images") or expected["probed"])["data"] = "d"
     return expected
 
 
@@ -166,7 +180,7 @@ def options(recipe: str) -> set[str]:
 
     def leaves(value: dict[str, Any], prefix: str) -> Any:
         for name, item in value.items():
-            flat = name.capitalize() in GROUPS or (recipe, name) == ("finetune", "finetune")
+            flat = name.capitalize() in GROUPS or name == "settings" or (name == "finetune" and recipe in TUNING)
             if isinstance(item, dict):
                 yield from leaves(item, prefix if flat else f"{prefix}{name}.")
             else:
@@ -181,7 +195,7 @@ def test_the_help_says_what_every_option_is(
 ):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("NO_COLOR", "1")
-    module = {"mae": mae, "finetune": finetune, "beyond_masking_integrated": beyond_masking_integrated}[recipe]
+    module = importlib.import_module(recipe)
     with pytest.raises(SystemExit) as caught:
         parse(PRESETS[recipe], ["--help"], description=module.__doc__)
     assert caught.value.code == 0
@@ -228,10 +242,11 @@ def fields_without_words(path: Path) -> list[str]:
 def test_every_setting_has_a_sentence(path: Path):
     assert fields_without_words(path) == []
     tree = ast.parse(path.read_text())
-    configurations = [part for part in tree.body if isinstance(part, ast.ClassDef) and part.name in (*GROUPS, "Config")]
+    names = (*GROUPS, "Config", "Study")
+    configurations = [part for part in tree.body if isinstance(part, ast.ClassDef) and part.name in names]
     assert configurations
     assert all(ast.get_docstring(part) for part in configurations)
 
 
 def test_every_recipe_is_looked_at():
-    assert {path.stem for path in RECIPES.glob("*.py")} == set(PRESETS)
+    assert {path.stem for path in RECIPES.glob("*.py")} == {*PRESETS, "study"}  # which has settings of its own

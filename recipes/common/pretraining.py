@@ -24,6 +24,7 @@ from common.images import (
     open_images,
     statistics,
 )
+from common.probing import JUDGES, judge
 from common.vit import (
     SIZES,
     Decoder,
@@ -36,7 +37,7 @@ from common.vit import (
 )
 from mimkit.positions import sincos
 
-Evaluation = Literal["finetune", "scratch", "budget"]
+Evaluation = Literal["finetune", "scratch", "budget", "linear", "knn", "nonlinear"]
 
 
 class Config(Protocol):
@@ -139,11 +140,11 @@ def _pretrain(make: Callable[[Any, Normalise], Method], config: Config, name: st
         export(folder / "encoder.safetensors", method.encoder, normalise)
     place.wait()
 
-    # 4. The evaluation, beside the same network from scratch
+    # 4. The evaluations: of the encoder, tuned or frozen, beside the same network from scratch
     rows: dict[str, dict[str, Any]] = {}
     for evaluation in evaluations:
-        settings = config.finetune
-        if evaluation != "finetune":  # a network that knows nothing needs all its layers to learn alike
+        settings, frozen = config.finetune, evaluation in JUDGES
+        if evaluation in ("scratch", "budget"):  # a network that knows nothing needs all its layers to learn alike
             optimisation = replace(settings.optimisation, layer_decay=1.0)
             if evaluation == "budget":
                 optimisation = replace(optimisation, epochs=budget(folder, trained, rows["finetune"], settings, place))
@@ -151,30 +152,25 @@ def _pretrain(make: Callable[[Any, Normalise], Method], config: Config, name: st
         encoder, _ = load_encoder(
             folder / "encoder.safetensors",
             image_size=images.image_size,
-            class_token=settings.pool == "class",
-            drop=settings.drop_path,
-            scratch=evaluation != "finetune",
+            class_token=settings.pool == "class" and not frozen,
+            drop=0.0 if frozen else settings.drop_path,
+            scratch=evaluation in ("scratch", "budget"),
             seed=run.seed,
         )
-        rows[evaluation] = finetune(
-            encoder,
-            normalise,
-            settings=settings,
-            images=images,
-            run=run,
-            folder=folder / evaluation,
-            place=place,
-            title=report.TITLES[evaluation],
-        )
+        where: dict[str, Any] = {"images": images, "run": run, "folder": folder / evaluation, "place": place}
+        where["title"] = report.TITLES[evaluation]
+        if frozen:
+            rows[evaluation] = judge(evaluation, encoder, normalise, finetuning=settings, **where)
+        else:
+            rows[evaluation] = finetune(encoder, normalise, settings=settings, **where)
 
     # 5. The result
     result = {"recipe": name, "device": str(place.device), "devices": place.size, "pretraining": trained, **rows}
     if place.first:
         write_json(folder / "result.json", result)
         curves = {"pre-training": folder} | {report.TITLES[key]: folder / key for key in rows}
-        report.draw_curves(
-            folder / "curves.png", {title: read_metrics(path / "metrics.jsonl") for title, path in curves.items()}
-        )
+        metrics = {title: read_metrics(path / "metrics.jsonl") for title, path in curves.items()}
+        report.draw_curves(folder / "curves.png", {title: records for title, records in metrics.items() if records})
         place.say(report.table(name, result, folder))
     return result
 

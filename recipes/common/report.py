@@ -17,6 +17,9 @@ TITLES = {
     "finetune": "fine-tuning",
     "scratch": "from scratch, same epochs",
     "budget": "from scratch, same time",
+    "linear": "linear probe of the frozen encoder",
+    "knn": "k-NN on the frozen encoder",
+    "nonlinear": "new blocks behind the frozen encoder",
 }
 
 
@@ -87,7 +90,7 @@ def table(name: str, result: dict[str, Any], folder: Path) -> str:
         f"loss {trained['loss']:.4f}, {trained['images_per_second']:.0f} images/s, "
         f"{trained['waiting']:.1%} of the time waiting for data",
     ]
-    rows = [(TITLES[key], result[key]) for key in ("finetune", "scratch", "budget") if key in result]
+    rows = [(TITLES[key], result[key]) for key in TITLES if key in result and key != "pretraining"]
     if rows:
         first = rows[0][1]
         lines += [
