@@ -216,8 +216,8 @@ def zoom_out_any_size(
 ) -> Float[Tensor, "*batch c H W"]:
     """Zoom out with a size of its own for each image.
 
-    The averages are products with small matrices, in float32 whatever autocast says. They are quick where the sizes
-    share a large divisor with those of the images, as 96, 128, 160, 192 and 224 do.
+    The averages are products with small matrices, in float32 whatever autocast says (in TF32 where PyTorch was allowed
+    it). They are quick where the sizes share a large divisor with those of the images, as 96, 128, 160, 192 and 224 do.
 
     Args:
         images: channels first.

@@ -28,7 +28,11 @@ SMALL = shlex.split(
 )
 TUNED = shlex.split("--finetune.epochs 2 --finetune.batch-size 50")
 PICTURES = shlex.split("--size nano --patch 16 --decoder-dim 32 --decoder-depth 1 --decoder-heads 2 --batch-size 8")
-RECIPES = {"mae": [], "beyond_masking_integrated": ["--view-size", "22", "22"]}
+RECIPES = {
+    "mae": [],
+    "beyond_masking": ["--task", "zoom_out"],
+    "beyond_masking_integrated": ["--view-size", "22", "22"],
+}
 
 
 def recipe(name: str, *args: object, check: bool = True, before: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
@@ -71,7 +75,8 @@ def pictures(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_leaves_all_that_it_promises(name: str, tmp_path: Path) -> None:
-    evaluate = ["--evaluate", "finetune", "scratch", "budget"] if name != "mae" else ["--evaluate", "finetune"]
+    evaluations = {"mae": ["finetune", "linear", "knn", "nonlinear"], "beyond_masking": ["finetune"]}
+    evaluate = ["--evaluate", *evaluations.get(name, ["finetune", "scratch", "budget"])]
     done = recipe(name, *RECIPES[name], *SMALL, *TUNED, *evaluate, "--runs", tmp_path)
     folder = tmp_path / name
     for file in ("config.json", "metrics.jsonl", "encoder.safetensors", "result.json"):
@@ -159,7 +164,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
             assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ["mae", "beyond_masking_integrated"])
 def test_compiled_equals_eager_in_one_graph_for_the_whole_training(name: str, tmp_path: Path) -> None:
     args = [*RECIPES[name], *SMALL, "--evaluate", "--device", "cpu", "--runs", tmp_path]
     recipe(name, *args, "--name", "eager", "--compile", "off")
@@ -170,6 +175,12 @@ def test_compiled_equals_eager_in_one_graph_for_the_whole_training(name: str, tm
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
     for key, tensor in weights(tmp_path / "eager").items():
         torch.testing.assert_close(weights(tmp_path / "compiled")[key], tensor, rtol=1e-2, atol=1e-3)
+
+
+def test_every_form_of_a_task_is_one_graph_that_waits_for_nothing() -> None:
+    done = subprocess.run([sys.executable, ROOT / "tests" / "forms_of_tasks.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == 17
 
 
 @pytest.mark.parametrize("make", [lambda n: mae.MAE(mae.DIGITS, n), lambda n: _integrated(n)])

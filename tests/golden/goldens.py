@@ -35,8 +35,8 @@ class Golden:
         assert ours.shape == right.shape, f"{name}: {tuple(ours.shape)} instead of {tuple(right.shape)}"
         torch.testing.assert_close(ours.to(right.dtype), right, **self.tolerance(name), msg=lambda m: f"{name}: {m}")
 
-    def tolerance(self, name: str) -> dict[str, float]:
-        tolerance = {key: float(self.about["tolerance"][key]) for key in ("rtol", "atol")}
+    def tolerance(self, name: str) -> dict[str, Any]:
+        tolerance: dict[str, Any] = {key: float(self.about["tolerance"][key]) for key in ("rtol", "atol")}
         for key, text in self.about["tolerance"].items():
             if any(re.match(rf"{re.escape(part.strip())}(_|$)", name) for part in key.split(",")):
                 tolerance |= {kind: float(value) for kind, value in re.findall(r"(rtol|atol) ([\d.e+-]+)", str(text))}

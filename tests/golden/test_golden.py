@@ -66,7 +66,7 @@ def kind_of(path: Path) -> str | None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "golden_file" in metafunc.fixturenames:
-        folder: Path = metafunc.config.getoption("--golden")
+        folder = Path(metafunc.config.getoption("--golden"))  # pyright: ignore
         files = [path for path in sorted(folder.glob("*.npz")) if kind_of(path)]
         metafunc.parametrize("golden_file", files, ids=[path.stem for path in files])
 
@@ -215,7 +215,7 @@ def mixup(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
 def mae_model(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     images, noise = golden["image"], {"mask": golden["noise"]}
 
-    def fresh() -> nn.Module:
+    def fresh() -> Any:
         method = _mae(golden.params, monkeypatch, normalise_target=golden.params["norm_pix_loss"])
         report = load_weights(method, golden.weights, renames=mae.NAMES, optional=(r"normalise\.",))
         assert report.dropped == ["decoder_pos_embed"]
@@ -267,7 +267,9 @@ def mae_classifier(golden: Golden, _: Any) -> None:
         loss = classifier((images, targets), noise, torch.tensor(0.0))["loss"]
         loss.backward()
         golden.close(f"ce_{pool}", loss)
-        found = {k.removeprefix("encoder."): p.grad for k, p in classifier.named_parameters() if p.requires_grad}
+        found: dict[str, Any] = {
+            k.removeprefix("encoder."): p.grad for k, p in classifier.named_parameters() if p.requires_grad
+        }
         assert set(found) == set(names)
         golden.close(f"grad_norm_{pool}", torch.stack([found[name].norm() for name in names]))
 
@@ -385,7 +387,7 @@ def integrated_loss(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
 def integrated_model(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     view, noise = golden["ori"] * STD + MEAN, {"mask": golden["noise"]}
 
-    def fresh() -> nn.Module:
+    def fresh() -> Any:
         method = _integrated(golden.params, monkeypatch)
         report = load_weights(method, golden.weights, renames=beyond_masking.NAMES, optional=OWN)
         assert report.dropped == ["encoder.cls_token"]
@@ -557,7 +559,7 @@ def task_model(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     golden.close("degraded", fisheye_at(golden["original"], bends[:, [1, 0]], bends[:, 2]))
     original, noise = golden["original"] * STD + MEAN, {"mask": torch.zeros(0), "place": torch.zeros(len(bends), 3)}
 
-    def fresh() -> nn.Module:
+    def fresh() -> Any:
         sized = _sized(params | {"mask_ratio": 0.75}, monkeypatch)
         config = beyond_masking_tasks.Config(**sized, task="distorted")
         method = beyond_masking_tasks.Task(config, Normalise(MEAN.flatten().tolist(), STD.flatten().tolist()))
