@@ -242,14 +242,12 @@ def zoom_out_any_size(
     for height, width in sizes:
         _check_fits(height, width, H, W)
     dtype, images, which = images.dtype, images.float(), _whole(noise[..., 2], len(sizes) - 1)
-    rows, averages = _shrunken_axis(noise[..., 0], which, [height for height, _ in sizes], H)
-    blocks = images.unflatten(-2, (-1, averages.shape[-1]))
+    rows, down = _shrunken_axis(noise[..., 0], which, [height for height, _ in sizes], H)
+    columns, across = _shrunken_axis(noise[..., 1], which, [width for _, width in sizes], W)
     with _full_precision(images):
-        images = torch.einsum("...qp,...cgpw->...cgqw", averages, blocks).flatten(-3, -2)
-    columns, averages = _shrunken_axis(noise[..., 1], which, [width for _, width in sizes], W)
-    blocks = images.unflatten(-1, (-1, averages.shape[-1]))
-    with _full_precision(images):
-        images = torch.einsum("...qp,...chgp->...chgq", averages, blocks).flatten(-2)
+        images = (down[..., None, None, :, :] @ images.unflatten(-2, (-1, down.shape[-1]))).flatten(-3, -2)
+        blocks = images.unflatten(-1, (-1, across.shape[-1]))
+        images = (blocks.flatten(-4, -2) @ across.mT).reshape(*blocks.shape[:-2], -1)
     return _pick(images, rows, columns).to(dtype)
 
 

@@ -287,6 +287,7 @@ def test_paste_puts_the_image_where_mirror_fill_does_and_leaves_the_rest(argumen
 @pytest.mark.parametrize(("own", "other"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
 def test_paste_gives_the_dtype_of_the_images(own, other):
     pasted = paste(torch.ones(1, 1, 1, dtype=own), torch.zeros(1, 1, 3, dtype=other), torch.tensor([0.0, 0.5]))
+    assert pasted.dtype == own
     assert pasted.equal(torch.tensor([[[0.0, 1.0, 0.0]]], dtype=own))
 
 

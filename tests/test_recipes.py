@@ -132,6 +132,9 @@ def test_a_wrong_setting_is_one_sentence(args: list[str], sentence: str, tmp_pat
         pretrain(beyond_masking_integrated.Integrated, presets, name="integrated", description=None, args=args)
     assert sentence in str(ended.value.code)
     assert not list(tmp_path.glob("*/checkpoint"))
+    with pytest.raises(SystemExit) as again:  # and does not stand in the way of the next try
+        pretrain(beyond_masking_integrated.Integrated, presets, name="integrated", description=None, args=args)
+    assert str(again.value.code) == str(ended.value.code)
 
 
 def test_a_run_that_was_killed_is_resumed_bit_for_bit(tmp_path: Path) -> None:

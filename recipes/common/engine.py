@@ -60,6 +60,7 @@ class World:
 @contextlib.contextmanager
 def world(device: str = "auto") -> Iterator[World]:
     """Join the processes that `torchrun` started, or stand alone. Everything else is the same."""
+    torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32 on a GPU
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -258,12 +259,12 @@ def train(
     steps, per_epoch = batches.steps, batches.steps_per_epoch
 
     # Where to start
-    start, window, last = 0, None, {}
+    start, window, last, before = 0, None, {}, 0.0
     found = checkpoints.load() if run.resume else None
     if found is not None:
         start, tensors, state = found
         _refuse_other(config, state["config"], folder)
-        window, last = _restore(method, optimiser, tensors, place.device), state["last"]
+        window, last, before = _restore(method, optimiser, tensors, place.device), state["last"], state["seconds"]
         place.say(f"{title}: resuming at step {start} of {steps}")
     lr = settings.base_lr * settings.batch_size / 256
     place.say(
@@ -298,7 +299,8 @@ def train(
             for i, parameter in enumerate(parameters):
                 tensors |= {f"optimiser.{i}.{name}": value for name, value in optimiser.state[parameter].items()}
             tensors |= {} if window is None else {"window": window}
-            checkpoints.save(step, tensors, {"step": step, "config": config, "last": last | {"names": names}})
+            state = {"config": config, "last": last | {"names": names}, "seconds": before + time.perf_counter() - begin}
+            checkpoints.save(step, tensors, state)
         stored = step
 
     try:
@@ -376,7 +378,7 @@ def train(
         if writer is not None:
             writer.close()
         del stream  # ends the loader's processes
-    elapsed = time.perf_counter() - begin
+    elapsed = before + (time.perf_counter() - begin if start < steps else 0.0)
     if loader.unreadable:
         place.say(f"{title}: {len(loader.unreadable)} unreadable images were skipped: {', '.join(loader.unreadable)}")
     if draw is not None and place.first:

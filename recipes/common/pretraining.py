@@ -85,7 +85,6 @@ def pretrain(
         args: the command line; that of the process if none.
     """
     config: Config = parse(presets, args, description=description)
-    torch.set_float32_matmul_precision("high")
     with world(config.run.device) as place:
         try:
             return _pretrain(method, config, name, place)
@@ -181,14 +180,14 @@ def prepare(folder: Path, config: dict[str, Any], *, resume: bool, place: World)
     Raises:
         ValueError: if a run is there already and is not to be resumed.
     """
-    taken = (folder / "config.json").exists() and not resume
+    files = [folder / name for name in ("checkpoint", "result.json", "metrics.jsonl")]
+    started = any(path.exists() and path.stat().st_size for path in files)
     place.wait()  # every process has looked before the first one writes
-    if taken:
+    if started and not resume:
         raise ValueError(f"{folder} holds a run already: go on with --resume, or give another --name")
-    if place.first:
+    if place.first and not started:
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "config.json").exists():
-            write_json(folder / "config.json", config)
+        write_json(folder / "config.json", config)
 
 
 def normalisation(images: Images, source: Source) -> Normalise:
