@@ -28,15 +28,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import matplotlib.colors
-import numpy as np
-import scipy.ndimage
-import torch
-import torch.nn.functional as F
-import tyro
-from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
-
 from mimkit.degrade import (
     convolve_each,
     decolorise,
@@ -51,6 +42,15 @@ from mimkit.degrade import (
     zoom_out,
     zoom_out_any_size,
 )
+
+import matplotlib.colors
+import numpy as np
+import scipy.ndimage
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 
 @dataclass(frozen=True)

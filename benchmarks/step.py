@@ -42,12 +42,12 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))  # recipes are scripts beside this folder, not a package
 
-from mae import MAE, Config
-
 from common.config import Images, Network, Optimisation
 from common.engine import parameter_groups
 from common.images import IMAGENET_MEAN, IMAGENET_STD, Normalise
 from common.vit import SIZES
+
+from mae import MAE, Config
 
 SIDE, PATCH = 224, 16
 NUM_PATCHES = (SIDE // PATCH) ** 2

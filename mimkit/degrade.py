@@ -247,14 +247,14 @@ def zoom_out_any_size(
     with _full_precision(images):
         images = (down[..., None, None, :, :] @ images.unflatten(-2, (-1, down.shape[-1]))).flatten(-3, -2)
         blocks = images.unflatten(-1, (-1, across.shape[-1]))
-        images = (blocks.flatten(-4, -2) @ across.mT).reshape(*blocks.shape[:-2], -1)
+        images = (blocks.flatten(-4, -2) @ across.mT).reshape(*images.shape[:-1], blocks.shape[-2] * across.shape[-2])
     return _pick(images, rows, columns).to(dtype)
 
 
 def fisheye(
     images: Float[Tensor, "*batch c H W"], noise: Float[Tensor, "*batch 3"], *, least_twist: float, most_twist: float
 ) -> Float[Tensor, "*batch c H W"]:
-    """Bend each image towards a random point of its own: what is near the point is seen larger, what is far is lost.
+    """Bend each image towards a random point of its own: the farther from it, the more is stretched or lost.
 
     For the form that loses no pixels of the target bend a larger view (288 for 224), `area_resize` it, and take the
     `central_crop` of the unbent view as the target.

@@ -11,9 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
-
 from common import finetuning
 from common.config import Flat, Images, Network, Optimisation, Run
 from common.finetuning import Finetuning
@@ -39,6 +36,9 @@ from mimkit.losses import channel_normalised_patches, squared_error
 from mimkit.masking import all_but_block, random_tokens
 from mimkit.positions import sinusoid
 from mimkit.tokens import patchify, put, split, take, unpatchify
+
+import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,6 @@ Paper: Beyond Masking: Demystifying Token-Based Pre-Training for Vision Transfor
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor, nn
-
 from common import finetuning
 from common.config import Flat, Images, Network, Optimisation, Run
 from common.finetuning import Finetuning
@@ -25,6 +22,9 @@ from mimkit.losses import band_error, channel_normalised_patches, squared_error
 from mimkit.masking import random_tokens
 from mimkit.positions import sinusoid
 from mimkit.tokens import patchify, put, split, take, unpatchify
+
+import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from torch import Tensor, nn
-
 from common import finetuning
 from common.checkpoint import load_weights, read_foreign
 from common.config import Flat, Images, Network, Optimisation, Run
@@ -24,6 +22,8 @@ from common.vit import initialise_mae
 from mimkit.losses import normalised_patches, squared_error
 from mimkit.masking import random_tokens
 from mimkit.tokens import patchify, put, split, take, unpatchify
+
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)

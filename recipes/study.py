@@ -14,11 +14,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-import tyro
-
 from common.checkpoint import write
 from common.engine import read_metrics
+
+import matplotlib
+import tyro
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

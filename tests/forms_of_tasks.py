@@ -12,10 +12,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-import beyond_masking
-
 from common.images import Normalise
 from common.vit import SIZES
+
+import beyond_masking
 
 FORMS = [
     {"task": "masked"},

@@ -5,12 +5,12 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import mimkit
+
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
-
-import mimkit
 
 SOURCES = sorted(path for path in Path(mimkit.__path__[0]).glob("*.py") if path.stem != "__init__")
 

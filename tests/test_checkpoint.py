@@ -12,15 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mae
-import pytest
-import safetensors.torch
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from strategies import fast, seeded
-from torch import Tensor, nn
-
 from common.checkpoint import (
     Checkpoints,
     LoadReport,
@@ -35,6 +26,15 @@ from common.config import Images, Network
 from common.images import IMAGENET_MEAN, IMAGENET_STD, Normalise
 from common.pretraining import load_encoder
 from mimkit.tokens import patchify, split
+
+import mae
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import fast, seeded
+from torch import Tensor, nn
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 

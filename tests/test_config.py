@@ -9,6 +9,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from common import config as settings
+from common.config import parse, to_json
+
 import beyond_masking
 import beyond_masking_integrated
 import finetune
@@ -17,9 +20,6 @@ import linear_probe
 import mae
 import nonlinear_probe
 import pytest
-
-from common import config as settings
-from common.config import parse, to_json
 
 RECIPES = Path(mae.__file__).parent
 PRESETS: dict[str, dict[str, Any]] = {

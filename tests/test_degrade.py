@@ -7,14 +7,6 @@ import re
 from collections.abc import Iterator
 from statistics import NormalDist
 
-import pytest
-import torch
-import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
-from strategies import copied, fast, images, intervals, seeded, uniforms
-from torch import Tensor
-
 from mimkit.degrade import (
     area_resize,
     central_crop,
@@ -32,6 +24,14 @@ from mimkit.degrade import (
     zoom_out,
     zoom_out_any_size,
 )
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import copied, fast, images, intervals, seeded, uniforms
+from torch import Tensor
 
 sides = st.integers(1, 9)
 

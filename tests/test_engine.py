@@ -4,15 +4,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from common import engine
+from common.config import Optimisation, Run
+from common.engine import Batches, Rand, World, by_epoch, by_step, learning_rate, parameter_groups, pieces, train
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-
-from common import engine
-from common.config import Optimisation, Run
-from common.engine import Batches, Rand, World, by_epoch, by_step, learning_rate, parameter_groups, pieces, train
 
 ALONE = World(0, 1, torch.device("cpu"))
 RUN = Run(precision="fp32", compile="off", log_every=2, checkpoint_minutes=0.0)

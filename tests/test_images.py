@@ -6,15 +6,6 @@ import random
 import re
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from PIL import Image
-from torch import Generator, Tensor
-from torch.utils.data import get_worker_info
-
 from common import images
 from common.images import (
     Augment,
@@ -32,6 +23,15 @@ from common.images import (
     seed_of,
     statistics,
 )
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Generator, Tensor
+from torch.utils.data import get_worker_info
 
 
 class Memory:

@@ -2,15 +2,15 @@
 
 import re
 
+from mimkit.losses import band_error, channel_normalised_patches, normalised_patches, squared_error
+from mimkit.tokens import patchify
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import channels, copied, fast, images, seeded, uniforms
 from torch import Tensor
-
-from mimkit.losses import band_error, channel_normalised_patches, normalised_patches, squared_error
-from mimkit.tokens import patchify
 
 # PyTorch warns about the variance of nothing when the batch is empty
 pytestmark = pytest.mark.filterwarnings("ignore:.*degrees of freedom")

@@ -2,13 +2,13 @@
 
 import re
 
+from mimkit.masking import all_but_block, random_tokens
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import copied, fast, intervals, noise_and_count, rows, seeded, uniforms
-
-from mimkit.masking import all_but_block, random_tokens
 
 
 @fast

@@ -3,14 +3,14 @@
 import math
 import re
 
+from mimkit.positions import resize_table, sincos, sinusoid
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import copied, fast, seeded, uniforms
 from torch import Tensor
-
-from mimkit.positions import resize_table, sincos, sinusoid
 
 sides = st.integers(0, 5)
 positive_sides = st.integers(1, 5)

@@ -10,6 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+from common import probing
+from common.config import Images, Run
+from common.engine import World
+from common.images import Normalise
+from common.pretraining import export, load_encoder
+from common.probing import Frozen, Heads, Linear
+from common.vit import ViT, initialise_mae, timm_state
+
 import knn
 import linear_probe
 import nonlinear_probe
@@ -22,14 +30,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
-
-from common import probing
-from common.config import Images, Run
-from common.engine import World
-from common.images import Normalise
-from common.pretraining import export, load_encoder
-from common.probing import Frozen, Heads, Linear
-from common.vit import ViT, initialise_mae, timm_state
 
 ROOT = Path(__file__).parent.parent
 RUN = Run(workers=0)

@@ -10,6 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from common.checkpoint import read_tensors
+from common.images import Normalise
+from common.pretraining import pretrain
+
 import beyond_masking_integrated
 import mae
 import numpy as np
@@ -17,10 +21,6 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-
-from common.checkpoint import read_tensors
-from common.images import Normalise
-from common.pretraining import pretrain
 
 ROOT = Path(__file__).parent.parent
 SMALL = shlex.split(

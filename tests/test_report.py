@@ -5,15 +5,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from PIL import Image
-from strategies import fast, seeded
-from torch import Tensor
-
 from common.report import (
     Pictures,
     draw_curves,
@@ -25,6 +16,15 @@ from common.report import (
     tuned_table,
 )
 from mimkit.tokens import patchify, unpatchify
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from strategies import fast, seeded
+from torch import Tensor
 
 
 def drawn(path: Path) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 import re
 
+from mimkit.tokens import patchify, put, split, take, unpatchify
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import channels, copied, fast, images, noise_and_count, rows, seeded, uniforms
 from torch import Tensor
-
-from mimkit.tokens import patchify, put, split, take, unpatchify
 
 
 @st.composite

@@ -2,18 +2,6 @@
 
 from typing import Any, cast
 
-import beyond_masking_integrated as beyond_masking
-import mae
-import pytest
-import timm
-import torch
-import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
-from strategies import fast, seeded
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
-
 from common.config import Network
 from common.images import Normalise
 from common.vit import (
@@ -34,6 +22,18 @@ from common.vit import (
 )
 from mimkit.positions import resize_table, sincos, sinusoid
 from mimkit.tokens import patchify, put, split, take
+
+import beyond_masking_integrated as beyond_masking
+import mae
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import fast, seeded
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 GRID: dict[str, Any] = {"height": 2, "width": 3}
 N = 6

@@ -22,16 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from common.checkpoint import Checkpoints, write
+from common.config import Optimisation, Run
+from common.images import seed_of
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-
-from common.checkpoint import Checkpoints, write
-from common.config import Optimisation, Run
-from common.images import seed_of
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 from common.config import Flat, Images, Optimisation, Run, to_json
 from common.engine import World, loading_processes, pieces, train
 from common.images import Augment, CentreCrop, CropFlip, Loader, Mix, Normalise, Source, Views, open_images
 from common.vit import ViT
 from mimkit.tokens import patchify
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)

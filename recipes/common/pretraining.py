@@ -5,9 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import torch
-from torch import Tensor, nn
-
 from common import report
 from common.checkpoint import load_weights, read_foreign, read_tensors, write_json, write_tensors
 from common.config import Images, Network, Optimisation, Run, parse, to_json
@@ -36,6 +33,9 @@ from common.vit import (
     timm_state,
 )
 from mimkit.positions import sincos
+
+import torch
+from torch import Tensor, nn
 
 Evaluation = Literal["finetune", "scratch", "budget", "linear", "knn", "nonlinear"]
 

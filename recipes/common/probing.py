@@ -12,12 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Generator, Tensor, nn
-from tqdm import tqdm
-
 from common import report
 from common.checkpoint import load_weights, read_foreign, read_tensors, write, write_json
 from common.config import Flat, Images, Run, parse, to_json
@@ -28,6 +22,12 @@ from common.lars import LARS
 from common.vit import Block, ViT, initialise_mae
 from mimkit.positions import resize_table
 from mimkit.tokens import patchify, unpatchify
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+from tqdm import tqdm
 
 AT_A_TIME = 256  # images that one device encodes together
 CELLS = 2**27  # of a matrix of similarities that is held at a time

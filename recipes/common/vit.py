@@ -7,13 +7,13 @@ import math
 from collections.abc import Callable
 from typing import Any, cast
 
+from mimkit.positions import resize_table, sincos
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-
-from mimkit.positions import resize_table, sincos
 
 SIZES: dict[str, dict[str, Any]] = {
     "nano": {"dim": 96, "depth": 6, "heads": 3},  # for the embedded digits

@@ -7,16 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import beyond_masking as beyond_masking_tasks
-import beyond_masking_integrated as beyond_masking
-import mae
-import numpy as np
-import pytest
-import timm.data.mixup
-import torch
-from goldens import Golden
-from torch import Tensor, nn
-
 from common import vit
 from common.checkpoint import load_weights
 from common.config import Images, Network, Optimisation
@@ -44,6 +34,16 @@ from mimkit.losses import channel_normalised_patches, normalised_patches, square
 from mimkit.masking import all_but_block, random_tokens
 from mimkit.positions import sincos, sinusoid
 from mimkit.tokens import patchify, put, split, take, unpatchify
+
+import beyond_masking as beyond_masking_tasks
+import beyond_masking_integrated as beyond_masking
+import mae
+import numpy as np
+import pytest
+import timm.data.mixup
+import torch
+from goldens import Golden
+from torch import Tensor, nn
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
