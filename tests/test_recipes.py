@@ -122,6 +122,7 @@ def test_without_a_test_split_it_says_so_and_pre_trains(pictures: Path, tmp_path
         (["--mask-ratio", "1"], "--mask-ratio 1.0 of 64 patches does not leave both masked and visible ones"),
         (["--view-size", "47", "46"], "--view-size 47 is not an even number more than --image-size 32"),
         (["--statistics", "imagenet"], "ImageNet's mean and std have 3 channels, not 1: use --statistics data"),
+        (["--finetune.batch-size", "101"], "100 labelled images do not fill a batch of 101: --finetune.batch-size"),
         (["--data", "nowhere"], "nowhere"),
     ],
 )

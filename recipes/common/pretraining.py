@@ -351,5 +351,8 @@ def _possible(config: Config, place: World) -> tuple[Evaluation, ...]:
     except ValueError as error:
         place.say(f"no evaluation at the end, pre-training only: {error}")
         return ()
+    batch = config.finetune.optimisation.batch_size
+    if len(labelled) < batch:
+        raise ValueError(f"{len(labelled)} labelled images do not fill a batch of {batch}: --finetune.batch-size")
     wanted = config.evaluate
     return ("finetune", *wanted) if "budget" in wanted and "finetune" not in wanted else wanted
