@@ -77,6 +77,11 @@ def world(device: str = "auto") -> Iterator[World]:
         dist.destroy_process_group()
 
 
+def in_bf16(run: Run, place: World) -> bool:
+    """Whether networks run under bf16 autocast: if asked for, or on a GPU unless told otherwise."""
+    return run.precision == "bf16" or (run.precision == "auto" and place.device.type == "cuda")
+
+
 def loading_processes(run: Run, place: World) -> int:
     """Processes that load images for one device: those asked for, or one per core that training leaves free."""
     if run.workers >= 0:
@@ -274,7 +279,7 @@ def train(
     )
 
     # The step
-    bf16 = run.precision == "bf16" or (run.precision == "auto" and place.device.type == "cuda")
+    bf16 = in_bf16(run, place)
     model = _compiled(method, run, place, static=batches.count == 1)
     progress = torch.zeros((), device=place.device)
     bad = torch.full((), -1.0, device=place.device)  # the first step whose loss was not finite

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.config import Flat, Images, Optimisation, Run, to_json
-from common.engine import World, loading_processes, pieces, train
+from common.engine import World, in_bf16, loading_processes, pieces, train
 from common.images import Augment, CentreCrop, CropFlip, Loader, Mix, Normalise, Source, Views, open_images
 from common.vit import ViT
 from mimkit.tokens import patchify
@@ -212,7 +212,7 @@ def accuracy(
     )
     counts = torch.zeros(2, device=place.device)
     classifier.eval()
-    bf16 = run.precision == "bf16" or (run.precision == "auto" and place.device.type == "cuda")
+    bf16 = in_bf16(run, place)
     for pictures, labels in loader:
         with torch.autocast(place.device.type, torch.bfloat16, enabled=bf16):
             right = classifier.predict(pictures.to(place.device)) == labels.to(place.device)

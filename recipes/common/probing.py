@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, cast
 from common import report
 from common.checkpoint import load_weights, read_foreign, read_tensors, write, write_json
 from common.config import Flat, Images, Run, parse, to_json
-from common.engine import World, by_epoch, loading_processes, read_metrics, world
+from common.engine import World, by_epoch, in_bf16, loading_processes, read_metrics, world
 from common.finetuning import Finetuning, finetune
 from common.images import CentreCrop, Loader, Normalise, Source, Views, one_shot_crop_size, open_images, resize, seed_of
 from common.lars import LARS
@@ -277,7 +277,7 @@ def encode(
 def _encoded(
     frozen: Frozen, views: Views, batches: Iterable[list[tuple[int, int]]], run: Run, place: World
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    bf16 = run.precision == "bf16" or (run.precision == "auto" and place.device.type == "cuda")
+    bf16 = in_bf16(run, place)
     loader = Loader(views, batches, workers=loading_processes(run, place), pin=place.device.type == "cuda")
     for pictures, labels in loader:
         with torch.autocast(place.device.type, torch.bfloat16, enabled=bf16):
