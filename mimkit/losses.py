@@ -1,6 +1,7 @@
 """Targets and losses: one value per token, in float32 also under autocast. The caller averages."""
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
@@ -127,3 +128,102 @@ def band_error(
     between = error[..., rows : H - rows, :]
     strips = error[..., :rows, :], error[..., H - rows :, :], between[..., :columns], between[..., W - columns :]
     return torch.stack([strip.mean(dim=(-3, -2, -1)) for strip in strips], dim=-1)
+
+
+def cosine_distance(
+    prediction: Float[Tensor, "*batch n d"], target: Float[Tensor, "*batch n d"]
+) -> Float[Tensor, "*batch n"]:
+    """Give each token the squared distance of its two directions, 2 − 2 cos, in float32.
+
+    For targets that are features of a network: HPM's from a teacher, LUT's.
+
+    Returns:
+        0 (same direction) to 4 (opposite).
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Example:
+        >>> cosine_distance(torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([[5.0, 0.0], [1.0, 0.0]]))
+        tensor([0., 2.])
+
+    Source: HPM, arXiv 2304.05919 (feature targets in the published code).
+    """
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
+    directions = (F.normalize(x.float(), dim=-1, eps=1e-12) for x in (prediction, target))
+    return (next(directions) - next(directions)).square().sum(dim=-1)
+
+
+def soft_cross_entropy(
+    logits: Float[Tensor, "*batch n c"], target: Float[Tensor, "*batch n c"]
+) -> Float[Tensor, "*batch n"]:
+    """Give each token the cross entropy of its logits with a target over all classes, −Σ t · log softmax, in float32.
+
+    A target need not sum to one: its sum weighs the token. DropPos divides the weighted sum over all tokens that are
+    scored by the sum of their weights: `(weights * error).sum() / weights.sum()`.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Example:
+        >>> soft_cross_entropy(torch.zeros(1, 4), torch.full((1, 4), 0.25))
+        tensor([1.3863])
+
+    Source: DropPos, arXiv 2309.03576, section 3.
+    """
+    if logits.shape != target.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} and target {tuple(target.shape)} differ in shape")
+    logits, target = logits.float(), target.float()
+    return target.sum(dim=-1) * logits.logsumexp(dim=-1) - (target * logits).sum(dim=-1)
+
+
+def ranking_loss(
+    prediction: Float[Tensor, "*batch n"], target: Float[Tensor, "*batch n"]
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    """Judge predictions by how they order each pair of tokens of a row, not by their values; in float32.
+
+    A pair (i, j) with target j > target i costs −log(sigmoid(prediction j − prediction i) + 1e-6). Ordered pairs are
+    summed, so every pair counts twice; pairs with equal targets do not count. HPM's loss is one quotient over the whole
+    batch, `loss.sum() / pairs.sum().clamp(min=1)`, and the share of pairs in the right order tells whether it learns:
+    `right.sum() / pairs.sum().clamp(min=1)`, a half by chance.
+
+    Memory stays bounded: pairs are looked at in chunks of some 32,768 per row, and nothing of them is kept for the
+    backward pass, because the gradient is computed along. There are no second derivatives.
+
+    Args:
+        prediction: of the loss of each token, say. A constant added to a row changes nothing.
+        target: what is predicted; gets no gradient.
+
+    Returns:
+        loss, right, pairs: sums over the pairs of each row. Equal predictions are not in the right order.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Example:
+        >>> ranking_loss(torch.tensor([0.0, 0.0, 9.0]), torch.tensor([1.0, 2.0, 3.0]))
+        (tensor(1.3868), tensor(4.), tensor(6.))
+
+    Source: HPM, arXiv 2304.05919, section 3.2 (relative loss prediction; the 1e-6 is the published code's).
+    """
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
+    prediction, n = prediction.float(), prediction.shape[-1]
+    p, t = prediction.detach(), target.detach().float()
+    loss = right = pairs = p.new_zeros(p.shape[:-1])
+    slopes, pulled, rows = [], torch.zeros_like(p), max(1, 2**15 // max(1, n))
+    for first in range(0, max(1, n), rows):
+        some = slice(first, first + rows)
+        order = (t.unsqueeze(-2) - t[..., some].unsqueeze(-1)).sign()  # 1: j is above i, 0: equal
+        difference = p.unsqueeze(-2) - p[..., some].unsqueeze(-1)
+        share = difference.sigmoid()
+        share = torch.where(order < 0, 1 - share, share)  # rounded so in the published code
+        loss = loss - (order.abs() * (share + 1e-6).log()).sum(dim=(-2, -1))
+        right = right + (order * difference > 0).sum(dim=(-2, -1))
+        pairs = pairs + order.abs().sum(dim=(-2, -1))
+        slope = order * share * (1 - share) / (share + 1e-6)
+        slopes.append(slope.sum(dim=-1))
+        pulled = pulled + slope.sum(dim=-2)
+    gradient = torch.cat(slopes, dim=-1) - pulled
+    return loss + (gradient * (prediction - p)).sum(dim=-1), right, pairs

@@ -69,6 +69,51 @@ def all_but_block(
     return ~(rows.unsqueeze(-1) & columns.unsqueeze(-2)).flatten(-2)
 
 
+def easy_to_hard(
+    difficulty: Float[Tensor, "*batch n"],
+    noise: Float[Tensor, "*batch n"],
+    *,
+    num_masked: int,
+    num_hard: int | Int[Tensor, ""],
+) -> Bool[Tensor, "*batch n"]:
+    """Mask the `num_hard` most difficult tokens of each row, and of the others as many at random as are missing.
+
+    Easy to hard is a `num_hard` that grows over the training. 0 is `random_tokens`; `num_masked` masks the hardest
+    only; `-difficulty` masks the easiest.
+
+    Args:
+        difficulty: the larger the harder; a loss that is predicted for each token, say. Only the order matters. Of
+            equal ones the right one counts as harder.
+        noise: uniform in [0, 1); of the tokens that are not forced those with the largest noise are masked.
+        num_masked: count of masked tokens per row, 0 to n.
+        num_hard: how many of them are the hardest, 0 to `num_masked`. A 0-d tensor follows a schedule without a new
+            graph; its value is not looked at, and one outside of the range acts like its nearest end.
+
+    Returns:
+        `True` = masked.
+
+    Raises:
+        ValueError: if `num_masked` is outside 0…n, `num_hard` outside 0…`num_masked`, or the shapes differ.
+
+    Example:
+        >>> difficulty, noise = torch.tensor([0.1, 0.9, 0.2, 0.3]), torch.tensor([0.8, 0.0, 0.5, 0.6])
+        >>> easy_to_hard(difficulty, noise, num_masked=2, num_hard=1)
+        tensor([ True,  True, False, False])
+
+    Source: HPM, arXiv 2304.05919, algorithm S1; as printed it masks nothing, this is what it means.
+    """
+    n = noise.shape[-1]
+    if difficulty.shape != noise.shape:
+        raise ValueError(f"difficulty {tuple(difficulty.shape)} and noise {tuple(noise.shape)} differ in shape")
+    if not 0 <= num_masked <= n:
+        raise ValueError(f"num_masked={num_masked} of {n} tokens cannot be masked")
+    if isinstance(num_hard, int) and not 0 <= num_hard <= num_masked:
+        raise ValueError(f"num_hard={num_hard} of num_masked={num_masked} tokens cannot be the hardest ones")
+    hardest = _rank(difficulty) - n  # −1 for the hardest, …, −n
+    forced = hardest >= -(num_hard if isinstance(num_hard, int) else num_hard.clamp(max=num_masked))
+    return _rank(torch.where(forced, 1.0, noise)) >= n - num_masked
+
+
 def _rank(values: Shaped[Tensor, "*batch n"]) -> Int[Tensor, "*batch n"]:
     """Place of each value in its sorted row; equal values in the order they stand in."""
     order = values.argsort(dim=-1, stable=True)

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 # einops looks up its backend once; done here, it is no reason to compile a caller's graph a second time
@@ -111,6 +111,168 @@ def resize_table(
     resized = F.interpolate(flat.float(), (new_height, new_width), mode="bicubic", align_corners=False)
     resized = resized.to(table.dtype).reshape(*grid.shape[:-2], new_height, new_width)
     return rearrange(resized, "... d h w -> ... (h w) d")
+
+
+def drop_positions(
+    positions: Float[Tensor, "*batch k d"],
+    dropped: Bool[Tensor, "*batch k"],
+    replacement: Float[Tensor, "*batch k d"],
+) -> Float[Tensor, "*batch k d"]:
+    """Replace the positions of some tokens, so that the network has to find out where these belong.
+
+    Args:
+        positions: one per token.
+        dropped: `True` = the token loses its position; `mimkit.masking.random_tokens` draws a fixed count of them.
+        replacement: what stands there instead: one learned vector, `token.expand_as(positions)`, as in DropPos; zeros;
+            or positions that are wrong, `permute_positions(positions, dropped, noise)`.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+
+    Example:
+        >>> positions, token = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([9.0])
+        >>> drop_positions(positions, torch.tensor([True, False, True]), token.expand_as(positions)).flatten()
+        tensor([9., 2., 9.])
+
+    Source: DropPos, arXiv 2309.03576, section 3.
+    """
+    _check_dropped(positions, dropped)
+    if positions.shape != replacement.shape:
+        raise ValueError(f"positions {tuple(positions.shape)} and replacement {tuple(replacement.shape)} differ")
+    return torch.where(dropped.unsqueeze(-1), replacement, positions)
+
+
+def permute_positions(
+    positions: Float[Tensor, "*batch k d"], dropped: Bool[Tensor, "*batch k"], noise: Float[Tensor, "*batch k"]
+) -> Float[Tensor, "*batch k d"]:
+    """Let the dropped tokens of each row exchange their positions, every permutation equally likely.
+
+    Args:
+        positions: one per token.
+        dropped: `True` = the token gets the position of another dropped token (or, by chance, its own).
+        noise: uniform in [0, 1); the published code draws one permutation for the whole batch, which is the same
+            noise in each row.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+
+    Example:
+        >>> positions, dropped = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([True, False, True])
+        >>> permute_positions(positions, dropped, torch.tensor([0.9, 0.5, 0.1])).flatten()
+        tensor([3., 2., 1.])
+
+    Source: DropPos, arXiv 2309.03576 (an ablation of the published code).
+    """
+    _check_dropped(positions, dropped)
+    if dropped.shape != noise.shape:
+        raise ValueError(f"dropped {tuple(dropped.shape)} and noise {tuple(noise.shape)} differ in shape")
+    places = (~dropped).int().argsort(dim=-1, stable=True)  # the dropped ones first, then the others
+    sources = torch.where(dropped, noise, 1.0).argsort(dim=-1, stable=True)  # likewise, the dropped ones shuffled
+    source = torch.zeros_like(places).scatter(-1, places, sources)
+    return positions.gather(-2, source.unsqueeze(-1).expand(positions.shape))
+
+
+def shuffle(noise: Float[Tensor, "*batch k"]) -> tuple[Int[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
+    """Give a random order of the tokens of each row, and the way back.
+
+    Attention does not care for the order of its tokens, but what comes to lean on it (a causal mask, a convolution)
+    would read a dropped position off the raster order.
+
+    Args:
+        noise: uniform in [0, 1); every order is equally likely.
+
+    Returns:
+        order, back: with `mimkit.tokens`, `take(take(tokens, order), back)` are the tokens again.
+
+    Raises:
+        ValueError: if `noise` has no axis.
+
+    Example:
+        >>> shuffle(torch.tensor([0.9, 0.1, 0.5]))
+        (tensor([1, 2, 0]), tensor([2, 0, 1]))
+
+    Source: DropPos, arXiv 2309.03576 (an option of the published code).
+    """
+    if not noise.ndim:
+        raise ValueError("noise has no axis of tokens to shuffle")
+    order = noise.argsort(dim=-1, stable=True)
+    places = torch.arange(noise.shape[-1], device=noise.device).expand_as(order)
+    return order, torch.zeros_like(order).scatter(-1, order, places)
+
+
+def smoothed_targets(
+    sigma: Float[Tensor, "*batch"], *, height: int, width: int
+) -> Float[Tensor, "*batch {height}*{width} {height}*{width}"]:
+    """Spread each position of the grid over its neighbours: row i is the target of a patch that belongs at i.
+
+    `exp(−distance² / sigma²)`, the squared Euclidean distance in patches and no factor 2, divided by the sum of its
+    row: a distribution. The published code divides by the sum of the column instead: that is the transpose, `.mT`.
+
+    Args:
+        sigma: width in patches, a 0-d tensor as a rule, so that a schedule needs no new graph. 0 is the identity.
+        height: rows of the grid, in patches.
+        width: columns of the grid, in patches.
+
+    Returns:
+        float32. Take rows by index: `smoothed_targets(…)[visible]`.
+
+    Raises:
+        ValueError: if a side is negative.
+
+    Example:
+        >>> smoothed_targets(torch.tensor(1.0), height=1, width=2)
+        tensor([[0.7311, 0.2689],
+                [0.2689, 0.7311]])
+
+    Source: DropPos, arXiv 2309.03576, section 3. Its published code builds the targets of 224 pixels and patches of
+    16 for a grid of 16 × 16 instead of 14 × 14.
+    """
+    _check_grid(height, width)
+    variance = sigma.float().square()[..., None, None]
+
+    def gaussian(length: int) -> Tensor:
+        places = torch.arange(length, dtype=torch.float32, device=sigma.device)
+        squared = (places[:, None] - places).square()
+        weights = torch.where(squared == 0, 1.0, (-squared / variance).exp())  # 0 / 0 would be no number
+        return weights / weights.sum(dim=-1, keepdim=True)
+
+    rows, columns = gaussian(height)[..., :, None, :, None], gaussian(width)[..., None, :, None, :]
+    return (rows * columns).flatten(-2).flatten(-3, -2)
+
+
+def attentive_weights(
+    tokens: Float[Tensor, "*batch n d"], guide: Float[Tensor, "*batch d"], *, temperature: float
+) -> Float[Tensor, "*batch n"]:
+    """Weigh tokens by how much they resemble a guide: the softmax of their cosines over the temperature.
+
+    Args:
+        tokens: features of the patches that share the weight; only the visible ones, or all.
+        guide: feature of the class token.
+        temperature: above 0; infinite for equal weights. DropPos takes 0.1.
+
+    Returns:
+        float32, each row sums to one.
+
+    Raises:
+        ValueError: if the temperature is not above 0, or the shapes do not fit.
+
+    Example:
+        >>> attentive_weights(torch.eye(2), torch.tensor([1.0, 0.0]), temperature=1.0)
+        tensor([0.7311, 0.2689])
+
+    Source: DropPos, arXiv 2309.03576, section 3 (attentive reconstruction).
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} is not above 0")
+    if (*tokens.shape[:-2], tokens.shape[-1]) != guide.shape:
+        raise ValueError(f"tokens {tuple(tokens.shape)} and guide {tuple(guide.shape)} do not fit")
+    a, b = (F.normalize(x.float(), dim=-1, eps=1e-8) for x in (tokens, guide.unsqueeze(-2)))
+    return ((a * b).sum(dim=-1) / temperature).softmax(dim=-1)
+
+
+def _check_dropped(positions: Tensor, dropped: Tensor) -> None:
+    if positions.shape[:-1] != dropped.shape:
+        raise ValueError(f"positions {tuple(positions.shape)} and dropped {tuple(dropped.shape)} do not fit")
 
 
 def _check_grid(height: int, width: int) -> None:
