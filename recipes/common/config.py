@@ -105,7 +105,9 @@ class Optimisation:
     layer_decay: float = 1.0
     """each block's learning rate is this times that of the block above it"""
     clip: float | None = None
-    """greatest norm of the whole gradient; none: no clipping"""
+    """greatest norm of the gradient; none: no clipping"""
+    clip_each: bool = False
+    """clip the gradient of each parameter on its own instead of the whole"""
 
 
 T = TypeVar("T")

@@ -6,6 +6,8 @@ A method is an `nn.Module` with
 - `forward(batch, noise, progress)`: a dict of 0-d losses; the one called "loss" is minimised, all are logged;
 - `after_step(progress)`, if something follows the optimiser.
 
+`progress` is the share of the training that is done, a 0-d tensor in double precision.
+
 All chance is a function of (seed, step, sample), so a run that was killed and resumed is the same run bit for bit,
 and so (up to the order of sums) is one that is spread over more devices or accumulated in more pieces.
 """
@@ -160,6 +162,11 @@ class Rand:
         return torch.rand(self.batches.batch_size, *shape, generator=generator, device=generator.device)[self.rows]
 
 
+def epoch_of(progress: Tensor, epochs: int) -> Tensor:
+    """The epoch, counted from 0, for what is constant within one; a 0-d tensor."""
+    return (progress * epochs + 1e-6).floor()  # the product of a rounded quotient may lie below the epoch's start
+
+
 def by_epoch(epoch: float, *, lr: float, min_lr: float, warmup: float, epochs: float) -> float:
     """Warm up from 0, then half a cosine, both of the fractional epoch. Source: MAE (published code)."""
     if epoch < warmup:
@@ -209,6 +216,19 @@ def parameter_groups(module: nn.Module, settings: Optimisation, *, depth: int = 
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
+
+
+def clip(parameters: Collection[nn.Parameter], norm: float, *, each: bool = False) -> None:
+    """Scale down the whole gradient to a norm, or the gradient of each parameter on its own.
+
+    The device is not waited for.
+    """
+    if not each:
+        nn.utils.clip_grad_norm_(parameters, norm)
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = torch._foreach_norm(gradients)
+    torch._foreach_mul_(gradients, [(norm / (own + 1e-6)).clamp(max=1.0) for own in norms])
 
 
 class Loader(Protocol):
@@ -281,7 +301,7 @@ def train(
     # The step
     bf16 = in_bf16(run, place)
     model = _compiled(method, run, place, static=batches.count == 1)
-    progress = torch.zeros((), device=place.device)
+    progress = torch.zeros((), dtype=torch.float64, device=place.device)
     bad = torch.full((), -1.0, device=place.device)  # the first step whose loss was not finite
     rand = Rand(batches)
     parameters = [parameter for group in groups for parameter in group["params"]]
@@ -331,7 +351,7 @@ def train(
             assert window is not None
             window[-1] += 1
             if settings.clip is not None:
-                nn.utils.clip_grad_norm_(parameters, settings.clip)
+                clip(parameters, settings.clip, each=settings.clip_each)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             if hasattr(method, "after_step"):

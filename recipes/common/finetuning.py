@@ -64,6 +64,8 @@ def of(settings: Finetuning, *, drop_path: float = 0.1, **optimisation: Any) -> 
 
 MAE = Finetuning()
 FOLDER = of(MAE, batch_size=256)
+HPM = of(MAE, layer_decay=0.8)
+DROPPOS = replace(of(MAE, base_lr=1e-3, layer_decay=0.8), train_positions=False)
 BEYOND_MASKING = replace(
     of(MAE, base_lr=1e-3, layer_decay=0.75, schedule="step"),
     pool="class",

@@ -138,3 +138,13 @@ def grey_out(images: Tensor, mask: Tensor, *, height: int, width: int, patch: in
     """Cover the masked patches of images in [0, 1] with grey: what the encoder does not see."""
     cover = mask.view(len(mask), 1, height, 1, width, 1).expand(-1, 1, -1, patch, -1, patch)
     return torch.where(cover.reshape(len(mask), 1, height * patch, width * patch), 0.5, images)
+
+
+def heat_maps(images: Tensor, values: Tensor, *, height: int, width: int, patch: int) -> Tensor:
+    """Lay a colour per patch over images in [0, 1], blue for the least value of each image, red for the greatest."""
+    least, most = values.amin(dim=-1, keepdim=True), values.amax(dim=-1, keepdim=True)
+    shares = ((values - least) / (most - least).clamp(min=1e-12)).float().cpu().numpy()
+    colours = torch.from_numpy(matplotlib.colormaps["jet"](shares)[..., :3]).to(images)  # (b, n, 3)
+    maps = colours.view(len(images), height, 1, width, 1, 3).expand(-1, -1, patch, -1, patch, -1)
+    grey = images.mean(dim=1, keepdim=True)
+    return 0.5 * grey + 0.5 * maps.reshape(len(images), height * patch, width * patch, 3).movedim(-1, 1)

@@ -221,11 +221,20 @@ class Predictor(nn.Module):
         self.head = nn.Linear(dim, outputs)
 
     def predict(self, x: Float[Tensor, "b n d"], num_outputs: int) -> Float[Tensor, "b {num_outputs} outputs"]:
-        """Predict the last `num_outputs` tokens: in the last block only they ask, all others only answer."""
+        """Predict the last `num_outputs` tokens."""
+        return self.head(self.decode(x, num_outputs))
+
+    def predict_mean(self, x: Float[Tensor, "b n d"], num_outputs: int) -> Float[Tensor, "b {num_outputs}"]:
+        """Predict the mean of the outputs, in float32 and at the price of one of them."""
+        weight, bias = self.head.weight.float().mean(dim=0), self.head.bias.float().mean()
+        return (self.decode(x, num_outputs).float() * weight).sum(dim=-1) + bias
+
+    def decode(self, x: Float[Tensor, "b n d"], num_outputs: int) -> Float[Tensor, "b {num_outputs} d"]:
+        """Run the blocks and the norm: in the last block only the last `num_outputs` ask, all others only answer."""
         *blocks, last = self.blocks
         for block in blocks:
             x = block(x)
-        return self.head(self.norm(last(x, num_queries=None if num_outputs == x.shape[1] else num_outputs)))
+        return self.norm(last(x, num_queries=None if num_outputs == x.shape[1] else num_outputs))
 
 
 class Decoder(Predictor):
@@ -303,7 +312,7 @@ def initialise_mae(module: nn.Module) -> None:
         elif isinstance(part, PatchEmbed):
             nn.init.xavier_uniform_(part.proj.weight.flatten(1))
     for name, parameter in module.named_parameters():
-        if name.split(".")[-1] in ("cls_token", "mask_token"):
+        if name.split(".")[-1] in ("cls_token", "mask_token", "position_token"):
             nn.init.normal_(parameter, std=0.02)
 
 

@@ -1,0 +1,42 @@
+"""A teacher: a frozen copy of a network that follows it as a moving average."""
+
+import copy
+from itertools import chain
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def teacher_of(student: M) -> M:
+    """Copy a network. No gradient reaches the copy, so that the optimiser and DDP leave it alone; it is saved with
+    whatever module holds it.
+    """
+    return copy.deepcopy(student).requires_grad_(False)
+
+
+@torch.no_grad()
+def follow(teacher: nn.Module, student: nn.Module, momentum: Tensor | float) -> None:
+    """Move a teacher towards its student, buffers included: θ ← θ + (1 − momentum) · (student − θ).
+
+    What does not differ stays the same to the last bit; whole numbers (counters) are copied. A momentum that is a
+    tensor follows a schedule; the device is not waited for.
+
+    Raises:
+        ValueError: if the two are not made of the same parts.
+    """
+    old, new = _state(teacher), _state(student)
+    if old.keys() != new.keys():
+        raise ValueError("teacher and student are not made of the same parts")
+    averaged = [name for name, tensor in old.items() if tensor.is_floating_point()]
+    steps = torch._foreach_sub([new[name] for name in averaged], [old[name] for name in averaged])
+    torch._foreach_mul_(steps, torch.as_tensor(1 - momentum, dtype=torch.float32, device=steps[0].device))
+    torch._foreach_add_([old[name] for name in averaged], steps)
+    for name in old.keys() - set(averaged):
+        old[name].copy_(new[name])
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return dict(chain(module.named_parameters(), module.named_buffers()))

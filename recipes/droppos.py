@@ -1,0 +1,213 @@
+"""DropPos: drop most positions of the few visible patches, and ask where these patches belong.
+
+    python recipes/droppos.py                                             the embedded digits, minutes on a laptop
+    python recipes/droppos.py --data DIR                                  images of your own
+    torchrun --nproc_per_node=8 recipes/droppos.py --preset imagenet --data DIR
+
+Paper: DropPos: Pre-Training Vision Transformers by Reconstructing Dropped Positions, arXiv 2309.03576.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from common import finetuning
+from common.config import Flat, Images, Network, Optimisation, Run
+from common.engine import epoch_of
+from common.finetuning import Finetuning
+from common.images import Normalise
+from common.pretraining import Evaluation, grid, pretrain
+from common.report import Pictures, grey_out
+from common.vit import SIZES, Predictor, ViT, initialise_mae
+from mimkit.losses import soft_cross_entropy
+from mimkit.masking import random_tokens
+from mimkit.positions import attentive_weights, drop_positions, permute_positions, shuffle, smoothed_targets
+from mimkit.tokens import patchify, put, split, take, unpatchify
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of the paper are the preset "imagenet"."""
+
+    mask_ratio: float = 0.75
+    """share of the patches that is masked, 0 or more"""
+    drop_ratio: float = 0.75
+    """share of the visible patches that lose their position, up to 1; the others are anchors"""
+    dropped: Literal["learned", "zero", "permuted"] = "learned"
+    """what stands for a dropped position: a learned vector, zeros, or the position of another one"""
+    sigma: tuple[float, float] = (1.0, 0.0)
+    """width of the smoothed targets in patches, at the start and (were there one epoch more) at the end"""
+    smoothing: Literal["rows", "columns", "released"] = "rows"
+    """targets whose rows sum to one; the columns, as in the published code; these for a grid of --patch × --patch,
+    as it computes them for 224 × 224"""
+    temperature: float = 0.1
+    """patches that resemble the class token weigh more, the more so the lower this is; inf: all weigh alike"""
+    confident: bool = True
+    """whether patches count whose true position is already as probable as in the target"""
+    shuffle: bool = False
+    """shuffle the tokens before the encoder, and undo it after the decoder"""
+    evaluate: tuple[Evaluation, ...] = ("finetune",)
+    """fine-tune the encoder; the same network from scratch for as many epochs, for as much time; judge it frozen"""
+    run: Flat[Run] = field(default_factory=Run)
+    images: Flat[Images] = field(default_factory=Images)
+    network: Flat[Network] = field(default_factory=Network)
+    optimisation: Flat[Optimisation] = field(default_factory=Optimisation)
+    finetune: Finetuning = field(default_factory=Finetuning)
+
+
+class DropPos(nn.Module):
+    def __init__(self, config: Config, normalise: Normalise) -> None:
+        super().__init__()
+        network, self.config, self.normalise = config.network, config, normalise
+        self.view_size, self.patch, channels = config.images.image_size, network.patch, config.images.channels
+        self.height, self.width = grid(config.images, network)
+        sizes = {"height": self.height, "width": self.width, "patch": self.patch, "channels": channels}
+        self.encoder = ViT(**sizes, **SIZES[network.size])
+        # The decoder knows no position but those that the anchors bring along
+        places = self.height * self.width
+        self.embed = nn.Linear(self.encoder.dim, network.decoder_dim)
+        self.decoder = Predictor(network.decoder_dim, network.decoder_depth, network.decoder_heads, outputs=places)
+        self.position_token = nn.Parameter(torch.zeros(1, 1, self.encoder.dim))
+        self.num_masked, self.num_dropped = count_dropped(places, config.mask_ratio, config.drop_ratio)
+        initialise_mae(self)
+
+    def noise(self, rand: Callable[..., Tensor], batch: int) -> dict[str, Tensor]:
+        tokens = self.height * self.width
+        noise = {"mask": rand(batch, tokens), "drop": rand(batch, tokens - self.num_masked)}
+        chance = {"permuted": self.config.dropped == "permuted", "shuffle": self.config.shuffle}
+        return noise | {name: rand(batch, tokens - self.num_masked) for name, needed in chance.items() if needed}
+
+    def forward(self, images: Tensor, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
+        # 1. Mask most patches at random, and drop the positions of most of those that stay visible.
+        patches = patchify(self.normalise(images), patch=self.patch)
+        mask = random_tokens(noise["mask"], num_masked=self.num_masked)
+        visible, _ = split(mask, num_masked=self.num_masked)
+        dropped = random_tokens(noise["drop"], num_masked=self.num_dropped)
+        # 2. Encode the visible ones, and say of each at which position of the grid it belongs.
+        logits = self.locate(take(patches, visible), visible, dropped, noise)
+        # 3. The target of a position spreads over its neighbours, less and less so from epoch to epoch.
+        target = self.targets(self.sigma(progress))[visible]
+        # 4. Patches weigh more that resemble the class token, when the whole image is seen with all positions.
+        weights = dropped * self.attention(patches, visible)
+        if not self.config.confident:
+            weights = weights * (own(logits.softmax(dim=-1), visible) < own(target, visible))
+        # 5. Compare where the position was dropped.
+        total = weights.sum().clamp(min=1e-8)
+        loss = (weights * soft_cross_entropy(logits, target)).sum() / total
+        right = logits.argmax(dim=-1) == visible
+        accuracy = (dropped & right).sum() / dropped.sum()
+        return {"loss": loss, "accuracy": accuracy, "weighted_accuracy": (weights * right).sum() / total}
+
+    def locate(self, patches: Tensor, places: Tensor, dropped: Tensor, noise: dict[str, Tensor]) -> Tensor:
+        """Return a logit per position of the grid for each of some patches."""
+        positions = self.encoder.positions[places]
+        positions = drop_positions(positions, dropped, self.replacement(positions, dropped, noise))
+        if not self.config.shuffle:
+            return self.decoder.predict(self.embed(self.encoder(patches, positions)), patches.shape[1])
+        order, back = shuffle(noise["shuffle"])
+        latent = self.encoder(take(patches, order), take(positions, order))
+        return take(self.decoder.predict(self.embed(latent), patches.shape[1]), back)
+
+    def replacement(self, positions: Tensor, dropped: Tensor, noise: dict[str, Tensor]) -> Tensor:
+        """Return what stands for dropped positions."""
+        match self.config.dropped:
+            case "learned":
+                return self.position_token.expand_as(positions)
+            case "zero":
+                return torch.zeros_like(positions)
+            case "permuted":
+                return permute_positions(positions, dropped, noise["permuted"])
+
+    def sigma(self, progress: Tensor) -> Tensor:
+        """Return the width of the targets, constant within an epoch."""
+        (start, end), epochs = self.config.sigma, self.config.optimisation.epochs
+        return start + (end - start) * epoch_of(progress, epochs) / epochs
+
+    def targets(self, sigma: Tensor) -> Tensor:
+        """Return the target of every position."""
+        if self.config.smoothing != "released":
+            targets = smoothed_targets(sigma, height=self.height, width=self.width)
+            return targets if self.config.smoothing == "rows" else targets.mT
+        places = self.height * self.width
+        return smoothed_targets(sigma, height=self.patch, width=self.patch).mT[:places, :places]
+
+    @torch.no_grad()
+    def attention(self, patches: Tensor, visible: Tensor) -> Tensor:
+        """Return the weights of visible patches, as the encoder is now; it comes after `locate`, see there."""
+        if math.isinf(self.config.temperature):
+            return torch.ones_like(visible, dtype=torch.float32)
+        whole = self.encoder(patches, self.encoder.positions)
+        return attentive_weights(take(whole[:, 1:], visible), whole[:, 0], temperature=self.config.temperature)
+
+    def pictures(self, images: Tensor, noise: dict[str, Tensor]) -> Pictures:
+        sizes = {"height": self.height, "width": self.width, "patch": self.patch}
+        patches = patchify(self.normalise(images), patch=self.patch)
+        mask = random_tokens(noise["mask"], num_masked=self.num_masked)
+        visible, _ = split(mask, num_masked=self.num_masked)
+        dropped = random_tokens(noise["drop"], num_masked=self.num_dropped)
+        logits = self.locate(take(patches, visible), visible, dropped, noise)
+        image = self.normalise.unit(images)
+        seen, grey = take(patchify(image, patch=self.patch), visible), torch.full_like(patches, 0.5)
+        anchored = put(torch.where(dropped[..., None], 0.5, seen), visible, grey)
+        found = torch.where(dropped, logits.argmax(dim=-1), visible)
+        columns = {"input": image, "visible": grey_out(image, mask, **sizes)}
+        columns["with a position"] = unpatchify(anchored, **sizes)
+        columns["put back"] = unpatchify(put(seen, found, grey), **sizes)
+        return Pictures(
+            columns, "put back: every patch where it was thought to belong; of several at a place one is seen"
+        )
+
+
+def count_dropped(places: int, mask_ratio: float, drop_ratio: float) -> tuple[int, int]:
+    """Count the patches to mask and the positions to drop: what is kept is truncated, in double precision.
+
+    Raises:
+        ValueError: if nothing would be visible or no position dropped.
+    """
+    visible = int(places * (1 - mask_ratio)) if 0 <= mask_ratio < 1 else 0
+    dropped = visible - int(visible * (1 - drop_ratio)) if 0 < drop_ratio <= 1 else 0
+    if not visible or not dropped:
+        raise ValueError(f"--mask-ratio {mask_ratio} and --drop-ratio {drop_ratio} of {places} leave nothing to locate")
+    return places - visible, dropped
+
+
+def own(values: Tensor, places: Tensor) -> Tensor:
+    """Take each patch's value of its own position."""
+    return values.gather(-1, places[..., None]).squeeze(-1)
+
+
+# Names of the released model, for `common.checkpoint.load_weights`
+NAMES = {
+    r"mask_pos_token": "position_token",
+    r"decoder_embed\.": "embed.",
+    r"decoder_(blocks|norm)\.": r"decoder.\1.",
+    r"decoder_pred\.": "decoder.head.",
+    r"(?=cls_token|pos_embed|patch_embed|blocks|norm)": "encoder.",
+}
+
+IMAGENET = Config(
+    network=Network(decoder_depth=2),
+    optimisation=Optimisation(epochs=200, warmup_epochs=10, clip=5.0, clip_each=True),
+    finetune=finetuning.DROPPOS,
+)
+FOLDER = replace(
+    IMAGENET,
+    evaluate=("finetune", "scratch"),
+    network=replace(IMAGENET.network, size="small"),
+    optimisation=replace(IMAGENET.optimisation, epochs=300, batch_size=256, warmup_epochs=20),
+    finetune=finetuning.FOLDER,
+)
+DIGITS = Config(
+    evaluate=("finetune", "scratch"),
+    images=Images(image_size=(32, 32), channels=1, crop_scale=(0.6, 1.0), flip=0.0),
+    network=Network(size="nano", patch=4, decoder_dim=48, decoder_depth=1, decoder_heads=3),
+    optimisation=Optimisation(epochs=40, batch_size=64, base_lr=4e-3, warmup_epochs=4, clip=5.0, clip_each=True),
+    finetune=finetuning.DIGITS,
+)
+
+if __name__ == "__main__":
+    pretrain(DropPos, {"digits": DIGITS, "folder": FOLDER, "imagenet": IMAGENET}, name="droppos", description=__doc__)
