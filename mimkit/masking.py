@@ -109,9 +109,9 @@ def easy_to_hard(
         raise ValueError(f"num_masked={num_masked} of {n} tokens cannot be masked")
     if isinstance(num_hard, int) and not 0 <= num_hard <= num_masked:
         raise ValueError(f"num_hard={num_hard} of num_masked={num_masked} tokens cannot be the hardest ones")
-    hardest = _rank(difficulty) - n  # −1 for the hardest, …, −n
-    forced = hardest >= -(num_hard if isinstance(num_hard, int) else num_hard.clamp(max=num_masked))
-    return _rank(torch.where(forced, 1.0, noise)) >= n - num_masked
+    harder = n - 1 - _rank(difficulty)  # how many are harder: 0 for the hardest
+    forced = (harder < num_hard) & (harder < num_masked)
+    return _rank(torch.where(forced, torch.inf, noise)) >= n - num_masked  # in bfloat16 noise may be rounded to 1
 
 
 def _rank(values: Shaped[Tensor, "*batch n"]) -> Int[Tensor, "*batch n"]:

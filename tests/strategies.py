@@ -45,11 +45,16 @@ def rows(tensor: Tensor) -> Tensor:
 
 
 @st.composite
+def uniforms_like(draw: st.DrawFn, tensor: Tensor) -> Tensor:
+    """Numbers in [0, 1) of the shape of a tensor: all different, some equal, or all zero."""
+    levels = draw(st.sampled_from([2**24, 5, 2, 1]))
+    return (seeded(*tensor.shape, seed=draw(st.integers(0, 99))) * levels).floor() / levels
+
+
+@st.composite
 def uniforms(draw: st.DrawFn, *shape: int) -> Tensor:
     """Numbers in [0, 1) with any leading axes: all different, some equal, or all zero."""
-    levels = draw(st.sampled_from([2**24, 5, 2, 1]))
-    numbers = seeded(*draw(batches), *shape, seed=draw(st.integers(0, 99)))
-    return (numbers * levels).floor() / levels
+    return draw(uniforms_like(torch.empty(*draw(batches), *shape)))
 
 
 @st.composite
@@ -64,6 +69,14 @@ def noise_and_count(draw: st.DrawFn) -> tuple[Tensor, int]:
     """Noise for 0 to 9 tokens, and how many of them to mask."""
     n = draw(st.integers(0, 9))
     return draw(uniforms(n)), draw(st.integers(0, n))
+
+
+@st.composite
+def easy_to_hard_arguments(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """Difficulty and noise of 0 to 9 tokens, how many of them to mask, and how many of these are the hardest."""
+    noise, num_masked = draw(noise_and_count())
+    difficulty = 2 * draw(uniforms_like(noise)) - 1
+    return difficulty, noise, {"num_masked": num_masked, "num_hard": draw(st.integers(0, num_masked))}
 
 
 @st.composite

@@ -2,13 +2,24 @@
 
 import re
 
-from mimkit.masking import all_but_block, random_tokens
+from mimkit.masking import all_but_block, easy_to_hard, random_tokens
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import copied, fast, intervals, noise_and_count, rows, seeded, uniforms
+from strategies import (
+    copied,
+    easy_to_hard_arguments,
+    fast,
+    intervals,
+    noise_and_count,
+    rows,
+    seeded,
+    uniforms,
+    uniforms_like,
+)
+from torch import Tensor
 
 
 @fast
@@ -48,18 +59,21 @@ def test_shuffling_different_noise_shuffles_the_mask(order, num_masked):
     assert shuffled.equal(random_tokens(noise, num_masked=num_masked)[list(order)])
 
 
-def test_random_tokens_masks_every_pair_equally_often():
-    draws, n, num_masked = 30_000, 6, 2
-    mask = random_tokens(seeded(draws, n), num_masked=num_masked).double()
-    together = mask.T @ mask / draws
+def assert_every_pair_is_masked_equally_often(mask: Tensor, num_masked: int) -> None:
+    draws, n = mask.shape
+    together = mask.double().T @ mask.double() / draws
     once, twice = num_masked / n, num_masked * (num_masked - 1) / (n * (n - 1))
     expected = torch.full((n, n), twice, dtype=torch.float64).fill_diagonal_(once)
     # 4.5 standard deviations
     assert (together - expected).abs().div((expected * (1 - expected) / draws).sqrt()).max() < 4.5
 
 
+def test_random_tokens_masks_every_pair_equally_often():
+    assert_every_pair_is_masked_equally_often(random_tokens(seeded(30_000, 6), num_masked=2), 2)
+
+
 @st.composite
-def blocks(draw: st.DrawFn) -> tuple[torch.Tensor, dict[str, int]]:
+def blocks(draw: st.DrawFn) -> tuple[Tensor, dict[str, int]]:
     """Noise, and a block that fits into a grid; either may be empty."""
     (height, block_height), (width, block_width) = draw(intervals(least=0)), draw(intervals(least=0))
     grid = {"height": height, "width": width, "block_height": block_height, "block_width": block_width}
@@ -108,26 +122,177 @@ def test_all_but_block_leaves_every_place_equally_often():
     assert (places - draws / 8).abs().max() < 4.5 * (draws * 1 / 8 * 7 / 8) ** 0.5
 
 
+@fast
+@given(easy_to_hard_arguments())
+def test_easy_to_hard_masks_exactly_num_masked(arguments):
+    difficulty, noise, count = arguments
+    mask = easy_to_hard(difficulty, noise, **count)
+    assert mask.shape == noise.shape
+    assert (mask.sum(dim=-1) == count["num_masked"]).all()
+
+
+@fast
+@given(easy_to_hard_arguments())
+def test_the_hardest_are_forced_and_of_the_others_a_random_permutation_leaves_the_first_visible(arguments):
+    difficulty, noise, count = arguments
+    n, num_masked, num_hard = noise.shape[-1], *count.values()
+    mask = easy_to_hard(difficulty, noise, **count)
+    for loss, chance, masked in zip(rows(difficulty), rows(noise), rows(mask), strict=True):
+        ascending = sorted(range(n), key=loss.tolist().__getitem__)
+        forced = ascending[n - num_hard :]
+        permutation = sorted(set(range(n)) - set(forced), key=chance.tolist().__getitem__)
+        visible = permutation[: n - num_masked]
+        assert (~masked).nonzero().flatten().tolist() == sorted(visible)
+
+
+@fast
+@given(easy_to_hard_arguments())
+def test_the_num_hard_patches_with_the_largest_predicted_loss_are_masked(arguments):
+    difficulty, noise, count = arguments
+    masked = difficulty.where(easy_to_hard(difficulty, noise, **count), -torch.inf)
+    hardest = difficulty.sort(descending=True).values[..., : count["num_hard"]]
+    assert masked.sort(descending=True).values[..., : count["num_hard"]].equal(hardest)
+
+
+@fast
+@given(easy_to_hard_arguments())
+def test_the_negative_difficulty_masks_the_easiest(arguments):
+    difficulty, noise, count = arguments
+    masked = difficulty.where(easy_to_hard(-difficulty, noise, **count), torch.inf)
+    assert masked.sort().values[..., : count["num_hard"]].equal(difficulty.sort().values[..., : count["num_hard"]])
+
+
+@fast
+@given(easy_to_hard_arguments())
+def test_without_hard_patches_the_mask_is_purely_random(arguments):
+    difficulty, noise, count = arguments
+    mask = easy_to_hard(difficulty, noise, num_masked=count["num_masked"], num_hard=0)
+    assert mask.equal(random_tokens(noise, num_masked=count["num_masked"]))
+
+
+@fast
+@given(easy_to_hard_arguments(), st.data())
+def test_when_all_masked_patches_are_the_hardest_chance_does_not_matter(arguments, data):
+    difficulty, noise, count = arguments
+    count["num_hard"] = count["num_masked"]
+    other = data.draw(uniforms_like(noise))
+    assert easy_to_hard(difficulty, noise, **count).equal(easy_to_hard(difficulty, other, **count))
+
+
+@fast
+@given(easy_to_hard_arguments())
+def test_only_the_order_of_the_difficulties_matters(arguments):
+    difficulty, noise, count = arguments
+    places = difficulty.unique(return_inverse=True)[1].float()  # equal ones share a place
+    assert easy_to_hard(places.exp() - 9, noise, **count).equal(easy_to_hard(difficulty, noise, **count))
+
+
+@fast
+@given(easy_to_hard_arguments())
+def test_the_noise_of_the_forced_does_not_matter(arguments):
+    difficulty, noise, count = arguments
+    forced = easy_to_hard(difficulty, noise, num_masked=count["num_hard"], num_hard=count["num_hard"])
+    mask = easy_to_hard(difficulty, noise, **count)
+    for least in (0.0, 1 - 2**-24):
+        assert easy_to_hard(difficulty, noise.where(~forced, least), **count).equal(mask)
+
+
+@fast
+@given(easy_to_hard_arguments(), st.sampled_from([torch.int8, torch.int32, torch.int64]))
+def test_a_number_and_a_tensor_count_the_same_hard_patches(arguments, dtype):
+    difficulty, noise, count = arguments
+    scheduled = count | {"num_hard": torch.tensor(count["num_hard"], dtype=dtype)}
+    assert easy_to_hard(difficulty, noise, **scheduled).equal(easy_to_hard(difficulty, noise, **count))
+
+
+@fast
+@given(easy_to_hard_arguments(), st.sampled_from([torch.int8, torch.int64]), st.data())
+def test_a_tensor_out_of_range_acts_like_the_nearest_end(arguments, dtype, data):
+    difficulty, noise, count = arguments
+    few, many = (data.draw(st.integers(*ends)) for ends in [(-128, -1), (count["num_masked"] + 1, 127)])
+    limits = torch.iinfo(dtype)
+    for end, values in {0: [few, limits.min], count["num_masked"]: [many, limits.max]}.items():
+        mask = easy_to_hard(difficulty, noise, **count | {"num_hard": end})
+        for value in values:
+            beyond = count | {"num_hard": torch.tensor(value, dtype=dtype)}
+            assert easy_to_hard(difficulty, noise, **beyond).equal(mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", [0.0, 1 - 2**-24])  # in bfloat16 the largest noise is 1
+def test_the_hardest_are_masked_also_among_equal_noise(dtype, level):
+    difficulty, noise = torch.tensor([3.0, 0.0, 2.0, 1.0, 0.0]), torch.full((5,), level, dtype=dtype)
+    mask = easy_to_hard(difficulty, noise, num_masked=3, num_hard=2)
+    assert mask.tolist() == [True, False, True, False, True]
+
+
+def test_one_graph_serves_the_whole_schedule():
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(copied("masking").easy_to_hard, fullgraph=True, backend=backend)
+    difficulty, noise = seeded(2, 8), seeded(2, 8, seed=1)
+    for num_hard in range(6):
+        count = {"num_masked": 5, "num_hard": torch.tensor(num_hard)}
+        assert compiled(difficulty, noise, **count).equal(easy_to_hard(difficulty, noise, **count))
+    assert len(graphs) == 1
+
+
+def test_the_random_part_is_uniform_over_the_patches_that_are_not_forced():
+    difficulty, forced = torch.tensor([0.1, 0.8, 0.3, 0.9, 0.4, 0.2, 0.0]), [1, 3]
+    mask = easy_to_hard(difficulty.expand(30_000, 7), seeded(30_000, 7), num_masked=4, num_hard=2)
+    assert mask[:, forced].all()
+    others = [i for i in range(7) if i not in forced]
+    assert_every_pair_is_masked_equally_often(mask[:, others], 2)
+
+
 GRID = {"height": 2, "width": 3, "block_height": 1, "block_width": 1}
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "numbers", "message"),
+    ("name", "shapes", "numbers", "message"),
     [
-        ("random_tokens", (4,), {"num_masked": 5}, "num_masked=5 of 4 tokens cannot be masked"),
-        ("random_tokens", (4,), {"num_masked": -1}, "num_masked=-1 of 4 tokens cannot be masked"),
+        ("random_tokens", [(4,)], {"num_masked": 5}, "num_masked=5 of 4 tokens cannot be masked"),
+        ("random_tokens", [(4,)], {"num_masked": -1}, "num_masked=-1 of 4 tokens cannot be masked"),
         (
             "all_but_block",
-            (4, 3),
+            [(4, 3)],
             GRID,
             "noise of shape (4, 3) does not end in 2: one value for the row, one for the column",
         ),
-        ("all_but_block", (2,), GRID | {"block_height": 3}, "a block of 3 × 1 does not fit into a grid of 2 × 3"),
-        ("all_but_block", (2,), GRID | {"block_height": -1}, "a block of -1 × 1 does not fit into a grid of 2 × 3"),
-        ("all_but_block", (2,), GRID | {"block_width": 4}, "a block of 1 × 4 does not fit into a grid of 2 × 3"),
-        ("all_but_block", (2,), GRID | {"block_width": -1}, "a block of 1 × -1 does not fit into a grid of 2 × 3"),
+        ("all_but_block", [(2,)], GRID | {"block_height": 3}, "a block of 3 × 1 does not fit into a grid of 2 × 3"),
+        ("all_but_block", [(2,)], GRID | {"block_height": -1}, "a block of -1 × 1 does not fit into a grid of 2 × 3"),
+        ("all_but_block", [(2,)], GRID | {"block_width": 4}, "a block of 1 × 4 does not fit into a grid of 2 × 3"),
+        ("all_but_block", [(2,)], GRID | {"block_width": -1}, "a block of 1 × -1 does not fit into a grid of 2 × 3"),
+        *(
+            ("easy_to_hard", shapes, {"num_masked": 2, "num_hard": 1}, f"difficulty {a} and noise {b} differ in shape")
+            for shapes in [((4,), (3,)), ((3, 4), (4,)), ((4,), (1, 4))]
+            for a, b in [shapes]
+        ),
+        *(
+            (
+                "easy_to_hard",
+                [(4,), (4,)],
+                {"num_masked": count, "num_hard": 0},
+                f"num_masked={count} of 4 tokens cannot be masked",
+            )
+            for count in (-1, 5)
+        ),
+        *(
+            (
+                "easy_to_hard",
+                [(4,), (4,)],
+                {"num_masked": 2, "num_hard": count},
+                f"num_hard={count} of num_masked=2 tokens cannot be the hardest ones",
+            )
+            for count in (-1, 3)
+        ),
     ],
 )
-def test_bad_input_gets_one_clear_sentence(name, shape, numbers, message):
+def test_bad_input_gets_one_clear_sentence(name, shapes, numbers, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        getattr(copied("masking"), name)(torch.zeros(shape), **numbers)
+        getattr(copied("masking"), name)(*map(torch.zeros, shapes), **numbers)
