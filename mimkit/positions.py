@@ -167,7 +167,8 @@ def permute_positions(
     if dropped.shape != noise.shape:
         raise ValueError(f"dropped {tuple(dropped.shape)} and noise {tuple(noise.shape)} differ in shape")
     places = (~dropped).int().argsort(dim=-1, stable=True)  # the dropped ones first, then the others
-    sources = torch.where(dropped, noise, 1.0).argsort(dim=-1, stable=True)  # likewise, the dropped ones shuffled
+    # likewise, the dropped ones shuffled; not 1, to which noise may be rounded in bfloat16
+    sources = torch.where(dropped, noise, torch.inf).argsort(dim=-1, stable=True)
     source = torch.zeros_like(places).scatter(-1, places, sources)
     return positions.gather(-2, source.unsqueeze(-1).expand(positions.shape))
 

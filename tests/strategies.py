@@ -54,7 +54,7 @@ def uniforms_like(draw: st.DrawFn, tensor: Tensor) -> Tensor:
 @st.composite
 def uniforms(draw: st.DrawFn, *shape: int) -> Tensor:
     """Numbers in [0, 1) with any leading axes: all different, some equal, or all zero."""
-    return draw(uniforms_like(torch.empty(*draw(batches), *shape)))
+    return draw(uniforms_like(torch.empty((*draw(batches), *shape))))
 
 
 @st.composite

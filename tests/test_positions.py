@@ -1,15 +1,25 @@
-"""Position tables against their formulas, and what a change of grid must keep."""
+"""Position tables and smoothed targets against their formulas; who keeps, loses and exchanges a position."""
 
 import math
 import re
 
-from mimkit.positions import resize_table, sincos, sinusoid
+from mimkit.positions import (
+    attentive_weights,
+    drop_positions,
+    permute_positions,
+    resize_table,
+    shuffle,
+    sincos,
+    sinusoid,
+    smoothed_targets,
+)
+from mimkit.tokens import take
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import copied, fast, seeded, uniforms
+from strategies import copied, fast, rows, seeded, uniforms, uniforms_like
 from torch import Tensor
 
 sides = st.integers(0, 5)
@@ -123,7 +133,281 @@ def test_resize_table_computes_bfloat16_in_float32():
     assert resize_table(table, **grid).equal(resize_table(table.float(), **grid).bfloat16())
 
 
+@st.composite
+def dropped_positions(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
+    """Different positions of 0 to 6 tokens, which of them are dropped (none, some, all), and noise."""
+    noise = draw(uniforms(draw(st.integers(0, 6))))
+    dropped = draw(uniforms_like(noise)) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+    numbers = torch.arange(noise.numel() * 3, dtype=torch.float32)
+    return numbers.reshape(*noise.shape, 3), dropped, noise
+
+
+@fast
+@given(dropped_positions())
+def test_only_a_dropped_position_is_replaced(arguments):
+    positions, dropped, _ = arguments
+    result = drop_positions(positions, dropped, -1 - positions)
+    assert result.shape == positions.shape
+    assert result[dropped].equal(-1 - positions[dropped])
+    assert result[~dropped].equal(positions[~dropped])
+
+
+@fast
+@given(dropped_positions())
+def test_the_position_mask_token_learns_from_each_dropped_position_and_a_position_from_each_kept_one(arguments):
+    positions, dropped, _ = arguments
+    token = torch.zeros(3, requires_grad=True)
+    result = drop_positions(positions.requires_grad_(), dropped, token.expand_as(positions))
+    of_token, of_positions = torch.autograd.grad(result.sum(), [token, positions])
+    assert (of_token == dropped.sum()).all()
+    assert of_positions.equal((~dropped).float().unsqueeze(-1).expand_as(positions))
+
+
+@fast
+@given(dropped_positions())
+def test_the_dropped_exchange_their_positions_in_the_order_of_the_noise_and_anchors_keep_theirs(arguments):
+    positions, dropped, noise = arguments
+    result = permute_positions(positions, dropped, noise)
+    assert result.shape == positions.shape
+    table, sources = positions.reshape(-1, 3), rows(torch.arange(noise.numel()).reshape(noise.shape))
+    answers = result.reshape(*sources.shape, 3)
+    for own, lost, chance, answer in zip(sources, rows(dropped), rows(noise), answers, strict=True):
+        expected, places = own.tolist(), lost.nonzero().flatten().tolist()
+        for place, source in zip(places, sorted(places, key=chance.tolist().__getitem__), strict=True):
+            expected[place] = int(own[source])
+        assert answer.equal(table[expected])
+
+
+@fast
+@given(dropped_positions())
+def test_the_noise_of_anchors_does_not_matter(arguments):
+    positions, dropped, noise = arguments
+    result = permute_positions(positions, dropped, noise)
+    for level in (0.0, 1 - 2**-24):
+        assert permute_positions(positions, dropped, noise.where(dropped, level)).equal(result)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", [0.0, 1 - 2**-24])  # in bfloat16 the largest noise is 1
+def test_equal_noise_leaves_every_position_where_it_is(dtype, level):
+    positions, dropped = torch.arange(4.0).unsqueeze(-1), torch.tensor([False, True, False, True])
+    assert permute_positions(positions, dropped, torch.full((4,), level, dtype=dtype)).equal(positions)
+
+
+def assert_all_orders_are_equally_frequent(orders: Tensor) -> None:
+    draws, k = orders.shape
+    assert orders.sort().values.equal(torch.arange(k).expand(draws, k))
+    counts = orders.unique(dim=0, return_counts=True)[1].double()
+    share = 1 / math.factorial(k)
+    assert len(counts) * share == 1
+    # 4.5 standard deviations
+    assert (counts - draws * share).abs().max() < 4.5 * (draws * share * (1 - share)) ** 0.5
+
+
+def test_every_permutation_of_the_dropped_positions_is_equally_likely():
+    positions, dropped = torch.tensor([9.0, 0.0, 1.0, 9.0, 2.0, 3.0]), torch.tensor([0, 1, 1, 0, 1, 1]).bool()
+    result = permute_positions(
+        positions.view(6, 1).expand(30_000, 6, 1), dropped.expand(30_000, 6), seeded(30_000, 6)
+    ).squeeze(-1)
+    assert (result[:, ~dropped] == 9).all()
+    assert_all_orders_are_equally_frequent(result[:, dropped].long())
+
+
+def test_every_order_of_the_tokens_is_equally_likely():
+    assert_all_orders_are_equally_frequent(shuffle(seeded(30_000, 4))[0])
+
+
+@fast
+@given(uniforms(5), st.integers(0, 5))
+def test_shuffling_is_undone_by_the_way_back(noise, k):
+    noise = noise[..., :k]
+    tokens = seeded(*noise.shape, 2)
+    order, back = shuffle(noise)
+    assert take(take(tokens, order), back).equal(tokens)
+    assert take(take(tokens, back), order).equal(tokens)
+
+
+@fast
+@given(uniforms(5))
+def test_shuffled_tokens_stand_in_the_order_of_their_noise_and_equal_ones_stay(noise):
+    for chance, order in zip(rows(noise), rows(shuffle(noise)[0]), strict=True):
+        assert order.tolist() == sorted(range(5), key=chance.tolist().__getitem__)
+
+
+def neighbourhood(sigma: float, height: int, width: int) -> Tensor:
+    """The weight exp(−d² / σ²) of each place for each place, not normalised; in double precision."""
+    places = [(y, x) for y in range(height) for x in range(width)]
+    squares = [[(a - c) ** 2 + (b - d) ** 2 for c, d in places] for a, b in places]
+    weights = [[math.exp(-d2 / sigma**2) if sigma**2 and d2 else float(d2 == 0) for d2 in row] for row in squares]
+    return torch.tensor(weights, dtype=torch.float64).reshape(height * width, height * width)
+
+
+widths = uniforms().map(lambda numbers: 4 * numbers)
+
+
+@settings(fast, max_examples=40)
+@given(widths, sides, sides)
+def test_smoothed_targets_are_a_gaussian_of_the_squared_distance_divided_by_its_row(sigma, height, width):
+    targets = smoothed_targets(sigma, height=height, width=width)
+    n = height * width
+    assert targets.shape == (*sigma.shape, n, n)
+    for s, target in zip(sigma.flatten().tolist(), targets.reshape(sigma.numel(), n, n), strict=True):
+        weights = neighbourhood(s, height, width)
+        torch.testing.assert_close(target.double(), weights / weights.sum(dim=1, keepdim=True), rtol=1e-5, atol=1e-7)
+
+
+@fast
+@given(st.floats(0, 4, width=32), positive_sides, positive_sides)
+def test_the_published_normalisation_is_the_transpose(sigma, height, width):
+    # the published code divides column j by the sum of row j
+    weights = neighbourhood(sigma, height, width)
+    published = smoothed_targets(torch.tensor(sigma), height=height, width=width).mT
+    torch.testing.assert_close(published.double(), weights / weights.sum(dim=1), rtol=1e-5, atol=1e-7)
+
+
+@fast
+@given(widths, sides, sides)
+def test_each_smoothed_target_is_a_distribution(sigma, height, width):
+    targets = smoothed_targets(sigma, height=height, width=width)
+    assert (targets >= 0).all()
+    torch.testing.assert_close(targets.sum(dim=-1), torch.ones(targets.shape[:-1]))
+
+
+@fast
+@given(widths, sides, sides)
+def test_flipping_or_turning_the_grid_turns_the_smoothed_targets_with_it(sigma, height, width):
+    grid = smoothed_targets(sigma, height=height, width=width).unflatten(-1, (height, width))
+    grid = grid.unflatten(-3, (height, width))
+    torch.testing.assert_close(grid.flip(-4, -2), grid)
+    torch.testing.assert_close(grid.flip(-3, -1), grid)
+    turned = smoothed_targets(sigma, height=width, width=height).unflatten(-1, (width, height))
+    turned = turned.unflatten(-3, (width, height))
+    torch.testing.assert_close(turned.transpose(-4, -3).transpose(-2, -1), grid)
+
+
+@fast
+@given(st.floats(0.5, 4, width=32), positive_sides, positive_sides)
+def test_a_nearer_position_gets_more(sigma, height, width):
+    targets = smoothed_targets(torch.tensor(sigma), height=height, width=width)
+    places = torch.cartesian_prod(torch.arange(height), torch.arange(width)).float()
+    distances = torch.cdist(places, places).square().round()
+    nearer = distances.unsqueeze(-1) < distances.unsqueeze(-2)
+    more = targets.unsqueeze(-1) > targets.unsqueeze(-2)
+    assert (more | ~nearer | (targets == 0).unsqueeze(-1)).all()
+
+
+@fast
+@given(sides, sides, st.sampled_from([0.0, 0.05, 1e-3, 1e-20, 1e-38, 1e-45]))
+def test_without_a_width_every_target_is_the_position_itself(height, width, sigma):
+    # at a width of 0.05 the weight of a neighbour is exp(−400), nothing in float32
+    identity = torch.eye(height * width)
+    assert smoothed_targets(torch.tensor(sigma), height=height, width=width).equal(identity)
+
+
+@fast
+@given(positive_sides, positive_sides, st.sampled_from([1e4, 1e19, 1e30, math.inf]))
+def test_with_a_huge_width_every_position_gets_the_same(height, width, sigma):
+    targets = smoothed_targets(torch.tensor(sigma), height=height, width=width)
+    torch.testing.assert_close(targets, torch.full_like(targets, 1 / (height * width)))
+
+
+@pytest.mark.parametrize(
+    ("sigma", "place", "probability"), [(1.0, (7, 7), 0.318), (1.0, (0, 0), 0.520), (2.0, (7, 7), 0.080)]
+)
+def test_the_true_position_has_the_probability_of_the_paper(sigma, place, probability):
+    targets = smoothed_targets(torch.tensor(sigma), height=14, width=14).view(14, 14, 14, 14)
+    assert targets[place][place].item() == pytest.approx(probability, abs=5e-4)
+
+
+def test_the_published_rows_weigh_corners_less_and_their_neighbours_more():
+    rows = smoothed_targets(torch.tensor(1.0), height=14, width=14).mT.sum(dim=-1).view(14, 14)
+    corner, edge, inside, interior = rows[0, 0], rows[0, 7], rows[1, 1], rows[7, 7]
+    assert corner.item() == pytest.approx(0.886, abs=5e-4)
+    assert [round(x.item(), 2) for x in (edge, inside, interior)] == [0.94, 1.11, 1.00]
+
+
+def test_the_floor_of_the_loss_is_the_entropy_of_the_targets():
+    targets = smoothed_targets(torch.tensor(1.0), height=14, width=14)
+    entropy = -targets.xlogy(targets).sum(dim=-1).view(14, 14)
+    assert [round(entropy[place].item(), 2) for place in [(7, 7), (0, 0)]] == [2.14, 1.29]
+
+
+@st.composite
+def resemblances(draw: st.DrawFn) -> tuple[Tensor, Tensor, float]:
+    """Features of 0 to 6 tokens and of their guide, zeros among them, and a temperature."""
+    tokens = 4 * draw(uniforms(draw(st.integers(0, 6)), draw(st.integers(1, 4)))) - 2
+    return tokens, 4 * draw(uniforms_like(tokens[..., :1, :].sum(dim=-2))) - 2, draw(st.sampled_from([0.05, 0.1, 1.0]))
+
+
+def cosines(tokens: Tensor, guide: Tensor) -> Tensor:
+    """Cosine of each token with the guide, 0 where one of them is 0; in double precision."""
+    tokens, guide = tokens.double(), guide.double().unsqueeze(-2)
+    lengths = (tokens.square().sum(dim=-1) * guide.square().sum(dim=-1)).sqrt()
+    return (tokens * guide).sum(dim=-1) / lengths.where(lengths > 0, 1)
+
+
+@fast
+@given(resemblances())
+def test_attentive_weights_are_exponentials_of_the_cosine_over_the_temperature_divided_by_their_sum(arguments):
+    tokens, guide, temperature = arguments
+    weights = attentive_weights(tokens, guide, temperature=temperature)
+    assert weights.shape == tokens.shape[:-1]
+    exponentials = (cosines(tokens, guide) / temperature).exp()
+    expected = exponentials / exponentials.sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(weights.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@fast
+@given(resemblances())
+def test_attentive_weights_sum_to_one_also_where_a_feature_is_zero(arguments):
+    tokens, guide, temperature = arguments
+    for a, b in [(tokens, guide), (0 * tokens, guide), (tokens, 0 * guide)]:
+        weights = attentive_weights(a, b, temperature=temperature)
+        torch.testing.assert_close(weights.sum(dim=-1), torch.full(weights.shape[:-1], float(weights.shape[-1] > 0)))
+
+
+@fast
+@given(resemblances())
+def test_a_patch_that_resembles_the_class_token_more_weighs_more(arguments):
+    tokens, guide, temperature = arguments
+    weights, cosine = attentive_weights(tokens, guide, temperature=temperature), cosines(tokens, guide)
+    nearer = cosine.unsqueeze(-1) > cosine.unsqueeze(-2) + 1e-5
+    assert (~nearer | (weights.unsqueeze(-1) > weights.unsqueeze(-2))).all()
+
+
+@fast
+@given(resemblances(), st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
+def test_the_length_of_features_does_not_matter_for_their_weights(arguments, by, guide_by):
+    tokens, guide, temperature = arguments
+    longer = attentive_weights(by * tokens, guide_by * guide, temperature=temperature)
+    torch.testing.assert_close(longer, attentive_weights(tokens, guide, temperature=temperature), rtol=1e-4, atol=1e-6)
+
+
+@fast
+@given(resemblances())
+def test_an_infinite_temperature_means_no_weighting(arguments):
+    tokens, guide, _ = arguments
+    weights = attentive_weights(tokens, guide, temperature=math.inf)
+    torch.testing.assert_close(weights, torch.full_like(weights, 1 / max(1, weights.shape[-1])))
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-30])
+def test_towards_temperature_zero_the_most_similar_patch_gets_all(temperature):
+    tokens, guide = torch.tensor([[1.0, 1.0], [5.0, 1.0], [-9.0, 0.0], [0.0, 0.0]]), torch.tensor([2.0, 0.0])
+    assert attentive_weights(tokens, guide, temperature=temperature).tolist() == [0, 1, 0, 0]
+
+
+@fast
+@given(resemblances(), st.integers(1, 6))
+def test_weights_among_the_visible_are_weights_among_all_divided_by_the_sum_of_the_visible(arguments, visible):
+    tokens, guide, temperature = arguments
+    everywhere = attentive_weights(tokens, guide, temperature=temperature)[..., :visible]
+    weights = attentive_weights(tokens[..., :visible, :], guide, temperature=temperature)
+    torch.testing.assert_close(weights, everywhere / everywhere.sum(dim=-1, keepdim=True), rtol=1e-4, atol=1e-6)
+
+
 GRID = {"height": 2, "width": 3, "new_height": 1, "new_width": 1}
+DROPPED = torch.zeros(4, dtype=torch.bool)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +453,54 @@ GRID = {"height": 2, "width": 3, "new_height": 1, "new_width": 1}
             [torch.zeros(0, 2)],
             GRID | {"width": 0},
             "a table cannot be resized from 2 × 0 to 1 × 1",
+        ),
+        *(
+            (name, [positions, DROPPED, other], {}, f"positions {shape} and dropped (4,) do not fit")
+            for positions, shape in [(torch.zeros(3, 2), "(3, 2)"), (torch.zeros(1, 4, 2), "(1, 4, 2)")]
+            for name, other in [("drop_positions", positions), ("permute_positions", torch.zeros(4))]
+        ),
+        *(
+            (
+                "drop_positions",
+                [torch.zeros(4, 2), DROPPED, replacement],
+                {},
+                f"positions (4, 2) and replacement {shape} differ",
+            )
+            for replacement, shape in [(torch.zeros(2), "(2,)"), (torch.zeros(4, 1), "(4, 1)")]
+        ),
+        (
+            "permute_positions",
+            [torch.zeros(4, 2), DROPPED, torch.zeros(1)],
+            {},
+            "dropped (4,) and noise (1,) differ in shape",
+        ),
+        ("shuffle", [torch.tensor(0.5)], {}, "noise has no axis of tokens to shuffle"),
+        *(
+            (
+                "smoothed_targets",
+                [torch.tensor(1.0)],
+                {"height": height, "width": width},
+                f"a grid of {height} × {width} patches does not exist",
+            )
+            for height, width in [(-1, 2), (2, -1)]
+        ),
+        *(
+            (
+                "attentive_weights",
+                [torch.zeros(4, 2), torch.zeros(2)],
+                {"temperature": temperature},
+                f"temperature={temperature} is not above 0",
+            )
+            for temperature in (0.0, -0.1, math.nan)
+        ),
+        *(
+            (
+                "attentive_weights",
+                [torch.zeros(3, 4, 2), torch.zeros(shape)],
+                {"temperature": 0.1},
+                f"tokens (3, 4, 2) and guide {shape} do not fit",
+            )
+            for shape in [(2,), (3, 1), (1, 2), (3, 4, 2)]
         ),
     ],
 )
