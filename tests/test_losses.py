@@ -1,16 +1,27 @@
 """Targets and losses against plain sums, and what their scale must not matter for."""
 
+import math
 import re
 
-from mimkit.losses import band_error, channel_normalised_patches, normalised_patches, squared_error
+from mimkit.losses import (
+    band_error,
+    channel_normalised_patches,
+    cosine_distance,
+    normalised_patches,
+    ranking_loss,
+    soft_cross_entropy,
+    squared_error,
+)
 from mimkit.tokens import patchify
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import channels, copied, fast, images, seeded, uniforms
+from strategies import channels, copied, fast, images, rows, seeded, uniforms, uniforms_like
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # PyTorch warns about the variance of nothing when the batch is empty
 pytestmark = pytest.mark.filterwarnings("ignore:.*degrees of freedom")
@@ -206,6 +217,314 @@ def test_flipping_the_view_exchanges_the_strips_of_the_band(arguments):
         torch.testing.assert_close(flipped, strips[..., order])
 
 
+@st.composite
+def features(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Features of 0 to 4 tokens and their targets, zeros and equal ones among them."""
+    prediction = 4 * draw(uniforms(draw(st.integers(0, 4)), draw(st.integers(1, 6)))) - 2
+    return prediction, 4 * draw(uniforms_like(prediction)) - 2
+
+
+@fast
+@given(features())
+def test_cosine_distance_is_two_minus_two_cosines_and_lies_in_0_to_4(arguments):
+    prediction, target = arguments
+    distance = cosine_distance(prediction, target)
+    assert distance.shape == prediction.shape[:-1]
+    assert ((distance >= 0) & (distance <= 4 + 1e-5)).all()
+    p, t = prediction.double(), target.double()
+    lengths = (p.square().sum(dim=-1) * t.square().sum(dim=-1)).sqrt()
+    expected = 2 - 2 * (p * t).sum(dim=-1) / lengths
+    torch.testing.assert_close(distance[lengths > 0].double(), expected[lengths > 0], rtol=1e-5, atol=1e-5)
+
+
+@fast
+@given(features(), st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
+def test_the_lengths_of_features_do_not_matter_for_their_cosine_distance(arguments, by, target_by):
+    prediction, target = arguments
+    longer = cosine_distance(by * prediction, target_by * target)
+    torch.testing.assert_close(longer, cosine_distance(prediction, target), rtol=1e-4, atol=1e-5)
+
+
+@fast
+@given(features())
+def test_cosine_distance_is_symmetric_0_in_the_same_direction_and_4_in_the_opposite_one(arguments):
+    prediction, target = arguments
+    assert cosine_distance(prediction, target).equal(cosine_distance(target, prediction))
+    some = prediction.any(dim=-1).float()  # a zero vector has no direction
+    torch.testing.assert_close(cosine_distance(prediction, 3 * prediction), 0 * some, rtol=0, atol=1e-6)
+    torch.testing.assert_close(cosine_distance(prediction, -3 * prediction), 4 * some)
+
+
+def test_a_zero_vector_has_a_finite_cosine_distance_and_a_finite_gradient():
+    prediction, target = torch.zeros(3, 2, requires_grad=True), torch.tensor([[0.0, 0.0], [1.0, 0.0], [3.0, 4.0]])
+    distance = cosine_distance(prediction, target)
+    torch.testing.assert_close(distance, torch.tensor([0.0, 1.0, 1.0]))
+    (gradient,) = torch.autograd.grad(distance.sum(), prediction)
+    assert gradient.isfinite().all()
+
+
+@st.composite
+def classified(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Logits of 0 to 4 tokens, and targets whose rows have any sum, also 0."""
+    logits = 20 * draw(uniforms(draw(st.integers(0, 4)), draw(st.integers(1, 6)))) - 10
+    return logits, draw(uniforms_like(logits))
+
+
+@fast
+@given(classified())
+def test_soft_cross_entropy_is_minus_the_sum_of_targets_and_logarithms_of_the_softmax(arguments):
+    logits, target = arguments
+    error = soft_cross_entropy(logits, target)
+    assert error.shape == logits.shape[:-1]
+    probabilities = logits.double().exp() / logits.double().exp().sum(dim=-1, keepdim=True)
+    expected = -(target * probabilities.log()).sum(dim=-1)
+    torch.testing.assert_close(error.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@fast
+@given(classified(), st.data())
+def test_with_one_class_as_the_target_it_is_the_cross_entropy_of_that_class(arguments, data):
+    logits, _ = arguments
+    c = logits.shape[-1]
+    labels = (c * data.draw(uniforms_like(logits[..., 0]))).long()
+    expected = F.cross_entropy(logits.reshape(-1, c), labels.reshape(-1), reduction="none").view(labels.shape)
+    torch.testing.assert_close(soft_cross_entropy(logits, F.one_hot(labels, c).float()), expected, rtol=1e-5, atol=1e-5)
+
+
+@fast
+@given(classified(), st.data())
+def test_soft_cross_entropy_is_linear_in_the_target(arguments, data):
+    logits, target = arguments
+    other = data.draw(uniforms_like(target))
+    expected = 2 * soft_cross_entropy(logits, target) + 3 * soft_cross_entropy(logits, other)
+    torch.testing.assert_close(soft_cross_entropy(logits, 2 * target + 3 * other), expected, rtol=1e-5, atol=1e-4)
+
+
+@fast
+@given(classified())
+def test_the_least_cross_entropy_is_the_entropy_of_the_target_at_its_logarithm(arguments):
+    logits, target = arguments
+    target = (target + 0.01) / (target + 0.01).sum(dim=-1, keepdim=True)
+    least = soft_cross_entropy(target.log(), target)
+    torch.testing.assert_close(least, -(target * target.log()).sum(dim=-1), rtol=1e-5, atol=1e-5)
+    assert (soft_cross_entropy(logits, target) >= least - 1e-5).all()
+
+
+@fast
+@given(classified())
+def test_the_gradient_of_soft_cross_entropy_is_the_softmax_minus_the_target(arguments):
+    logits, target = arguments
+    (gradient,) = torch.autograd.grad(soft_cross_entropy(logits.requires_grad_(), target).sum(), logits)
+    expected = logits.softmax(dim=-1) * target.sum(dim=-1, keepdim=True) - target
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e4, 1e30])
+def test_large_logits_have_a_finite_cross_entropy_and_a_finite_gradient(size):
+    logits = torch.tensor([[size, -size, 0.0]], requires_grad=True)
+    for target, expected in [([1.0, 0.0, 0.0], 0.0), ([0.0, 1.0, 0.0], 2 * size), ([0.0, 0.25, 0.25], 0.75 * size)]:
+        error = soft_cross_entropy(logits, torch.tensor([target]))
+        torch.testing.assert_close(error, torch.tensor([expected]))
+        (gradient,) = torch.autograd.grad(error.sum(), logits)
+        assert gradient.isfinite().all()
+
+
+@st.composite
+def ranked(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Predictions and targets of 0 to 7 tokens, equal ones among them."""
+    prediction = 8 * draw(uniforms(draw(st.integers(0, 7)))) - 4
+    return prediction, draw(uniforms_like(prediction))
+
+
+def relative_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """The formula as it stands in the paper, with all pairs (i, j) in memory."""
+    difference = prediction.unsqueeze(-2) - prediction.unsqueeze(-1)
+    above = target.unsqueeze(-2) > target.unsqueeze(-1)
+    below = target.unsqueeze(-2) < target.unsqueeze(-1)
+    share = difference.sigmoid()
+    return -(above * (share + 1e-6).log() + below * (1 - share + 1e-6).log()).sum(dim=(-2, -1))
+
+
+def differentiated(function, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and gradient, where the rows of a batch weigh differently."""
+    prediction = prediction.clone().requires_grad_()
+    value = function(prediction, target)
+    weights = 0.5 + seeded(*value.shape).to(value.dtype)
+    return value.detach(), torch.autograd.grad((weights * value).sum(), prediction)[0]
+
+
+def relative(prediction: Tensor, target: Tensor) -> Tensor:
+    return ranking_loss(prediction, target)[0]
+
+
+@fast
+@given(ranked())
+def test_each_pair_costs_the_logarithm_of_the_sigmoid_and_equal_targets_do_not_count(arguments):
+    prediction, target = arguments
+    answers = ranking_loss(prediction, target)
+    assert [(a.shape, a.dtype) for a in answers] == 3 * [(prediction.shape[:-1], torch.float32)]
+    for p, t, *sums in zip(rows(prediction).tolist(), rows(target).tolist(), *map(torch.flatten, answers), strict=True):
+        loss, right, pairs = 0.0, 0, 0
+        for i in range(len(p)):
+            for j in range(len(p)):
+                difference = p[j] - p[i] if t[j] > t[i] else p[i] - p[j]
+                if t[i] != t[j]:
+                    loss -= math.log(1 / (1 + math.exp(-difference)) + 1e-6)
+                    right += difference > 0
+                    pairs += 1
+        torch.testing.assert_close(torch.stack(sums), torch.tensor([loss, right, pairs]), rtol=1e-5, atol=1e-5)
+
+
+@fast
+@given(ranked())
+def test_the_gradient_that_is_computed_along_is_that_of_the_formula(arguments):
+    prediction, target = arguments
+    expected = differentiated(relative_loss, prediction.double(), target)
+    loss, gradient = differentiated(relative, prediction, target)
+    torch.testing.assert_close((loss.double(), gradient.double()), expected, rtol=1e-5, atol=1e-5)
+
+
+# up to 181 tokens are one chunk of pairs; two rows of 182 are in a second one, and 1024 are 32 chunks
+@pytest.mark.parametrize("shape", [(0,), (1,), (2, 0), (2, 3, 1), (2, 3, 147), (181,), (2, 2, 182), (3, 200), (1024,)])
+def test_many_pairs_looked_at_in_chunks_are_the_same_pairs(shape):
+    prediction, target = 6 * seeded(*shape), (50 * seeded(*shape, seed=1)).floor()
+    expected = differentiated(relative_loss, prediction.double(), target)
+    loss, gradient = differentiated(relative, prediction, target)
+    torch.testing.assert_close(loss.double(), expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient.double(), expected[1], rtol=1e-4, atol=1e-4)
+    _, right, pairs = ranking_loss(prediction, target)
+    order, differences = (x.unsqueeze(-2) - x.unsqueeze(-1) for x in (target, prediction))
+    assert pairs.equal((order != 0).sum(dim=(-2, -1)).float())
+    assert right.equal((order * differences > 0).sum(dim=(-2, -1)).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [0.0, 1.0, 12.0, 20.0, 100.0, 1e4])
+def test_badly_misjudged_and_equal_pairs_have_a_finite_loss_and_gradient(size, dtype):
+    prediction = size * torch.tensor([[1.0, -1.0, 0.0, 0.0], [0.0, 0.0, 1.0, -1.0]]).to(dtype)
+    target = torch.tensor([[0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    loss, gradient = differentiated(relative, prediction, target)
+    # the literal formula in float32, as 1 − sigmoid is rounded
+    expected = differentiated(relative_loss, prediction.float(), target)
+    torch.testing.assert_close(
+        (loss, gradient.float()), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
+    )
+    assert loss.isfinite().all()
+    assert gradient.isfinite().all()
+    assert not loss[1]
+    assert not gradient[1].any()
+
+
+def test_the_cost_of_a_pair_is_capped_by_the_small_number_in_the_logarithm():
+    loss, right, pairs = ranking_loss(torch.tensor([1e4, 0.0]), torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(loss / pairs, torch.tensor(13.8155))
+    assert right == 0
+
+
+@fast
+@given(ranked(), st.integers(-8, 8))
+def test_adding_a_constant_to_all_predictions_changes_nothing(arguments, constant):
+    prediction, target = arguments
+    prediction = (8 * prediction).round() / 8  # so that the sum is exact
+    for a, b in zip(ranking_loss(prediction + constant, target), ranking_loss(prediction, target), strict=True):
+        assert a.equal(b)
+
+
+@fast
+@given(ranked())
+def test_the_gradients_of_a_row_sum_to_zero(arguments):
+    _, gradient = differentiated(relative, *arguments)
+    torch.testing.assert_close(gradient.sum(dim=-1), torch.zeros(gradient.shape[:-1]), rtol=0, atol=1e-4)
+
+
+@fast
+@given(ranked(), st.data())
+def test_the_order_of_the_tokens_does_not_matter_for_the_sums_over_pairs(arguments, data):
+    prediction, target = arguments
+    order = data.draw(st.permutations(range(prediction.shape[-1])))
+    shuffled = ranking_loss(prediction[..., order], target[..., order])
+    torch.testing.assert_close(shuffled, ranking_loss(prediction, target), rtol=1e-5, atol=1e-5)
+
+
+@fast
+@given(ranked())
+def test_only_the_order_of_the_targets_matters(arguments):
+    prediction, target = arguments
+    places = target.unique(return_inverse=True)[1].float()  # equal ones share a place
+    for a, b in zip(ranking_loss(prediction, places.exp()), ranking_loss(prediction, target), strict=True):
+        assert a.equal(b)
+
+
+@fast
+@given(ranked())
+def test_turning_predictions_and_targets_upside_down_changes_nothing(arguments):
+    prediction, target = arguments
+    torch.testing.assert_close(ranking_loss(-prediction, -target), ranking_loss(prediction, target))
+
+
+@fast
+@given(ranked())
+def test_equal_predictions_cost_the_logarithm_of_two_and_are_not_right(arguments):
+    _, target = arguments
+    loss, right, pairs = ranking_loss(torch.full_like(target, 0.3), target)
+    torch.testing.assert_close(loss, -math.log(0.5 + 1e-6) * pairs)
+    assert not right.any()
+
+
+@fast
+@given(ranked())
+def test_predictions_in_the_order_of_the_targets_are_all_right_and_in_the_opposite_order_all_wrong(arguments):
+    _, target = arguments
+    _, right, pairs = ranking_loss(3 * target, target)
+    assert right.equal(pairs)
+    assert not ranking_loss(-target, target)[1].any()
+
+
+def test_the_target_of_the_ranking_gets_no_gradient():
+    prediction, target = seeded(2, 5, seed=1), seeded(2, 5).requires_grad_()
+    assert not any(answer.requires_grad for answer in ranking_loss(prediction, target))
+    loss, right, pairs = ranking_loss(prediction.requires_grad_(), target)
+    assert loss.requires_grad
+    assert not right.requires_grad
+    assert not pairs.requires_grad
+    loss.sum().backward()
+    assert target.grad is None
+
+
+def test_the_gradient_of_the_ranking_is_the_same_under_vmap_and_in_a_compiled_graph():
+    prediction, target = 6 * seeded(3, 200), seeded(3, 200, seed=1)
+    loss, gradient = differentiated(relative, prediction, target)
+    weights = 0.5 + seeded(*loss.shape).unsqueeze(-1)
+    # the checker on the annotations would break the graph: take the file as it is copied
+    alone = copied("losses").ranking_loss
+    each = torch.func.vmap(torch.func.grad(lambda p, t: alone(p, t)[0]))(prediction, target)
+    torch.testing.assert_close(weights * each, gradient)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda p, t: alone(p, t)[0], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(differentiated(compiled, prediction, target), (loss, gradient))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the number of values of the largest tensor that is made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            self.numel = max(self.numel, tensor.numel() if isinstance(tensor, Tensor) else 0)
+        return result
+
+
+@pytest.mark.parametrize("n", [147, 182, 1024])
+def test_pairs_are_in_memory_a_chunk_at_a_time_and_none_is_kept_for_the_backward_pass(n):
+    prediction, target, kept = seeded(2, n).requires_grad_(), seeded(2, n, seed=1), []
+    with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()), lambda x: x):
+        ranking_loss(prediction, target)
+    assert largest.numel <= 2 * 2**15
+    assert sum(kept) <= 2 * 2 * n
+
+
 def zeros(*shape: int) -> Tensor:
     return torch.zeros(shape)
 
@@ -223,11 +542,14 @@ def zeros(*shape: int) -> Tensor:
             )
             for d, c in [(7, 3), (3, 3), (6, 0), (6, -3), (0, 3)]
         ),
-        (
-            "squared_error",
-            [zeros(4, 3), zeros(4, 1)],
-            {},
-            "prediction (4, 3) and target (4, 1) differ in shape",
+        *(
+            (name, [zeros(4, 3), zeros(4, 1)], {}, f"{what} (4, 3) and target (4, 1) differ in shape")
+            for name, what in [
+                ("squared_error", "prediction"),
+                ("cosine_distance", "prediction"),
+                ("soft_cross_entropy", "logits"),
+                ("ranking_loss", "prediction"),
+            ]
         ),
         (
             "band_error",
