@@ -239,6 +239,7 @@ DIGITS = Config(
     finetune=finetuning.DIGITS,
 )
 
+METHOD, PRESETS = Task, {"digits": DIGITS, "folder": FOLDER, "imagenet": IMAGENET}
+
 if __name__ == "__main__":
-    presets = {"digits": DIGITS, "folder": FOLDER, "imagenet": IMAGENET}
-    pretrain(Task, presets, name="beyond_masking", description=__doc__)
+    pretrain(METHOD, PRESETS, name="beyond_masking", description=__doc__)

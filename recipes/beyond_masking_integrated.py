@@ -158,6 +158,7 @@ DIGITS = Config(
     finetune=finetuning.DIGITS,
 )
 
+METHOD, PRESETS = Integrated, {"digits": DIGITS, "folder": FOLDER, "imagenet": IMAGENET}
+
 if __name__ == "__main__":
-    presets = {"digits": DIGITS, "folder": FOLDER, "imagenet": IMAGENET}
-    pretrain(Integrated, presets, name="beyond_masking_integrated", description=__doc__)
+    pretrain(METHOD, PRESETS, name="beyond_masking_integrated", description=__doc__)

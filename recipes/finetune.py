@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common import report
 from common.checkpoint import write_json
-from common.config import Flat, Images, Run, parse, to_json
+from common.config import Flat, Images, Run, parse
 from common.engine import read_metrics, world
 from common.finetuning import BEYOND_MASKING, DIGITS, FOLDER, MAE, Finetuning, finetune, of
 from common.pretraining import load_encoder, prepare
@@ -68,7 +68,7 @@ def main(config: Config) -> None:
             flip=config.flip,
             labels_per_class=config.labels_per_class,
         )
-        prepare(folder, to_json(config), resume=run.resume, place=place)
+        prepare(folder, "finetune", config, resume=run.resume, place=place)
         title = report.TITLES["scratch" if config.scratch else "finetune"]
         result = finetune(
             encoder,

@@ -121,5 +121,7 @@ DIGITS = Config(
     finetune=finetuning.DIGITS,
 )
 
+METHOD, PRESETS = MAE, {"digits": DIGITS, "folder": FOLDER, "imagenet": IMAGENET}
+
 if __name__ == "__main__":
-    pretrain(MAE, {"digits": DIGITS, "folder": FOLDER, "imagenet": IMAGENET}, name="mae", description=__doc__)
+    pretrain(METHOD, PRESETS, name="mae", description=__doc__)

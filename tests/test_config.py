@@ -10,34 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from common import config as settings
-from common.config import parse, to_json
+from common.config import from_json, parse, to_json
 
-import beyond_masking
-import beyond_masking_integrated
-import finetune
-import knn
-import linear_probe
 import mae
-import nonlinear_probe
 import pytest
+import torch
 
 RECIPES = Path(mae.__file__).parent
+MODULES = [importlib.import_module(path.stem) for path in sorted(RECIPES.glob("*.py"))]
 PRESETS: dict[str, dict[str, Any]] = {
-    "mae": {"digits": mae.DIGITS, "folder": mae.FOLDER, "imagenet": mae.IMAGENET},
-    "beyond_masking_integrated": {
-        "digits": beyond_masking_integrated.DIGITS,
-        "folder": beyond_masking_integrated.FOLDER,
-        "imagenet": beyond_masking_integrated.IMAGENET,
-    },
-    "beyond_masking": {
-        "digits": beyond_masking.DIGITS,
-        "folder": beyond_masking.FOLDER,
-        "imagenet": beyond_masking.IMAGENET,
-    },
-    "finetune": finetune.PRESETS,
-    "linear_probe": linear_probe.PRESETS,
-    "knn": knn.PRESETS,
-    "nonlinear_probe": nonlinear_probe.PRESETS,
+    module.__name__: module.PRESETS for module in MODULES if hasattr(module, "PRESETS")
 }
 TUNING = ("finetune", "nonlinear_probe")  # whose settings of fine-tuning stand without a prefix
 GROUPS = ("Run", "Images", "Network", "Optimisation", "Finetuning", "Probed", "Linear", "Neighbours", "Nonlinear")
@@ -172,6 +154,32 @@ def test_paths_become_text_and_tuples_lists():
     assert found["weights"] is None
 
 
+@pytest.mark.parametrize(("recipe", "preset"), [(recipe, name) for recipe in PRESETS for name in PRESETS[recipe]])
+def test_settings_come_back_from_a_file_as_they_were(recipe: str, preset: str):
+    for config in (PRESETS[recipe][preset], parse(PRESETS[recipe], ["--preset", preset, "--data", "a/b"])):
+        assert from_json(type(config), json.loads(json.dumps(to_json(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "sentence"),
+    [
+        ("", "colour", "settings of Config are unknown: colour"),
+        ("optimisation", "colour", "settings of Optimisation are unknown: colour"),
+        ("finetune", "pool", "settings of Finetuning are missing: pool"),
+        ("", "mask_ratio", "settings of Config are missing: mask_ratio"),
+    ],
+)
+def test_a_setting_that_is_unknown_or_missing_is_named(group: str, name: str, sentence: str):
+    values = to_json(mae.DIGITS)
+    settings = values[group] if group else values
+    if name in settings:
+        del settings[name]
+    else:
+        settings[name] = 3
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        from_json(mae.Config, values)
+
+
 # Help
 
 
@@ -249,4 +257,9 @@ def test_every_setting_has_a_sentence(path: Path):
 
 
 def test_every_recipe_is_looked_at():
-    assert {path.stem for path in RECIPES.glob("*.py")} == {*PRESETS, "study"}  # which has settings of its own
+    others = {"study"}  # which have settings of their own, and no presets
+    assert {path.stem for path in RECIPES.glob("*.py")} == {*PRESETS, *others}
+    for module in MODULES:
+        if hasattr(module, "pretrain"):
+            assert issubclass(module.METHOD, torch.nn.Module)
+            assert {type(preset) for preset in module.PRESETS.values()} == {module.Config}

@@ -83,6 +83,7 @@ def test_a_recipe_leaves_all_that_it_promises(name: str, tmp_path: Path) -> None
         assert (folder / file).stat().st_size
     for picture in ("reconstruction.png", "curves.png"):
         assert Image.open(folder / picture).size[0] > 200
+    assert json.loads((folder / "config.json").read_text())["recipe"] == name
     assert list(folder.glob("events.out.tfevents.*"))
     result = json.loads((folder / "result.json").read_text())
     assert result["finetune"]["labelled"] == 100

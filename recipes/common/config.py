@@ -5,9 +5,9 @@ A recipe's `Config` holds these groups as fields; on the command line their opti
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import tyro
 
@@ -151,3 +151,24 @@ def to_json(config: Any) -> dict[str, Any]:
         return str(value) if isinstance(value, Path) else value
 
     return plain(asdict(config))
+
+
+def from_json(kind: type[C], values: dict[str, Any]) -> C:
+    """Return the configuration of which `to_json` made these values.
+
+    Raises:
+        ValueError: if a setting is unknown or missing.
+    """
+    kinds = get_type_hints(kind)
+    for what, names in {"unknown": values.keys() - kinds.keys(), "missing": kinds.keys() - values.keys()}.items():
+        if names:
+            raise ValueError(f"settings of {kind.__name__} are {what}: {', '.join(sorted(names))}")
+
+    def typed(kind: Any, value: Any) -> Any:
+        if isinstance(kind, type) and is_dataclass(kind):
+            return from_json(kind, value)
+        if isinstance(value, list):
+            return tuple(typed(None, item) for item in value)
+        return Path(value) if isinstance(value, str) and Path in (kind, *get_args(kind)) else value
+
+    return kind(**{name: typed(kinds[name], value) for name, value in values.items()})

@@ -1,13 +1,14 @@
 """A whole pre-training, from the command line to the table on the screen: what every recipe ends with."""
 
+import importlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from common import report
-from common.checkpoint import load_weights, read_foreign, read_tensors, write_json, write_tensors
-from common.config import Images, Network, Optimisation, Run, parse, to_json
+from common.checkpoint import Checkpoints, load_weights, read_foreign, read_tensors, write_json, write_tensors
+from common.config import Images, Network, Optimisation, Run, from_json, parse, to_json
 from common.engine import World, loading_processes, read_metrics, train, world
 from common.finetuning import Finetuning, finetune
 from common.images import (
@@ -64,6 +65,7 @@ class Method(Protocol):
     view_size: tuple[int, int]
 
     def noise(self, rand: Callable[..., Tensor], batch: int) -> dict[str, Tensor]: ...
+    def __call__(self, images: Tensor, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]: ...
     def pictures(self, images: Tensor, noise: dict[str, Tensor]) -> report.Pictures: ...
 
 
@@ -99,7 +101,7 @@ def _pretrain(make: Callable[[Any, Normalise], Method], config: Config, name: st
     # 1. The images, and whether they can be evaluated on
     source = open_images(images.data, "train", channels=images.channels, seed=run.seed)
     evaluations = _possible(config, place)
-    prepare(folder, to_json(config), resume=run.resume, place=place)
+    written = prepare(folder, name, config, resume=run.resume, place=place)
 
     # 2. The method
     normalise = normalisation(images, source)
@@ -132,7 +134,7 @@ def _pretrain(make: Callable[[Any, Normalise], Method], config: Config, name: st
         folder=folder,
         place=place,
         title="pre-training",
-        config=to_json(config),
+        config=written,
         draw=draw,
     )
     if place.first:
@@ -174,8 +176,8 @@ def _pretrain(make: Callable[[Any, Normalise], Method], config: Config, name: st
     return result
 
 
-def prepare(folder: Path, config: dict[str, Any], *, resume: bool, place: World) -> None:
-    """Make the folder of a run and write its configuration.
+def prepare(folder: Path, recipe: str, config: Any, *, resume: bool, place: World) -> dict[str, Any]:
+    """Make the folder of a run, and write there and return its recipe and its configuration.
 
     Raises:
         ValueError: if a run is there already and is not to be resumed.
@@ -185,9 +187,11 @@ def prepare(folder: Path, config: dict[str, Any], *, resume: bool, place: World)
     place.wait()  # every process has looked before the first one writes
     if started and not resume:
         raise ValueError(f"{folder} holds a run already: go on with --resume, or give another --name")
+    settings = {"recipe": recipe, **to_json(config)}
     if place.first and not started:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", config)
+        write_json(folder / "config.json", settings)
+    return settings
 
 
 def normalisation(images: Images, source: Source) -> Normalise:
@@ -338,6 +342,49 @@ def load_encoder(
         print(f"{path}:\n{report}")
     mean, std = (about["mean"], about["std"]) if exported else (IMAGENET_MEAN, IMAGENET_STD)
     return vit, Normalise(mean, std)
+
+
+def recipe_of(name: str) -> Any:
+    """Import the module of a pre-training recipe, which has a `METHOD`, a `Config` and `PRESETS`.
+
+    Raises:
+        ValueError: if there is none of this name.
+    """
+    modules = [path.stem for path in Path(__file__).parents[1].glob("*.py")]
+    module = importlib.import_module(name) if name in modules else None
+    if not hasattr(module, "METHOD"):
+        raise ValueError(f"{name} is no recipe of pre-training: there is no recipes/{name}.py with a METHOD")
+    return module
+
+
+def load_method(folder: Path) -> tuple[Method, Any]:
+    """Build the method of a run with the weights of its newest checkpoint, on the CPU, in eval mode.
+
+    The run may still be training.
+
+    Returns:
+        The method and its configuration.
+
+    Raises:
+        ValueError: if the folder is not that of a pre-training, or there is no checkpoint yet.
+    """
+    path = folder / "config.json"
+    settings = report.read_json(path) if path.is_file() else {}
+    if "recipe" not in settings:
+        raise ValueError(f"{folder} is not the folder of a run: it has no config.json that names a recipe")
+    recipe = recipe_of(settings.pop("recipe"))
+    config = from_json(recipe.Config, settings)
+    found = Checkpoints(folder / "checkpoint").load()
+    if found is None:
+        raise ValueError(f"{folder} has no checkpoint yet")
+    step, tensors, _ = found
+    # What it started from is in its weights, and need not be on the disk any more
+    alone = replace(config, weights=None) if hasattr(config, "weights") else config
+    method = recipe.METHOD(alone, Normalise([0.0] * config.images.channels, [1.0] * config.images.channels))
+    prefix = "method."
+    method.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    print(f"{folder}: {recipe.__name__} after {step} steps")
+    return method.eval(), config
 
 
 def _possible(config: Config, place: World) -> tuple[Evaluation, ...]:

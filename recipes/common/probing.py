@@ -749,7 +749,7 @@ def probe(
             )
             _sources(images, run)  # before anything is written
             _refuse_other(folder, to_json(config), resume=run.resume)
-            prepare(folder, to_json(config), resume=run.resume, place=place)
+            prepare(folder, name, config, resume=run.resume, place=place)
             shared: dict[str, Any] = {"images": images, "run": run, "folder": folder, "place": place, "title": title}
             result = evaluation(encoder, normalise, settings=config.settings, **shared)
         except ValueError as error:
