@@ -138,7 +138,7 @@ def cosine_distance(
     For targets that are features of a network: HPM's from a teacher, LUT's.
 
     Returns:
-        0 (same direction) to 4 (opposite).
+        0 (same direction) to 4 (opposite), up to rounding; 2 where a vector is zero and has no direction.
 
     Raises:
         ValueError: if the shapes differ.
@@ -147,12 +147,12 @@ def cosine_distance(
         >>> cosine_distance(torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([[5.0, 0.0], [1.0, 0.0]]))
         tensor([0., 2.])
 
-    Source: HPM, arXiv 2304.05919 (feature targets in the published code).
+    Source: HPM, arXiv 2304.05919 (feature targets in the published code); LUT, ECCV 2024.
     """
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
-    directions = (F.normalize(x.float(), dim=-1, eps=1e-12) for x in (prediction, target))
-    return (next(directions) - next(directions)).square().sum(dim=-1)
+    one, other = (F.normalize(x.float(), dim=-1, eps=1e-12) for x in (prediction, target))
+    return 2 - 2 * (one * other).sum(dim=-1)
 
 
 def soft_cross_entropy(

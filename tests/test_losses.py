@@ -230,7 +230,7 @@ def test_cosine_distance_is_two_minus_two_cosines_and_lies_in_0_to_4(arguments):
     prediction, target = arguments
     distance = cosine_distance(prediction, target)
     assert distance.shape == prediction.shape[:-1]
-    assert ((distance >= 0) & (distance <= 4 + 1e-5)).all()
+    assert ((distance >= -1e-5) & (distance <= 4 + 1e-5)).all()
     p, t = prediction.double(), target.double()
     lengths = (p.square().sum(dim=-1) * t.square().sum(dim=-1)).sqrt()
     expected = 2 - 2 * (p * t).sum(dim=-1) / lengths
@@ -250,15 +250,15 @@ def test_the_lengths_of_features_do_not_matter_for_their_cosine_distance(argumen
 def test_cosine_distance_is_symmetric_0_in_the_same_direction_and_4_in_the_opposite_one(arguments):
     prediction, target = arguments
     assert cosine_distance(prediction, target).equal(cosine_distance(target, prediction))
-    some = prediction.any(dim=-1).float()  # a zero vector has no direction
-    torch.testing.assert_close(cosine_distance(prediction, 3 * prediction), 0 * some, rtol=0, atol=1e-6)
-    torch.testing.assert_close(cosine_distance(prediction, -3 * prediction), 4 * some)
+    turned = 2 * prediction.any(dim=-1).float()  # a zero vector has no direction
+    torch.testing.assert_close(cosine_distance(prediction, 3 * prediction), 2 - turned, rtol=0, atol=1e-6)
+    torch.testing.assert_close(cosine_distance(prediction, -3 * prediction), 2 + turned)
 
 
 def test_a_zero_vector_has_a_finite_cosine_distance_and_a_finite_gradient():
     prediction, target = torch.zeros(3, 2, requires_grad=True), torch.tensor([[0.0, 0.0], [1.0, 0.0], [3.0, 4.0]])
     distance = cosine_distance(prediction, target)
-    torch.testing.assert_close(distance, torch.tensor([0.0, 1.0, 1.0]))
+    torch.testing.assert_close(distance, torch.tensor([2.0, 2.0, 2.0]))
     (gradient,) = torch.autograd.grad(distance.sum(), prediction)
     assert gradient.isfinite().all()
 
