@@ -9,13 +9,12 @@ from typing import Any
 
 from common import vit
 from common.checkpoint import load_weights
-from common.config import Images, Network, Optimisation
+from common.config import Optimisation
 from common.engine import by_epoch, by_step, layer_of, parameter_groups
 from common.finetuning import Classifier
 from common.images import Mix, Normalise, one_shot_crop_size
 from common.lars import LARS
 from common.pretraining import count_masked
-from common.probing import nearest
 from mimkit.degrade import (
     area_resize,
     central_crop,
@@ -37,31 +36,20 @@ from mimkit.tokens import patchify, put, split, take, unpatchify
 
 import beyond_masking as beyond_masking_tasks
 import beyond_masking_integrated as beyond_masking
+import hard_and_dropped  # noqa: F401 (its checks)
 import mae
 import numpy as np
 import pytest
 import timm.data.mixup
 import torch
-from goldens import Golden
+from goldens import CHECKS, Golden, check, classifier_of, groups_of, longest, settings_for
 from torch import Tensor, nn
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
-CHECKS: dict[str, Callable[[Golden, pytest.MonkeyPatch], None]] = {}
-
-
-def check(kind: str) -> Callable[[Any], Any]:
-    def register(function: Any) -> Any:
-        CHECKS[kind] = function
-        return function
-
-    return register
-
 
 def kind_of(path: Path) -> str | None:
-    """The longest kind that a file's stem is or goes on from, as `…_model_integrated_224_288` does."""
-    fitting = [kind for kind in CHECKS if path.stem == kind or path.stem.startswith(f"{kind}_")]
-    return max(fitting, key=len, default=None)
+    return longest(CHECKS, path)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -74,7 +62,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_golden(golden_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = kind_of(golden_file)
     assert kind is not None
-    CHECKS[kind](Golden(golden_file), monkeypatch)
+    golden = Golden(golden_file)
+    CHECKS[kind](golden, monkeypatch)
+    assert golden.overlooked() == []
 
 
 def test_every_kind_has_a_file_and_every_file_a_kind() -> None:
@@ -149,19 +139,19 @@ def groups(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = 1 + max(int(name.split(".")[1]) for name in names if name.startswith("decoder_blocks."))
     sizes = {"img": 16, "p": 8, "enc_dim": 8, "enc_depth": depth, "enc_heads": 2, "mask_ratio": 0.5}
     sizes |= {"dec_dim": 8, "dec_depth": decoder, "dec_heads": 2}
-    found = _groups(_mae(sizes, monkeypatch), Optimisation(weight_decay=golden.params["wd"]))
+    found = groups_of(_mae(sizes, monkeypatch), Optimisation(weight_decay=golden.params["wd"]))
     published = {_mae_name(name): group for name, group in found.items()}
     golden.close("weight_decay_pretrain", [published.pop(name)[0] for name in names])
     assert not published
     for pool, ours in (("pool", "mean"), ("cls", "class")):
         names = golden.about[f"names_{pool}"]
-        classifier = _classifier({"img": 16, "p": 8, "dim": 8, "heads": 2, "depth": depth, "classes": 3}, ours)
+        classifier = classifier_of({"img": 16, "p": 8, "dim": 8, "heads": 2, "depth": depth, "classes": 3}, ours)
         settings = Optimisation(
             weight_decay=golden.params["wd"],
             layer_decay=golden.params["layer_decay"],
             undecayed=("cls_token", "pos_embed"),
         )
-        found = {k.removeprefix("encoder."): v for k, v in _groups(classifier, settings, depth=depth).items()}
+        found = {k.removeprefix("encoder."): v for k, v in groups_of(classifier, settings, depth=depth).items()}
         assert set(found) == set(names)
         golden.close(f"weight_decay_{pool}", [found[name][0] for name in names])
         golden.close(f"lr_scale_{pool}", [found[name][1] for name in names])
@@ -252,7 +242,7 @@ def mae_classifier(golden: Golden, _: Any) -> None:
         names = golden.about[f"param_names_{pool}"]
 
         def fresh(ours: Any = ours) -> Classifier:
-            classifier = _classifier(params, ours)
+            classifier = classifier_of(params, ours)
             weights = dict(golden.weights)
             if ours == "mean":
                 weights |= {f"fc_norm.{kind}": weights[f"norm.{kind}"] for kind in ("weight", "bias")}
@@ -340,9 +330,9 @@ def beyond_masking_groups(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> No
     depth, decay = golden.params["depth"], golden.params["layer_decay"]
     names = golden.about["finetune_names"]
     sizes = {"img": 16, "p": 8, "dim": 8, "heads": 2, "depth": depth, "classes": 3}
-    classifier = _classifier(sizes, "class", key_bias=False, positions=False)
+    classifier = classifier_of(sizes, "class", key_bias=False, positions=False)
     settings = Optimisation(layer_decay=decay, undecayed=("cls_token", "pos_embed"))
-    found = {k.removeprefix("encoder."): v for k, v in _groups(classifier, settings, depth=depth).items()}
+    found = {k.removeprefix("encoder."): v for k, v in groups_of(classifier, settings, depth=depth).items()}
     assert set(found) == set(names)
     golden.close("finetune_weight_decay", [found[name][0] for name in names])
     golden.close("finetune_lr_scale", [found[name][1] for name in names])
@@ -352,7 +342,7 @@ def beyond_masking_groups(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> No
     sizes = {"img": 16, "p": 8, "big": 20, "enc_dim": 8, "enc_depth": depth, "enc_heads": 2, "mask_ratio": 0.5}
     decoder = 1 + max(int(name.split(".")[2]) for name in names if name.startswith("decoder.blocks."))
     sizes |= {"dec_dim": 8, "dec_depth": decoder, "dec_heads": 2}
-    found = _groups(_integrated(sizes, monkeypatch), Optimisation(undecayed=("mask_token",)))
+    found = groups_of(_integrated(sizes, monkeypatch), Optimisation(undecayed=("mask_token",)))
     published = {_beyond_masking_name(name): group[0] for name, group in found.items()}
     published["encoder.cls_token"] = 0.05  # in the release a parameter that nothing uses; there is none here
     golden.close("pretrain_weight_decay", [published.pop(name) for name in names])
@@ -422,7 +412,7 @@ def integrated_model(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @check("beyond_masking_model_finetune")
 def beyond_masking_classifier(golden: Golden, _: Any) -> None:
-    classifier = _classifier(golden.params, "class", key_bias=False, positions=False)
+    classifier = classifier_of(golden.params, "class", key_bias=False, positions=False)
     renames = {r"(?=cls_token|patch_embed|blocks|norm)": "encoder."}
     load_weights(classifier, golden.weights, renames=renames, optional=(r"normalise\.", r"encoder\.pos_embed"))
     encoder = classifier.encoder
@@ -537,21 +527,6 @@ def ablations(golden: Golden, _: Any) -> None:
     golden.close("paste_foreign", paste(small, images.roll(1, dims=0), noise))
 
 
-# HPM
-
-
-@check("hpm_knn")
-def nearest_neighbours(golden: Golden, _: Any) -> None:
-    names = "train_features", "train_labels", "test_features"
-    labels, counts = golden["test_labels"], golden["k"].tolist()
-    sizes = {"classes": golden.params["C"], "k": counts, "temperature": golden.params["T"]}
-    best = nearest(*(golden[name] for name in names), **sizes).topk(min(5, golden.params["C"]), dim=-1).indices
-    for right, (top1, top5) in zip(best == labels[:, None], golden["top1_top5"].tolist(), strict=True):
-        assert 100 * float(right[:, 0].double().mean()) == pytest.approx(top1, abs=1e-4)
-        # where the neighbours are of fewer than five classes, the order of the others is anyone's
-        assert 100 * float(right.any(dim=-1).double().mean()) == pytest.approx(top5, abs=1)
-
-
 @check("beyond_masking_model_distorted")
 def task_model(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     params = golden.params
@@ -560,7 +535,7 @@ def task_model(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     original, noise = golden["original"] * STD + MEAN, {"mask": torch.zeros(0), "place": torch.zeros(len(bends), 3)}
 
     def fresh() -> Any:
-        sized = _sized(params | {"mask_ratio": 0.75}, monkeypatch)
+        sized = settings_for(params | {"mask_ratio": 0.75}, monkeypatch)
         config = beyond_masking_tasks.Config(**sized, task="distorted")
         method = beyond_masking_tasks.Task(config, Normalise(MEAN.flatten().tolist(), STD.flatten().tolist()))
         monkeypatch.setattr(method, "degrade", lambda *_: (golden["degraded"], original))
@@ -588,46 +563,13 @@ def task_model(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
 OWN = (r"normalise\.", r"encoder\.pos_embed")
 
 
-def _sized(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Settings for the sizes of a file, with ImageNet's mean and std already taken off its images or not."""
-    sizes = {"dim": params["enc_dim"], "depth": params["enc_depth"], "heads": params["enc_heads"]}
-    monkeypatch.setitem(vit.SIZES, "golden", sizes)
-    network = Network(
-        size="golden",  # pyright: ignore
-        patch=params["p"],
-        decoder_dim=params["dec_dim"],
-        decoder_depth=params["dec_depth"],
-        decoder_heads=params["dec_heads"],
-    )
-    images = Images(image_size=(params["img"], params["img"]))
-    return {"network": network, "images": images, "mask_ratio": params["mask_ratio"]}
-
-
 def _mae(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **more: Any) -> mae.MAE:
-    return mae.MAE(mae.Config(**_sized(params, monkeypatch), **more), Normalise([0.0] * 3, [1.0] * 3))
+    return mae.MAE(mae.Config(**settings_for(params, monkeypatch), **more), Normalise([0.0] * 3, [1.0] * 3))
 
 
 def _integrated(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> beyond_masking.Integrated:
-    config = beyond_masking.Config(**_sized(params, monkeypatch), view_size=(params["big"], params["big"]))
+    config = beyond_masking.Config(**settings_for(params, monkeypatch), view_size=(params["big"], params["big"]))
     return beyond_masking.Integrated(config, Normalise(MEAN.flatten().tolist(), STD.flatten().tolist()))
-
-
-def _classifier(params: dict[str, Any], pool: Any, *, key_bias: bool = True, positions: bool = True) -> Classifier:
-    side = params["img"] // params["p"]
-    encoder = vit.ViT(
-        height=side,
-        width=side,
-        patch=params["p"],
-        channels=3,
-        dim=params["dim"],
-        depth=params["depth"],
-        heads=params["heads"],
-        key_bias=key_bias,
-        table=sincos if positions else sinusoid,
-    )
-    encoder.pos_embed.requires_grad_(positions)
-    normalise = Normalise([0.0] * 3, [1.0] * 3)
-    return Classifier(encoder, normalise, params["classes"], pool=pool, head_scale=0.01)
 
 
 def _noise_of(place: list[int], images: Tensor, *, room: tuple[int, int]) -> Tensor:
@@ -645,12 +587,6 @@ def _mae_name(ours: str) -> str:
 def _beyond_masking_name(ours: str) -> str:
     name = ours.replace("decoder.mask_token", "mask_token")
     return name.replace("decoder.embed.", "encoder_to_decoder.")
-
-
-def _groups(module: nn.Module, settings: Optimisation, *, depth: int = 0) -> dict[str, tuple[float, float]]:
-    """Weight decay and scale of each trainable parameter."""
-    groups = parameter_groups(module, settings, depth=depth)
-    return {name: (group["weight_decay"], group["lr_scale"]) for group in groups for name in group["names"]}
 
 
 def _plain(groups: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
