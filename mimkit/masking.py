@@ -114,6 +114,38 @@ def easy_to_hard(
     return _rank(torch.where(forced, torch.inf, noise)) >= n - num_masked  # in bfloat16 noise may be rounded to 1
 
 
+def disjoint_views(
+    noise: Float[Tensor, "*batch n"], *, num_visible: int
+) -> tuple[Bool[Tensor, "*batch n"], Bool[Tensor, "*batch n"]]:
+    """Mask two views of one image so that no token is visible in both.
+
+    The first is `random_tokens`; where tokens run out, the second keeps those that are left.
+
+    Args:
+        noise: uniform in [0, 1), one for both views; the first keeps the tokens with the smallest noise, the second
+            those that come next.
+        num_visible: count of visible tokens per row of the first view, 0 to n.
+
+    Returns:
+        first, second: `True` = masked. The first masks `n - num_visible` of each row, the second
+        `n - min(num_visible, n - num_visible)`.
+
+    Raises:
+        ValueError: if `num_visible` is outside 0…n.
+
+    Example:
+        >>> disjoint_views(torch.tensor([0.9, 0.1, 0.5, 0.7]), num_visible=1)
+        (tensor([ True, False,  True,  True]), tensor([ True,  True, False,  True]))
+
+    Source: LUT, ECCV 2024 (published code).
+    """
+    n = noise.shape[-1]
+    if not 0 <= num_visible <= n:
+        raise ValueError(f"num_visible={num_visible} of {n} tokens cannot be visible")
+    rank = _rank(noise)
+    return rank >= num_visible, (rank < num_visible) | (rank >= 2 * num_visible)
+
+
 def _rank(values: Shaped[Tensor, "*batch n"]) -> Int[Tensor, "*batch n"]:
     """Place of each value in its sorted row; equal values in the order they stand in."""
     order = values.argsort(dim=-1, stable=True)

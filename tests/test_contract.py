@@ -60,6 +60,7 @@ ROWS = {
     "masking.all_but_block": Row(
         [seeded(6, 2)], {"height": 3, "width": 4, "block_height": 2, "block_width": 1}, torch.bool
     ),
+    "masking.disjoint_views": Row([seeded(6, 8)], {"num_visible": 3}, torch.bool),
     "masking.easy_to_hard": Row([seeded(6, 8), seeded(6, 8, seed=1)], {"num_masked": 5, "num_hard": 2}, torch.bool),
     "masking.easy_to_hard scheduled": Row(
         [seeded(6, 8), seeded(6, 8, seed=1)], {"num_masked": 5, "num_hard": torch.tensor(2)}, torch.bool
@@ -91,7 +92,8 @@ def block(name: str, *, checked: bool = True) -> Callable[..., tuple[Tensor, ...
     numbers = ROWS[name].numbers
 
     def answers(*tensors: Tensor, **device: str) -> tuple[Tensor, ...]:
-        result = call(*tensors, **numbers, **device)
+        there = {key: x.to(tensors[0].device) if isinstance(x, Tensor) else x for key, x in numbers.items()}
+        result = call(*tensors, **there, **device)
         return result if isinstance(result, tuple) else (result,)
 
     return answers
