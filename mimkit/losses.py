@@ -69,6 +69,65 @@ def channel_normalised_patches(patches: Float[Tensor, "*batch n d"], *, channels
     return ((pixels - mean) / (variance.sqrt() + 1e-6)).flatten(-2)
 
 
+def window_normalised(images: Float[Tensor, "*batch c H W"], *, window: int) -> Float[Tensor, "*batch c H W"]:
+    """Bring each pixel to the mean 0 and variance 1 of the window around it, per channel: a target of SimMIM.
+
+    `(t − mean) / sqrt(var + 1e-6)` with the unbiased variance over those pixels of the window that lie in the image.
+    Flat areas become rounding noise: their variance is a difference of nearly equal numbers.
+
+    Args:
+        images: normalised by the mean and std of the data set; any scale.
+        window: side in pixels, odd, at least 3; may be larger than the image. The published value is 47.
+
+    Returns:
+        float32.
+
+    Raises:
+        ValueError: if the window is even or below 3, or an image has fewer than two pixels.
+
+    Example:
+        >>> window_normalised(torch.tensor([[[1.0, 2.0, 3.0, 3.0]]]), window=3)
+        tensor([[[-0.7071,  0.0000,  0.5773,  0.0000]]])
+
+    Source: SimMIM, arXiv 2111.09886, as its authors train Swin Transformer V2, arXiv 2111.09883 (published code).
+    """
+    H, W = images.shape[-2:]
+    if window < 3 or window % 2 == 0:
+        raise ValueError(f"window={window} is not an odd number of pixels of at least 3")
+    if H * W < 2:
+        raise ValueError(f"images of {H} × {W} pixels have no variance")
+    # The variance is a difference of squares, exact where these are small: take each channel's mean away first
+    pixels = images.float()
+    pixels = pixels - pixels.mean(dim=(-2, -1), keepdim=True)
+    mean, square = _window_mean(pixels, window), _window_mean(pixels.square(), window)
+    rows, columns = (_window_count(length, window, images.device) for length in (H, W))
+    count = rows[:, None] * columns
+    variance = ((square - mean.square()) * (count / (count - 1))).clamp(min=0)
+    return (pixels - mean) / (variance + 1e-6).sqrt()
+
+
+def absolute_error(
+    prediction: Float[Tensor, "*batch n d"], target: Float[Tensor, "*batch n d"]
+) -> Float[Tensor, "*batch n"]:
+    """Give each token the mean absolute error of its values, in float32.
+
+    The loss of SimMIM is the mean of this over the masked tokens of all images. Its published code divides by the
+    number of masked pixels plus 1e-5: `error.sum() / (error.numel() + 1e-5 / patch**2)`, 0 where nothing is masked.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Example:
+        >>> absolute_error(torch.tensor([[1.0, -3.0]]), torch.tensor([[0.0, 0.0]]))
+        tensor([2.])
+
+    Source: SimMIM, arXiv 2111.09886, section 3.4.
+    """
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
+    return (prediction.float() - target.float()).abs().mean(dim=-1)
+
+
 def squared_error(
     prediction: Float[Tensor, "*batch n d"], target: Float[Tensor, "*batch n d"]
 ) -> Float[Tensor, "*batch n"]:
@@ -227,3 +286,17 @@ def ranking_loss(
         pulled = pulled + slope.sum(dim=-2)
     gradient = torch.cat(slopes, dim=-1) - pulled
     return loss + (gradient * (prediction - p)).sum(dim=-1), right, pairs
+
+
+def _window_mean(images: Float[Tensor, "*batch H W"], window: int) -> Float[Tensor, "*batch H W"]:
+    """Average over a square window around each pixel, those pixels of it that are in the image; rows, then columns."""
+    flat = images.reshape(images.shape[:-2].numel(), 1, *images.shape[-2:])
+    for kernel, padding in (((1, window), (0, window // 2)), ((window, 1), (window // 2, 0))):
+        flat = F.avg_pool2d(flat, kernel, stride=1, padding=padding, count_include_pad=False)
+    return flat.reshape(images.shape)
+
+
+def _window_count(length: int, window: int, device: torch.device) -> Float[Tensor, " {length}"]:
+    """How many places of a window around each place lie within the length."""
+    places, reach = torch.arange(length, device=device), window // 2
+    return ((places + reach).clamp(max=length - 1) - (places - reach).clamp(min=0) + 1).float()

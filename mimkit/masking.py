@@ -31,6 +31,51 @@ def random_tokens(noise: Float[Tensor, "*batch n"], *, num_masked: int) -> Bool[
     return _rank(noise) >= n - num_masked
 
 
+def random_cells(
+    noise: Float[Tensor, "*batch cells"],
+    *,
+    height: int,
+    width: int,
+    cell_height: int,
+    cell_width: int,
+    num_masked: int,
+) -> Bool[Tensor, "*batch {height}*{width}"]:
+    """Mask rectangular cells of the grid, each whole or not at all, every subset of the size equally likely.
+
+    Large cells leave less to be guessed from the pixels next door. With cells of 1 × 1 it is `random_tokens`.
+
+    Args:
+        noise: uniform in [0, 1), one value per cell in raster order; the cells with the largest noise are masked.
+        height: rows of the grid, in patches, a multiple of `cell_height`.
+        width: columns of the grid, in patches, a multiple of `cell_width`.
+        cell_height: rows of a cell, in patches.
+        cell_width: columns of a cell, in patches.
+        num_masked: count of masked tokens per row, those of whole cells. SimMIM takes `ceil(cells * ratio)` cells.
+
+    Returns:
+        `True` = masked.
+
+    Raises:
+        ValueError: if the cells do not fill the grid, `noise` has not one value per cell, or `num_masked` tokens are
+            not those of whole cells of the grid.
+
+    Example:
+        >>> random_cells(torch.tensor([0.1, 0.9]), height=1, width=4, cell_height=1, cell_width=2, num_masked=2)
+        tensor([False, False,  True,  True])
+
+    Source: SimMIM, arXiv 2111.09886, section 3.2.
+    """
+    if min(cell_height, cell_width) < 1 or min(height, width) < 0 or height % cell_height or width % cell_width:
+        raise ValueError(f"a grid of {height} × {width} is not made of cells of {cell_height} × {cell_width}")
+    rows, columns, area = height // cell_height, width // cell_width, cell_height * cell_width
+    if noise.shape[-1] != rows * columns:
+        raise ValueError(f"noise of shape {tuple(noise.shape)} has not one value for each of {rows} × {columns} cells")
+    if not 0 <= num_masked <= height * width or num_masked % area:
+        raise ValueError(f"num_masked={num_masked} of {height * width} tokens are not whole cells of {area}")
+    cells = (_rank(noise) >= rows * columns - num_masked // area).unflatten(-1, (rows, columns))
+    return cells.repeat_interleave(cell_height, dim=-2).repeat_interleave(cell_width, dim=-1).flatten(-2)
+
+
 def all_but_block(
     noise: Float[Tensor, "*batch 2"], *, height: int, width: int, block_height: int, block_width: int
 ) -> Bool[Tensor, "*batch {height}*{width}"]:

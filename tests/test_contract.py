@@ -50,6 +50,7 @@ ROWS = {
     "degrade.zoom_in_anywhere": Row([images, seeded(6, 2)], {"window_H": 3, "window_W": 2}),
     "degrade.zoom_out": Row([images, seeded(6, 2)], {"small_H": 3, "small_W": 2}),
     "degrade.zoom_out_any_size": Row([images, seeded(6, 3)], {"sizes": ((2, 3), (3, 6), (4, 2))}),
+    "losses.absolute_error": Row([tokens, seeded(6, 8, 12, seed=1)], {}, torch.float32),
     "losses.band_error": Row([images, seeded(6, 3, 4, 6, seed=1)], {"inner_H": 2, "inner_W": 2}, torch.float32),
     "losses.channel_normalised_patches": Row([tokens], {"channels": 3}, torch.float32),
     "losses.cosine_distance": Row([tokens, seeded(6, 8, 12, seed=1)], {}, torch.float32),
@@ -57,6 +58,7 @@ ROWS = {
     "losses.ranking_loss": Row([seeded(6, 8), seeded(6, 8, seed=1)], {}, torch.float32),
     "losses.soft_cross_entropy": Row([tokens, seeded(6, 8, 12, seed=1)], {}, torch.float32),
     "losses.squared_error": Row([tokens, seeded(6, 8, 12, seed=1)], {}, torch.float32),
+    "losses.window_normalised": Row([images], {"window": 3}, torch.float32),
     "masking.all_but_block": Row(
         [seeded(6, 2)], {"height": 3, "width": 4, "block_height": 2, "block_width": 1}, torch.bool
     ),
@@ -64,6 +66,9 @@ ROWS = {
     "masking.easy_to_hard": Row([seeded(6, 8), seeded(6, 8, seed=1)], {"num_masked": 5, "num_hard": 2}, torch.bool),
     "masking.easy_to_hard scheduled": Row(
         [seeded(6, 8), seeded(6, 8, seed=1)], {"num_masked": 5, "num_hard": torch.tensor(2)}, torch.bool
+    ),
+    "masking.random_cells": Row(
+        [seeded(6, 6)], {"height": 4, "width": 3, "cell_height": 2, "cell_width": 1, "num_masked": 8}, torch.bool
     ),
     "masking.random_tokens": Row([seeded(6, 8)], {"num_masked": 5}, torch.bool),
     "positions.attentive_weights": Row([tokens, seeded(6, 12, seed=1)], {"temperature": 0.1}, torch.float32),
