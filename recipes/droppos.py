@@ -72,8 +72,12 @@ class DropPos(nn.Module):
         self.embed = nn.Linear(self.encoder.dim, network.decoder_dim)
         self.decoder = Predictor(network.decoder_dim, network.decoder_depth, network.decoder_heads, outputs=places)
         self.position_token = nn.Parameter(torch.zeros(1, 1, self.encoder.dim))
-        self.num_masked, self.num_dropped = count_dropped(places, config.mask_ratio, config.drop_ratio)
+        self.num_masked, self.num_dropped = self.count(config.mask_ratio, config.drop_ratio)
         initialise_mae(self)
+
+    def count(self, mask_ratio: float, drop_ratio: float) -> tuple[int, int]:
+        """Count the patches to mask and the positions to drop of these shares."""
+        return count_dropped(self.height * self.width, mask_ratio, drop_ratio)
 
     def noise(self, rand: Callable[..., Tensor], batch: int) -> dict[str, Tensor]:
         tokens = self.height * self.width
@@ -209,5 +213,7 @@ DIGITS = Config(
     finetune=finetuning.DIGITS,
 )
 
+METHOD, PRESETS = DropPos, {"digits": DIGITS, "folder": FOLDER, "imagenet": IMAGENET}
+
 if __name__ == "__main__":
-    pretrain(DropPos, {"digits": DIGITS, "folder": FOLDER, "imagenet": IMAGENET}, name="droppos", description=__doc__)
+    pretrain(METHOD, PRESETS, name="droppos", description=__doc__)

@@ -183,5 +183,7 @@ DIGITS = Config(
     finetune=finetuning.DIGITS,
 )
 
+METHOD, PRESETS = HPM, {"digits": DIGITS, "folder": FOLDER, "imagenet": IMAGENET}
+
 if __name__ == "__main__":
-    pretrain(HPM, {"digits": DIGITS, "folder": FOLDER, "imagenet": IMAGENET}, name="hpm", description=__doc__)
+    pretrain(METHOD, PRESETS, name="hpm", description=__doc__)

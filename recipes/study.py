@@ -35,6 +35,8 @@ RECIPES = {
     "blurred": "beyond_masking --evaluate finetune --task blurred",
     "decolorized": "beyond_masking --evaluate finetune --task decolorized",
     "integrated": "beyond_masking_integrated --evaluate finetune scratch",
+    "hpm": "hpm --evaluate finetune scratch",
+    "droppos": "droppos --evaluate finetune scratch",
 }
 
 

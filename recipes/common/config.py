@@ -90,12 +90,19 @@ class Optimisation:
     """most images on one device at a time; more are accumulated"""
     base_lr: float = 1.5e-4
     """learning rate for 256 images per step; the real one is this times batch size / 256"""
+    sqrt_rule_at: int | None = None
+    """none: as said; N: it grows with the square root of the batch size instead, and is the same at a batch of N"""
     warmup_epochs: float = 40.0
-    """epochs in which the learning rate rises from 0"""
+    """epochs in which the learning rate rises"""
     min_lr: float = 0.0
     """learning rate at the end (not scaled by the batch size)"""
-    schedule: Literal["epoch", "step"] = "epoch"
-    """epoch: of the fractional epoch, as MAE; step: linspace over the warm-up steps, then cosine, as Beyond Masking"""
+    schedule: Literal["epoch", "step", "last_step"] = "epoch"
+    """epoch: of the fractional epoch, as MAE; step: linspace over the warm-up steps, then cosine, as Beyond Masking;
+    last_step: of the step before, the cosine counted from the start of the warm-up, as SimMIM"""
+    warmup_lr: float = 0.0
+    """of last_step: learning rate at the start (not scaled by the batch size)"""
+    milestones: tuple[float, ...] = ()
+    """of last_step: epochs at which the learning rate falls to a tenth, instead of a cosine"""
     weight_decay: float = 0.05
     """for matrices, and for tokens that are not in --undecayed; never for biases and norms"""
     betas: tuple[float, float] = (0.9, 0.95)

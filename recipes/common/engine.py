@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -181,14 +181,46 @@ def by_step(step: int, *, lr: float, min_lr: float, warmup: int, steps: int) -> 
     return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
+def by_last_step(
+    step: int, *, lr: float, min_lr: float, start_lr: float, warmup: int, steps: int, milestones: Sequence[int] = ()
+) -> float:
+    """Warm up from `start_lr`, then half a cosine counted from step 0, or a tenth at each milestone; one step late.
+
+    The cosine has fallen already when the warm-up ends: there the rate jumps down. The first two steps have the same
+    rate, because it is set after a step, from that step's number. Source: SimMIM (published code).
+    """
+    done = max(step - 1, 0)
+    if done < warmup:
+        return start_lr + (lr - start_lr) * done / warmup
+    if milestones:
+        return lr * 0.1 ** sum(milestone <= done for milestone in milestones)
+    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * done / steps))
+
+
+def peak_rate(settings: Optimisation) -> float:
+    """The learning rate after the warm-up: it grows with the batch size, or with its square root."""
+    size, reference = settings.batch_size, settings.sqrt_rule_at
+    return settings.base_lr * (size if reference is None else math.sqrt(size * reference)) / 256
+
+
 def learning_rate(step: int, settings: Optimisation, steps_per_epoch: int) -> float:
     """The learning rate of a step, before the scale of a parameter group."""
-    lr, end = settings.base_lr * settings.batch_size / 256, settings.epochs
+    lr, end = peak_rate(settings), settings.epochs
     if settings.schedule == "epoch":
         warmup = min(settings.warmup_epochs, end)
         return by_epoch(step / steps_per_epoch, lr=lr, min_lr=settings.min_lr, warmup=warmup, epochs=end)
-    warmup = int(min(settings.warmup_epochs, end) * steps_per_epoch)
-    return by_step(step, lr=lr, min_lr=settings.min_lr, warmup=warmup, steps=end * steps_per_epoch)
+    steps, warmup = end * steps_per_epoch, int(min(settings.warmup_epochs, end) * steps_per_epoch)
+    if settings.schedule == "step":
+        return by_step(step, lr=lr, min_lr=settings.min_lr, warmup=warmup, steps=steps)
+    return by_last_step(
+        step,
+        lr=lr,
+        min_lr=settings.min_lr,
+        start_lr=settings.warmup_lr,
+        warmup=warmup,
+        steps=steps,
+        milestones=[int(epoch * steps_per_epoch) for epoch in settings.milestones],
+    )
 
 
 def layer_of(name: str, depth: int) -> int:
@@ -227,8 +259,8 @@ def clip(parameters: Collection[nn.Parameter], norm: float, *, each: bool = Fals
         nn.utils.clip_grad_norm_(parameters, norm)
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norms = torch._foreach_norm(gradients)
-    torch._foreach_mul_(gradients, [(norm / (own + 1e-6)).clamp(max=1.0) for own in norms])
+    norms = torch._foreach_norm(gradients)  # pyright: ignore
+    torch._foreach_mul_(gradients, [(norm / (own + 1e-6)).clamp(max=1.0) for own in norms])  # pyright: ignore
 
 
 class Loader(Protocol):
@@ -291,11 +323,11 @@ def train(
         _refuse_other(config, state["config"], folder)
         window, last, before = _restore(method, optimiser, tensors, place.device), state["last"], state["seconds"]
         place.say(f"{title}: resuming at step {start} of {steps}")
-    lr = settings.base_lr * settings.batch_size / 256
+    grown = f"{settings.batch_size}" if settings.sqrt_rule_at is None else f"√(that · {settings.sqrt_rule_at})"
     place.say(
         f"{title}: {images} images, {settings.epochs} epochs of {per_epoch} steps; batch {settings.batch_size} = "
         f"{place.size} device(s) × {batches.piece} images × {batches.count}; "
-        f"learning rate {settings.base_lr:g} × {settings.batch_size} / 256 = {lr:g}"
+        f"learning rate {settings.base_lr:g} × {grown} / 256 = {peak_rate(settings):g}"
     )
 
     # The step
@@ -336,7 +368,7 @@ def train(
                 group["lr"] = current * group["lr_scale"]
             for piece in range(batches.count):
                 asked = time.perf_counter()
-                batch = _to(next(stream), place.device)
+                batch = to_device(next(stream), place.device)
                 waited += time.perf_counter() - asked
                 noise = method.noise(rand.at(step, piece), batches.piece)  # pyright: ignore
                 hold = batches.count > piece + 1 and isinstance(model, DistributedDataParallel)
@@ -479,10 +511,11 @@ def _compiled(method: nn.Module, run: Run, place: World, *, static: bool) -> Cal
     return DistributedDataParallel(method, gradient_as_bucket_view=True, static_graph=static, broadcast_buffers=False)
 
 
-def _to(batch: Any, device: torch.device) -> Any:
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move a batch, a tensor or tuples of them."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
-    return type(batch)(_to(part, device) for part in batch)
+    return type(batch)(to_device(part, device) for part in batch)
 
 
 def _padded(values: Tensor) -> Tensor:

@@ -1,15 +1,16 @@
 """Fine-tune an encoder on labelled images, as the MAE family does, and measure its accuracy."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from common.config import Flat, Images, Optimisation, Run, to_json
 from common.engine import World, in_bf16, loading_processes, pieces, train
 from common.images import Augment, CentreCrop, CropFlip, Loader, Mix, Normalise, Source, Views, open_images
 from common.vit import ViT
-from mimkit.tokens import patchify
+from mimkit.tokens import patchify, take
 
 import torch
 import torch.distributed as dist
@@ -66,10 +67,22 @@ MAE = Finetuning()
 FOLDER = of(MAE, batch_size=256)
 HPM = of(MAE, layer_decay=0.8)
 DROPPOS = replace(of(MAE, base_lr=1e-3, layer_decay=0.8), train_positions=False)
+LUT = of(MAE, base_lr=2.5e-4, sqrt_rule_at=1024)
 BEYOND_MASKING = replace(
     of(MAE, base_lr=1e-3, layer_decay=0.75, schedule="step"),
     pool="class",
     train_positions=False,
+)
+# the published rates are for 512 images: 1.25e-3, from 2.5e-7 and down to it
+SIMMIM = of(
+    MAE,
+    batch_size=2048,
+    base_lr=6.25e-4,
+    schedule="last_step",
+    warmup_epochs=20,
+    warmup_lr=1e-6,
+    min_lr=1e-6,
+    clip=5.0,
 )
 # for the embedded digits: few, small and upright
 DIGITS = Finetuning(
@@ -94,15 +107,25 @@ DIGITS = Finetuning(
 
 
 class Classifier(nn.Module):
-    """An encoder with a linear head on its class token or on the mean of its patch tokens."""
+    """An encoder with a linear head on its class token or on the mean of its patch tokens.
+
+    With `select`, a module that maps patches and uniform noise (b, n) to indices (b, k), it sees only these patches.
+    """
 
     def __init__(
-        self, encoder: ViT, normalise: Normalise, classes: int, *, pool: Literal["mean", "class"], head_scale: float
+        self,
+        encoder: ViT,
+        normalise: Normalise,
+        classes: int,
+        *,
+        pool: Literal["mean", "class"],
+        head_scale: float,
+        select: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if pool == "class" and encoder.cls_token is None:
             raise ValueError("pool=class needs an encoder with a class token")
-        self.encoder, self.normalise, self.pool = encoder, normalise, pool
+        self.encoder, self.normalise, self.pool, self.select = encoder, normalise, pool, select
         if pool == "mean":  # the pre-trained norm has only seen single tokens: a new one reads the mean
             self.fc_norm = nn.LayerNorm(encoder.dim, eps=1e-6)
             encoder.norm.requires_grad_(False)
@@ -111,19 +134,24 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def noise(self, rand: Any, batch: int) -> dict[str, Tensor]:
-        return {"drop_path": rand(batch, self.encoder.depth, 2)}
+        noise = {"drop_path": rand(batch, self.encoder.depth, 2)}
+        return noise if self.select is None else noise | {"select": rand(batch, len(self.encoder.positions))}
 
-    def features(self, images: Tensor, drop_path: Tensor | None = None) -> Tensor:
-        """Return one vector per image."""
+    def features(self, images: Tensor, noise: Mapping[str, Tensor | None] = MappingProxyType({})) -> Tensor:
+        """Return one vector per image. Without noise no path is dropped."""
         encoder, patches = self.encoder, patchify(self.normalise(images), patch=self.encoder.patch)
+        positions, drop_path = encoder.positions, noise.get("drop_path")
+        if self.select is not None:
+            seen = self.select(patches, noise["select"])
+            patches, positions = take(patches, seen), positions[seen]
         if self.pool == "class":
-            return encoder(patches, encoder.positions, drop_path)[:, 0]
-        tokens = encoder.unnormalised(patches, encoder.positions, drop_path)
+            return encoder(patches, positions, drop_path)[:, 0]
+        tokens = encoder.unnormalised(patches, positions, drop_path)
         return self.fc_norm(tokens[:, encoder.num_prefix :].mean(dim=1))
 
     def forward(self, batch: tuple[Tensor, Tensor], noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
         images, targets = batch
-        return {"loss": self.loss(self.head(self.features(images, noise["drop_path"])), targets)}
+        return {"loss": self.loss(self.head(self.features(images, noise)), targets)}
 
     @staticmethod
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -132,8 +160,13 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
-        """Return the class of each image."""
-        return self.head(self.features(images)).argmax(dim=-1)
+        """Return the class of each image. What is selected by chance is the same at every call."""
+        noise: dict[str, Tensor] = {}
+        if self.select is not None:
+            generator = torch.Generator(images.device).manual_seed(0)
+            shape = len(images), len(self.encoder.positions)
+            noise["select"] = torch.rand(shape, generator=generator, device=images.device)
+        return self.head(self.features(images, noise)).argmax(dim=-1)
 
 
 def finetune(
@@ -146,8 +179,11 @@ def finetune(
     folder: Path,
     place: World,
     title: str,
+    select: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Train a classifier on the labelled images, measure its accuracy on the test images, keep its weights.
+
+    With `select` it sees a part of the patches only, see `Classifier`.
 
     Returns:
         the result of `train`, `accuracy` in per cent, and the numbers of labelled and test images.
@@ -161,8 +197,10 @@ def finetune(
     test = open_images(images.data, "test", channels=images.channels, classes=labelled.classes)
     classes = len(labelled.classes)
     torch.manual_seed(run.seed)
-    classifier = Classifier(encoder, normalise, classes, pool=settings.pool, head_scale=settings.head_scale)
-    encoder.pos_embed.requires_grad_(settings.train_positions)
+    head = {"pool": settings.pool, "head_scale": settings.head_scale}
+    classifier = Classifier(encoder, normalise, classes, **head, select=select)
+    if encoder.pos_embed is not None:
+        encoder.pos_embed.requires_grad_(settings.train_positions)
 
     if settings.randaugment or settings.erasing:
         transform = Augment(

@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -28,7 +28,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
-Transform = Callable[[Tensor, Generator], Tensor]
+Transform = Callable[[Tensor, Generator], Tensor | tuple[Tensor, ...]]
 Sample = tuple[int, int]  # epoch, index of the image
 
 
@@ -342,14 +342,109 @@ class CentreCrop:
             raise ValueError(f"crop_fraction={self.crop_fraction} is to be above 0 and at most 1")
 
     def __call__(self, image: Tensor, generator: Generator | None = None) -> Tensor:
-        (height, width), (h, w) = self.size, image.shape[-2:]
-        cover_h, cover_w = int(height / self.crop_fraction), int(width / self.crop_fraction)
-        if h * cover_w <= w * cover_h:  # wider than asked for: the height decides
-            cover_w = cover_h * w // h
-        else:
-            cover_h = cover_w * h // w
-        top, left = round((cover_h - height) / 2), round((cover_w - width) / 2)
-        return resize(image, cover_h, cover_w)[:, top : top + height, left : left + width]
+        height, width = self.size
+        image = cover(image, int(height / self.crop_fraction), int(width / self.crop_fraction))
+        top, left = round((image.shape[-2] - height) / 2), round((image.shape[-1] - width) / 2)
+        return image[:, top : top + height, left : left + width]
+
+
+def cover(image: Tensor, height: int, width: int) -> Tensor:
+    """Resize a uint8 image to the smallest size of its shape that covers `height` × `width`."""
+    h, w = image.shape[-2:]
+    if h * width <= w * height:  # wider than asked for: the height decides
+        return resize(image, height, height * w // h)
+    return resize(image, width * h // w, width)
+
+
+@dataclass(frozen=True)
+class WeakStrong:
+    """Two views of nearly all of an image, each shifted and flipped at random, the second in other colours.
+
+    The image is resized to the smallest size that covers `size`, and each view cut out of it at a place of its own, up
+    to `pad` pixels beyond the border. With probability `jitter` brightness, contrast, saturation and hue of the second
+    view change, in random order; then it is made grey, solarised or blurred, always one of the three.
+
+    Args:
+        size: height and width in pixels.
+        pad: pixels by which a view may reach beyond the image, which is reflected there.
+        flip: 0 where left and right have a meaning, as in digits.
+        jitter: 0 to keep the colours before one of the three.
+
+    Raises:
+        ValueError: `size` has no `pad` pixels to reflect, or the image neither 1 nor 3 channels.
+    """
+
+    size: tuple[int, int]
+    pad: int = 4
+    flip: float = 0.5
+    jitter: float = 0.8
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.pad < min(self.size):
+            raise ValueError(f"pad={self.pad} pixels of a view of {self.size[0]} × {self.size[1]} cannot be reflected")
+
+    def __call__(self, image: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        whole = cover(image, *self.size)
+        return self.crop(whole, generator), self.recolour(self.crop(whole, generator), generator)
+
+    def crop(self, image: Tensor, generator: Generator) -> Tensor:
+        """Cut a view out of an image that covers it."""
+        u_top, u_left, u_flip = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+        room = [side + 2 * self.pad - own for side, own in zip(image.shape[-2:], self.size, strict=True)]
+        view = padded_crop(image, int(u_top * (room[0] + 1)), int(u_left * (room[1] + 1)), size=self.size, pad=self.pad)
+        return view.flip(-1) if u_flip < self.flip else view
+
+    def recolour(self, view: Tensor, generator: Generator) -> Tensor:
+        """Change the colours."""
+        u = torch.rand(7, generator=generator, dtype=torch.float64).tolist()
+        order = torch.randperm(4, generator=generator).tolist()
+        spreads = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
+        changes = [(name, (name != "hue") + (2 * u[i] - 1) * by) for i, (name, by) in enumerate(spreads.items())]
+        jitter = [changes[i] for i in order] if u[4] < self.jitter else []
+        return recolour(view, jitter, ("grey", "solarise", "blur")[int(3 * u[5])], radius=0.1 + 1.9 * u[6])
+
+
+def padded_crop(image: Tensor, top: int, left: int, *, size: tuple[int, int], pad: int) -> Tensor:
+    """Crop an image as if it were reflected beyond its borders; row and column count from `pad` pixels outside."""
+    for axis, first, count in ((1, top, size[0]), (2, left, size[1])):
+        last = image.shape[axis] - 1
+        places = torch.arange(first - pad, first - pad + count).abs()
+        image = image.index_select(axis, last - (last - places).abs())
+    return image
+
+
+def recolour(
+    image: Tensor,
+    jitter: Sequence[tuple[str, float]],
+    effect: Literal["grey", "solarise", "blur"],
+    *,
+    radius: float,
+) -> Tensor:
+    """Change the colours of a uint8 image, by torchvision on Pillow's images.
+
+    Args:
+        image: of 1 or 3 channels. In greyscale saturation and hue change nothing, nor does making it grey.
+        jitter: "brightness", "contrast", "saturation" (factors) and "hue" (−0.5 to 0.5), in the order given.
+        effect: afterwards; solarise turns values from 128 on around.
+        radius: of the blur, in pixels.
+
+    Raises:
+        ValueError: there are neither 1 nor 3 channels.
+    """
+    from torchvision.transforms.v2 import functional
+
+    if len(image) not in (1, 3):
+        raise ValueError(f"colours of 1 or 3 channels can be changed, not of {len(image)}")
+    picture = Image.fromarray((image[0] if len(image) == 1 else image.permute(1, 2, 0)).numpy())
+    for name, by in jitter:
+        picture = getattr(functional, f"adjust_{name}")(picture, by)
+    if effect == "grey":
+        picture = functional.rgb_to_grayscale(picture, num_output_channels=len(image))
+    elif effect == "solarise":
+        picture = functional.solarize(picture, 128)
+    else:
+        picture = picture.filter(ImageFilter.GaussianBlur(radius))
+    return torch.from_numpy(np.array(picture)).view(*image.shape[1:], len(image)).permute(2, 0, 1)
 
 
 class Augment:
@@ -460,8 +555,8 @@ def _global_chance(seed: int) -> Iterator[None]:
 class Views(Dataset[Any]):
     """Views of the images of a source; `views[epoch, index]` is a function of the seed, the epoch and the image.
 
-    It is one view, or a tuple of views if a tuple of transforms is given, for which the image is decoded once; with
-    `labels` it is (that, label). An image that cannot be read is replaced by the next one that can.
+    It is what the transform makes of the image, or a tuple if a tuple of transforms is given, for which the image is
+    decoded once; with `labels` it is (that, label). An image that cannot be read is replaced by the next one that can.
 
     Raises:
         ValueError: the source has no image, or no labels where they are asked for, or gives something else than uint8

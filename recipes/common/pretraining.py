@@ -1,7 +1,8 @@
 """A whole pre-training, from the command line to the table on the screen: what every recipe ends with."""
 
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -9,12 +10,14 @@ from typing import Any, Literal, Protocol
 from common import report
 from common.checkpoint import Checkpoints, load_weights, read_foreign, read_tensors, write_json, write_tensors
 from common.config import Images, Network, Optimisation, Run, from_json, parse, to_json
-from common.engine import World, loading_processes, read_metrics, train, world
+from common.engine import World, loading_processes, read_metrics, to_device, train, world
 from common.finetuning import Finetuning, finetune
 from common.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    CentreCrop,
     CropFlip,
+    Folder,
     Loader,
     Normalise,
     Source,
@@ -24,10 +27,13 @@ from common.images import (
 )
 from common.probing import JUDGES, judge
 from common.vit import (
+    SHARED_TABLE,
     SIZES,
     Decoder,
     ViT,
     initialise_mae,
+    initialise_simmim,
+    own_tables,
     resize_positions,
     timm_arguments,
     timm_arguments_of,
@@ -59,7 +65,10 @@ class Config(Protocol):
 
 
 class Method(Protocol):
-    """What every pre-training method has besides what the engine asks for."""
+    """What every pre-training method has besides what the engine asks for.
+
+    One with an attribute `views`, a transform, wants these of each image instead of a random crop, perhaps as a tuple.
+    """
 
     encoder: ViT
     view_size: tuple[int, int]
@@ -108,7 +117,8 @@ def _pretrain(make: Callable[[Any, Normalise], Method], config: Config, name: st
     torch.manual_seed(run.seed)
     method = make(config, normalise)
     assert isinstance(method, nn.Module)
-    views = Views(source, CropFlip(method.view_size, scale=images.crop_scale, flip=images.flip), seed=run.seed)
+    default = CropFlip(method.view_size, scale=images.crop_scale, flip=images.flip)
+    views = Views(source, getattr(method, "views", default), seed=run.seed)
     say_size(method, place)
 
     def load(batches: Iterable[list[tuple[int, int]]]) -> Loader:
@@ -117,11 +127,11 @@ def _pretrain(make: Callable[[Any, Normalise], Method], config: Config, name: st
     def draw(into: Path) -> None:
         few = min(8, len(source))
         chosen = [(0, index * len(source) // few) for index in range(few)]
-        pictures = torch.stack([views[item] for item in chosen])
+        pictures = to_device(next(iter(Loader(views, [chosen]))), place.device)
         generator = torch.Generator().manual_seed(run.seed)
         noise = method.noise(lambda *shape: torch.rand(*shape, generator=generator), few)
         with torch.no_grad():
-            drawn = method.pictures(pictures.to(place.device), {k: v.to(place.device) for k, v in noise.items()})
+            drawn = method.pictures(pictures, {k: v.to(place.device) for k, v in noise.items()})
         report.draw_pictures(into / "reconstruction.png", drawn)
 
     # 3. The training
@@ -245,6 +255,48 @@ def encoder_and_decoder(
     return encoder, decoder
 
 
+def masking_encoder(images: Images, network: Network, *, drop: float = 0.0) -> ViT:
+    """Build and initialise the ViT of SimMIM and BEiT: mask token, relative positions in one table, layer scale."""
+    height, width = grid(images, network)
+    encoder = ViT(
+        height=height,
+        width=width,
+        patch=network.patch,
+        channels=images.channels,
+        **SIZES[network.size],
+        key_bias=False,
+        drop=drop,
+        table=None,
+        relative="shared",
+        layer_scale=0.1,
+        mask_token=True,
+    )
+    initialise_simmim(encoder)
+    return encoder
+
+
+def whole_cells(images: Images, network: Network, cell: int, ratio: float) -> tuple[int, dict[str, int]]:
+    """Count square cells of `cell` pixels a side, and return what `mimkit.masking.random_cells` needs to mask a share.
+
+    The share is rounded up.
+
+    Raises:
+        ValueError: if the cells are not made of patches or do not fill the image, or nothing or all would be masked.
+    """
+    (height, width), side = grid(images, network), cell // network.patch
+    if cell < 1 or cell % network.patch or height % side or width % side:
+        size, patch = images.image_size, network.patch
+        raise ValueError(
+            f"--cell {cell}: images of {size[0]} × {size[1]} are not cut into such cells of patches of {patch}"
+        )
+    cells = (height // side) * (width // side)
+    masked = math.ceil(cells * ratio) if 0 < ratio < 1 else 0
+    if not 0 < masked < cells:
+        raise ValueError(f"--mask-ratio {ratio} of {cells} cells does not leave both masked and visible ones")
+    sizes = {"height": height, "width": width, "cell_height": side, "cell_width": side}
+    return cells, sizes | {"num_masked": masked * side**2}
+
+
 def count_masked(tokens: int, ratio: float) -> int:
     """Tokens to mask: what is kept is truncated in double precision, as in the code that everybody follows.
 
@@ -299,8 +351,11 @@ def load_encoder(
 ) -> tuple[ViT, Normalise]:
     """Build an encoder from its file, for another image size if need be, and the normalisation of its images.
 
+    A table of relative positions that all blocks shared becomes one in each, as fine-tuning wants it: the same network.
+
     Args:
-        path: an exported encoder, or a published checkpoint of the MAE family (of square ImageNet images).
+        path: an exported encoder, or a published checkpoint of the MAE family, SimMIM or BEiT (of square ImageNet
+            images).
         image_size: height and width in pixels; positions are resampled where they differ.
         class_token: add a new one (normal, std 0.02, position zero) if the encoder has none.
         drop: drop path of the last block.
@@ -312,13 +367,17 @@ def load_encoder(
     """
     weights = read_foreign(path)
     about = read_tensors(path)[1] if path.suffix == ".safetensors" else {}
-    exported = "timm" in about
+    exported, names = "timm" in about, list(weights)
+    if "encoder.patch_embed.proj.weight" in weights:  # with the head of its pre-training
+        weights = {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}
     arguments = about["timm"] if exported else timm_arguments_of(weights, path)
     patch, (H, W) = arguments["patch_size"], image_size or arguments["img_size"]
     if H % patch or W % patch:
         raise ValueError(f"images of {H} × {W} pixels are not made of patches of {patch} × {patch}")
     old = {"height": arguments["img_size"][0] // patch, "width": arguments["img_size"][1] // patch}
     new = {"height": H // patch, "width": W // patch}
+    sizes = {**old, "new_height": new["height"], "new_width": new["width"]}
+    beit = "use_abs_pos_emb" in arguments  # see `common.vit.in_beit`
     torch.manual_seed(seed)
     vit = ViT(
         **new,
@@ -327,18 +386,28 @@ def load_encoder(
         dim=arguments["embed_dim"],
         depth=arguments["depth"],
         heads=arguments["num_heads"],
-        class_token=class_token or arguments["class_token"],
+        class_token=beit or class_token or arguments["class_token"],
+        key_bias=not beit,
         drop=drop,
+        table=sincos if arguments.get("use_abs_pos_emb", True) else None,
+        relative="each" if arguments.get("use_rel_pos_bias") or arguments.get("use_shared_rel_pos_bias") else None,
+        layer_scale=arguments.get("init_values"),
     )
-    initialise_mae(vit)
-    table = resize_positions(weights["pos_embed"], **old, new_height=new["height"], new_width=new["width"])
-    # a class token that the file does not have is new, and its position is zero
-    weights["pos_embed"] = nn.functional.pad(table, (0, 0, vit.pos_embed.shape[1] - table.shape[1], 0))
+    (initialise_simmim if beit else initialise_mae)(vit)
+    if vit.pos_embed is not None:
+        table = resize_positions(weights["pos_embed"], **sizes)
+        # a class token that the file does not have is new, and its position is zero
+        weights["pos_embed"] = nn.functional.pad(table, (0, 0, vit.pos_embed.shape[1] - table.shape[1], 0))
+    if vit.relative:
+        weights = own_tables(weights, depth=vit.depth, **sizes)
     if scratch:
-        weights = {"pos_embed": weights["pos_embed"]}
-    optional = (r".",) if scratch else (r"cls_token",) if not arguments["class_token"] else ()
+        weights = {"pos_embed": weights["pos_embed"]} if vit.pos_embed is not None else {}
+    optional = (r".",) if scratch else (r"cls_token",) if not (beit or arguments["class_token"]) else ()
     report = load_weights(vit, weights, renames={}, optional=optional)
     if not exported:
+        own = vit.state_dict()
+        report.renamed |= {name: name[8:] for name in names if name.startswith("encoder.") and name[8:] in own}
+        report.renamed |= {name: "blocks.*.attn" for name in names if name.removeprefix("encoder.") == SHARED_TABLE}
         print(f"{path}:\n{report}")
     mean, std = (about["mean"], about["std"]) if exported else (IMAGENET_MEAN, IMAGENET_STD)
     return vit, Normalise(mean, std)
@@ -357,7 +426,7 @@ def recipe_of(name: str) -> Any:
     return module
 
 
-def load_method(folder: Path) -> tuple[Method, Any]:
+def load_method(folder: Path) -> tuple[Any, Any]:
     """Build the method of a run with the weights of its newest checkpoint, on the CPU, in eval mode.
 
     The run may still be training.
@@ -385,6 +454,29 @@ def load_method(folder: Path) -> tuple[Method, Any]:
     method.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     print(f"{folder}: {recipe.__name__} after {step} steps")
     return method.eval(), config
+
+
+def images_to_look_at(images: Images, data: Path | None = None, *, split: Literal["test", "train"] = "test") -> Source:
+    """Open images for an analysis, of which no labels are asked for.
+
+    Args:
+        images: those of the run.
+        data: folder of other ones. Of one that has neither train nor val all images are taken.
+        split: test is val of a folder.
+    """
+    data = data or images.data
+    if data is None:
+        return open_images(None, split, channels=images.channels)
+    sorted_into_splits = any((data / name).is_dir() for name in ("train", "val"))
+    folder = "val" if split == "test" and sorted_into_splits else "train"
+    return Folder(data, folder, channels=images.channels)
+
+
+def central_views(source: Source, method: Method, config: Config, *, batch_size: int) -> Iterator[Tensor]:
+    """Give the images of a source batch by batch, each cut to its centre as in a test."""
+    views = Views(source, CentreCrop(method.view_size, crop_fraction=config.finetune.crop_fraction))
+    order = [(0, index) for index in range(len(source))]
+    return iter(Loader(views, [order[i : i + batch_size] for i in range(0, len(order), batch_size)]))
 
 
 def _possible(config: Config, place: World) -> tuple[Evaluation, ...]:

@@ -1,6 +1,7 @@
 """What a run tells its user: pictures, curves, and a table."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,22 @@ def draw_curves(path: Path, metrics: dict[str, list[dict[str, Any]]]) -> None:
         axes[1, column].plot(epochs, [record["lr"] for record in records])
         axes[1, column].set_ylabel("learning rate")
         axes[1, column].set_xlabel("epoch")
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def draw_grid(
+    path: Path, grid: Tensor, *, rows: Sequence[float], columns: Sequence[float], x: str, y: str, title: str
+) -> None:
+    """Draw per cents as a table of coloured cells, the number in each."""
+    figure, axis = plt.subplots(figsize=(1.1 * len(columns) + 1.5, 0.9 * len(rows) + 1.2))
+    axis.imshow(grid.numpy(), cmap="viridis", vmin=0, vmax=100, aspect="auto")
+    axis.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])
+    axis.set_yticks(range(len(rows)), [f"{value:g}" for value in rows])
+    for i, cells in enumerate(grid.tolist()):
+        for j, cell in enumerate(cells):
+            axis.text(j, i, f"{cell:.1f}", ha="center", va="center", color="white" if cell < 60 else "black")
+    axis.set(xlabel=x, ylabel=y, title=title)
     figure.tight_layout()
     _save(figure, path)
 

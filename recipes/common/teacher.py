@@ -1,6 +1,7 @@
 """A teacher: a frozen copy of a network that follows it as a moving average."""
 
 import copy
+import math
 from itertools import chain
 from typing import TypeVar
 
@@ -17,6 +18,11 @@ def teacher_of(student: M) -> M:
     return copy.deepcopy(student).requires_grad_(False)
 
 
+def cosine_momentum(progress: Tensor, start: float) -> Tensor:
+    """Momentum that rises from `start` to 1 over the training as half a cosine, a 0-d tensor."""
+    return 1 - (1 - start) * (1 + torch.cos(math.pi * progress)) / 2
+
+
 @torch.no_grad()
 def follow(teacher: nn.Module, student: nn.Module, momentum: Tensor | float) -> None:
     """Move a teacher towards its student, buffers included: θ ← θ + (1 − momentum) · (student − θ).
@@ -31,9 +37,11 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: Tensor | float) -> 
     if old.keys() != new.keys():
         raise ValueError("teacher and student are not made of the same parts")
     averaged = [name for name, tensor in old.items() if tensor.is_floating_point()]
-    steps = torch._foreach_sub([new[name] for name in averaged], [old[name] for name in averaged])
-    torch._foreach_mul_(steps, torch.as_tensor(1 - momentum, dtype=torch.float32, device=steps[0].device))
-    torch._foreach_add_([old[name] for name in averaged], steps)
+    teachers = [old[name] for name in averaged]
+    steps: list[Tensor] = torch._foreach_sub([new[name] for name in averaged], teachers)  # pyright: ignore
+    share = torch.as_tensor(1 - momentum, dtype=torch.float32, device=steps[0].device)
+    torch._foreach_mul_(steps, share)  # pyright: ignore
+    torch._foreach_add_(teachers, steps)  # pyright: ignore
     for name in old.keys() - set(averaged):
         old[name].copy_(new[name])
 

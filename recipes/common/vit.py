@@ -5,14 +5,14 @@ Parameter names are timm's, so an exported encoder loads into timm without renam
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from mimkit.positions import resize_table, sincos
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -34,13 +34,18 @@ def explicit(x: Tensor, tokens: int) -> bool:
 
 
 def attend(
-    q: Float[Tensor, "*batch k d"], k: Float[Tensor, "*batch n d"], v: Float[Tensor, "*batch n d"]
+    q: Float[Tensor, "*batch k d"],
+    k: Float[Tensor, "*batch n d"],
+    v: Float[Tensor, "*batch n d"],
+    bias: Float[Tensor, "*heads k n"] | None = None,
 ) -> Float[Tensor, "*batch k d"]:
-    """Return softmax(q kᵀ / √d) v, in the faster of two equal ways."""
+    """Return softmax(q kᵀ / √d + bias) v, in the faster of two equal ways."""
+    bias = None if bias is None else bias.to(q.dtype)
     if explicit(q, k.shape[-2]):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        scores = scores if bias is None else scores + bias
         return scores.softmax(dim=-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, bias)
 
 
 def drop_path(branch: Float[Tensor, "b n d"], noise: Float[Tensor, " b"], rate: float) -> Float[Tensor, "b n d"]:
@@ -48,10 +53,60 @@ def drop_path(branch: Float[Tensor, "b n d"], noise: Float[Tensor, " b"], rate: 
     return branch * ((noise >= rate) / (1 - rate)).to(branch.dtype)[:, None, None]
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention. `key_bias=False` has a bias on queries and values only, as in BEiT."""
+def relative_index(height: int, width: int) -> Int[Tensor, "1+n 1+n"]:
+    """Tell for each query and each key, a class token first, which row of a table of relative positions is theirs.
 
-    def __init__(self, dim: int, heads: int, *, key_bias: bool = True) -> None:
+    Two patches have the row of their offset, query minus key, in a raster of (2 height − 1) × (2 width − 1); then come
+    three rows for the class token: as the query, as the key, and with itself. Source: BEiT, arXiv 2106.08254 (published
+    code).
+    """
+    rows, columns = torch.arange(height), torch.arange(width)
+    down = (rows[:, None] - rows + height - 1)[:, None, :, None]
+    across = (columns[:, None] - columns + width - 1)[None, :, None, :]
+    offsets = (down * (2 * width - 1) + across).flatten(2).flatten(0, 1)
+    first = relative_rows(height, width) - 3
+    index = F.pad(offsets, (1, 0, 1, 0), value=first)
+    index[1:, 0], index[0, 0] = first + 1, first + 2
+    return index
+
+
+def relative_rows(height: int, width: int) -> int:
+    """Count the rows of such a table."""
+    return (2 * height - 1) * (2 * width - 1) + 3
+
+
+def add_relative_table(module: nn.Module, height: int, width: int, heads: int) -> None:
+    """Give a module a table of zeros, to be trained, and the index to read it by; the names are timm's."""
+    module.relative_position_bias_table = nn.Parameter(torch.zeros(relative_rows(height, width), heads))
+    module.register_buffer("relative_position_index", relative_index(height, width), persistent=False)
+
+
+def relative_bias(module: Any) -> Float[Tensor, "h n n"]:
+    """Read the table: what is added to the scores of each pair of tokens, per head."""
+    return module.relative_position_bias_table[module.relative_position_index].permute(2, 0, 1).contiguous()
+
+
+class RelativeBias(nn.Module):
+    """A table of relative positions that several layers share."""
+
+    def __init__(self, height: int, width: int, heads: int) -> None:
+        super().__init__()
+        add_relative_table(self, height, width, heads)
+
+    def forward(self) -> Float[Tensor, "h n n"]:
+        return relative_bias(self)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention.
+
+    Args:
+        key_bias: False for a bias on queries and values only, as in BEiT.
+        grid: rows and columns of patches, for a table of relative positions of its own; it then reads all of them in
+            raster order behind a class token.
+    """
+
+    def __init__(self, dim: int, heads: int, *, key_bias: bool = True, grid: tuple[int, int] | None = None) -> None:
         super().__init__()
         if dim % heads:
             raise ValueError(f"width {dim} cannot be shared by {heads} heads")
@@ -61,22 +116,32 @@ class Attention(nn.Module):
             self.q_bias = nn.Parameter(torch.zeros(dim))
             self.v_bias = nn.Parameter(torch.zeros(dim))
         self.proj = nn.Linear(dim, dim)
+        self.own_table = grid is not None
+        if grid is not None:
+            add_relative_table(self, *grid, heads)
 
     def qkv_bias(self) -> Float[Tensor, " 3*d"]:
         if self.qkv.bias is not None:
             return self.qkv.bias
         return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
-    def forward(self, x: Float[Tensor, "b n d"], num_queries: int | None = None) -> Float[Tensor, "b k d"]:
-        weight, bias, dim = self.qkv.weight, self.qkv_bias(), x.shape[-1]
+    def forward(
+        self, x: Float[Tensor, "b n d"], num_queries: int | None = None, bias: Float[Tensor, "*h n n"] | None = None
+    ) -> Float[Tensor, "b k d"]:
+        """Attend; only the last `num_queries` ask if it is given. `bias` is added to the scores, query by key."""
+        weight, shift, dim = self.qkv.weight, self.qkv_bias(), x.shape[-1]
+        if self.own_table:
+            bias = relative_bias(self) if bias is None else bias + relative_bias(self)
         if num_queries is None:
-            qkv = rearrange(F.linear(x, weight, bias), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+            qkv = rearrange(F.linear(x, weight, shift), "b n (three h d) -> three b h n d", three=3, h=self.heads)
             q, k, v = qkv.contiguous() if explicit(qkv, x.shape[1]) else qkv  # one copy instead of one per product
         else:
-            asking = x[:, x.shape[1] - num_queries :]
-            q = rearrange(F.linear(asking, weight[:dim], bias[:dim]), "b k (h d) -> b h k d", h=self.heads)
-            k, v = rearrange(F.linear(x, weight[dim:], bias[dim:]), "b n (two h d) -> two b h n d", two=2, h=self.heads)
-        return self.proj(rearrange(attend(q, k, v), "b h k d -> b k (h d)"))
+            first = x.shape[1] - num_queries
+            q = rearrange(F.linear(x[:, first:], weight[:dim], shift[:dim]), "b k (h d) -> b h k d", h=self.heads)
+            keys_values = F.linear(x, weight[dim:], shift[dim:])
+            k, v = rearrange(keys_values, "b n (two h d) -> two b h n d", two=2, h=self.heads)
+            bias = None if bias is None else bias[..., first:, :]
+        return self.proj(rearrange(attend(q, k, v, bias), "b h k d -> b k (h d)"))
 
 
 class MLP(nn.Module):
@@ -90,30 +155,57 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block; `drop` is the probability to drop a residual branch (needs noise)."""
+    """A pre-norm transformer block.
+
+    Args:
+        key_bias, grid: see `Attention`.
+        drop: probability to drop a residual branch (needs noise).
+        layer_scale: what the factors per channel of the residual branches start with; none: there are no factors.
+    """
 
     compile_alone = True  # for the engine, when the whole cannot be compiled
 
     def __init__(
-        self, dim: int, heads: int, *, mlp_ratio: float = 4.0, key_bias: bool = True, drop: float = 0.0
+        self,
+        dim: int,
+        heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        key_bias: bool = True,
+        drop: float = 0.0,
+        layer_scale: float | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= drop < 1:
             raise ValueError(f"drop={drop} is not a probability below 1")
         self.drop = drop
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads, key_bias=key_bias)
+        self.attn = Attention(dim, heads, key_bias=key_bias, grid=grid)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
+        self.scaled = layer_scale is not None
+        if layer_scale is not None:
+            self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale))
+            self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale))
 
     def forward(
-        self, x: Float[Tensor, "b n d"], noise: Float[Tensor, "b 2"] | None = None, num_queries: int | None = None
+        self,
+        x: Float[Tensor, "b n d"],
+        noise: Float[Tensor, "b 2"] | None = None,
+        num_queries: int | None = None,
+        bias: Float[Tensor, "*h n n"] | None = None,
     ) -> Float[Tensor, "b k d"]:
-        """Update all tokens, or only the last `num_queries`, which still attend to all of them."""
-        branch = self.attn(self.norm1(x), num_queries)
+        """Update all tokens, or only the last `num_queries`, which still attend to all of them.
+
+        `bias` is added to the scores of attention, of each query with each key.
+        """
+        branch = self.attn(self.norm1(x), num_queries, bias)
+        branch = self.gamma_1 * branch if self.scaled else branch
         x = x if num_queries is None else x[:, x.shape[1] - num_queries :]
         x = x + (branch if noise is None else drop_path(branch, noise[:, 0], self.drop))
         branch = self.mlp(self.norm2(x))
+        branch = self.gamma_2 * branch if self.scaled else branch
         return x + (branch if noise is None else drop_path(branch, noise[:, 1], self.drop))
 
 
@@ -138,7 +230,12 @@ class ViT(nn.Module):
         class_token: whether a learned token is put first. It stays inside: patches and positions do not count it.
         key_bias: False for a bias on queries and values only.
         drop: drop path, rising linearly from 0 in the first block to this in the last.
-        table: makes the position table, which is frozen (set `pos_embed.requires_grad` to train it).
+        table: makes the position table, which is frozen (set `pos_embed.requires_grad` to train it). None: there is no
+            such table, `pos_embed` is None and `positions` are zeros.
+        relative: a trained table of relative positions, one that all blocks share, or one in each. It needs a class
+            token and then all patches in raster order.
+        layer_scale: what the factors per channel of the residual branches start with; none: there are no factors.
+        mask_token: whether there is a learned vector to put in the place of masked patches.
     """
 
     def __init__(
@@ -154,18 +251,31 @@ class ViT(nn.Module):
         class_token: bool = True,
         key_bias: bool = True,
         drop: float = 0.0,
-        table: Callable[..., Float[Tensor, "n d"]] = sincos,
+        table: Callable[..., Float[Tensor, "n d"]] | None = sincos,
+        relative: Literal["shared", "each"] | None = None,
+        layer_scale: float | None = None,
+        mask_token: bool = False,
     ) -> None:
         super().__init__()
+        if relative and not class_token:
+            raise ValueError("a table of relative positions needs a class token: three of its rows are for it")
         self.height, self.width, self.patch, self.channels = height, width, patch, channels
         self.dim, self.depth, self.heads = dim, depth, heads
+        self.relative, self.layer_scale, self.key_bias = relative, layer_scale, key_bias
         self.patch_embed = PatchEmbed(patch, channels, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
-        positions = table(height=height, width=width, dim=dim)
-        positions = F.pad(positions, (0, 0, int(class_token), 0))  # the class token's position is zero
-        self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim)) if mask_token else None
+        if table is None:
+            self.register_parameter("pos_embed", None)
+        else:
+            positions = table(height=height, width=width, dim=dim)
+            positions = F.pad(positions, (0, 0, int(class_token), 0))  # the class token's position is zero
+            self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
+        self.rel_pos_bias = RelativeBias(height, width, heads) if relative == "shared" else None
         drops = torch.linspace(0, drop, depth, device="cpu").tolist()  # numbers, also of a network on the meta device
-        self.blocks = nn.ModuleList(Block(dim, heads, key_bias=key_bias, drop=rate) for rate in drops)
+        options: dict[str, Any] = {"key_bias": key_bias, "layer_scale": layer_scale}
+        options["grid"] = (height, width) if relative == "each" else None
+        self.blocks = nn.ModuleList(Block(dim, heads, drop=rate, **options) for rate in drops)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     @property
@@ -176,6 +286,8 @@ class ViT(nn.Module):
     @property
     def positions(self) -> Float[Tensor, "n d"]:
         """The position of every patch of the grid, in raster order."""
+        if self.pos_embed is None:
+            return self.patch_embed.proj.weight.new_zeros(self.height * self.width, self.dim)
         return self.pos_embed[0, self.num_prefix :]
 
     def unnormalised(
@@ -183,14 +295,23 @@ class ViT(nn.Module):
         patches: Float[Tensor, "b k values"],
         positions: Float[Tensor, "*b k d"],
         noise: Float[Tensor, "b depth 2"] | None = None,
+        mask: Bool[Tensor, "b k"] | None = None,
     ) -> Float[Tensor, "b prefix+k d"]:
         """Return the tokens after the last block, before the final norm."""
-        x = self.patch_embed(patches) + positions
+        if self.relative and patches.shape[1] != self.height * self.width:
+            raise ValueError(f"relative positions are those of all {self.height * self.width} patches, not of a part")
+        x = self.patch_embed(patches)
+        if mask is not None:
+            if self.mask_token is None:
+                raise ValueError("an encoder without a mask token cannot mask")
+            x = torch.where(mask.unsqueeze(-1), self.mask_token, x)
+        x = x + positions
         if self.cls_token is not None:
-            first = self.cls_token + self.pos_embed[:, :1]
+            first = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
             x = torch.cat([first.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
         for i, block in enumerate(self.blocks):
-            x = block(x, None if noise is None else noise[:, i])
+            x = block(x, None if noise is None else noise[:, i], bias=bias)
         return x
 
     def forward(
@@ -198,6 +319,7 @@ class ViT(nn.Module):
         patches: Float[Tensor, "b k values"],
         positions: Float[Tensor, "*b k d"],
         noise: Float[Tensor, "b depth 2"] | None = None,
+        mask: Bool[Tensor, "b k"] | None = None,
     ) -> Float[Tensor, "b prefix+k d"]:
         """Encode patches: class token first (if there is one), then the patches in the order given.
 
@@ -205,8 +327,9 @@ class ViT(nn.Module):
             patches: as from `mimkit.tokens.patchify`.
             positions: an embedding per patch, `vit.positions[indices]` as a rule.
             noise: uniform in [0, 1), for drop path; none means that nothing is dropped.
+            mask: `True` = the mask token stands in the place of the patch, at its position.
         """
-        return self.norm(self.unnormalised(patches, positions, noise))
+        return self.norm(self.unnormalised(patches, positions, noise, mask))
 
 
 class Predictor(nn.Module):
@@ -299,6 +422,23 @@ class Decoder(Predictor):
         return self.predict(x, masked.shape[1] + (visible.shape[1] if visible_too else 0))
 
 
+class PixelHead(nn.Module):
+    """A linear layer that predicts the pixels of each token's patch, as `mimkit.tokens.patchify` has them.
+
+    It is stored as SimMIM's convolution of 1 × 1, whose outputs run over channels first.
+    """
+
+    def __init__(self, patch: int, channels: int, dim: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.proj = nn.Conv2d(dim, channels * patch**2, 1)
+
+    def forward(self, x: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch n values"]:
+        weight, bias = self.proj.weight.flatten(1), self.proj.bias
+        order = {"pattern": "(c p) ... -> (p c) ...", "c": self.channels}
+        return F.linear(x, rearrange(weight, **order), rearrange(bias, **order))
+
+
 def initialise_mae(module: nn.Module) -> None:
     """Initialise as MAE does: Xavier on every stored matrix (qkv as one), tokens normal with std 0.02.
 
@@ -331,9 +471,51 @@ def initialise_truncated(module: nn.Module) -> None:
             nn.init.trunc_normal_(parameter, std=0.02, a=-0.02, b=0.02)
 
 
+def initialise_simmim(vit: ViT) -> None:
+    """Initialise as SimMIM does: matrices and tokens normal with std 0.02, cut at one std, biases zero.
+
+    What ends the residual branches of block k, counted from 1, is divided by √(2k). Source: SimMIM, arXiv 2111.09886
+    (published code, of BEiT's descent).
+    """
+    for part in vit.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            nn.init.trunc_normal_(part.weight, std=0.02, a=-0.02, b=0.02)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+    for token in (vit.cls_token, vit.mask_token):
+        if token is not None:
+            nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
+    with torch.no_grad():
+        for k, block in enumerate(cast(list[Block], vit.blocks), start=1):
+            for end in (block.attn.proj, block.mlp.fc2):
+                end.weight.div_(math.sqrt(2 * k))
+
+
+def in_beit(vit: ViT) -> bool:
+    """Whether timm has this network under `beit`, not under `vision_transformer`.
+
+    Raises:
+        ValueError: if timm has it under neither.
+    """
+    plain = vit.pos_embed is not None and vit.layer_scale is None and vit.relative is None
+    if not plain and (vit.key_bias or vit.cls_token is None):
+        raise ValueError(
+            "timm has no network with a key bias, or without class token, that has relative or no positions"
+        )
+    return not plain
+
+
+SHARED_TABLE, OWN_TABLE = "rel_pos_bias.relative_position_bias_table", "blocks.{}.attn.relative_position_bias_table"
+
+
 def timm_state(vit: ViT) -> dict[str, Tensor]:
-    """Return the weights under timm's names, queries' and values' biases as one with a key bias of zero."""
-    state = {name: tensor.detach() for name, tensor in vit.state_dict().items()}
+    """Return the weights under timm's names; those of pre-training alone (the mask token) are left out.
+
+    A plain ViT has the biases of queries and values as one with a key bias of zero.
+    """
+    state = {name: tensor.detach() for name, tensor in vit.state_dict().items() if name != "mask_token"}
+    if in_beit(vit):
+        return state
     for i, block in enumerate(vit.blocks):
         state[f"blocks.{i}.attn.qkv.bias"] = cast(Block, block).attn.qkv_bias().detach()
         state.pop(f"blocks.{i}.attn.q_bias", None)
@@ -342,14 +524,25 @@ def timm_state(vit: ViT) -> dict[str, Tensor]:
 
 
 def timm_arguments(vit: ViT) -> dict[str, Any]:
-    """Return the arguments with which `timm.models.vision_transformer.VisionTransformer` is the same network."""
-    return {
+    """Return the arguments with which timm's `VisionTransformer`, or `Beit` (see `in_beit`), is the same network."""
+    arguments = {
         "img_size": [vit.height * vit.patch, vit.width * vit.patch],
         "patch_size": vit.patch,
         "in_chans": vit.channels,
         "embed_dim": vit.dim,
         "depth": vit.depth,
         "num_heads": vit.heads,
+    }
+    if in_beit(vit):
+        return arguments | {
+            "use_abs_pos_emb": vit.pos_embed is not None,
+            "use_rel_pos_bias": vit.relative == "each",
+            "use_shared_rel_pos_bias": vit.relative == "shared",
+            "init_values": vit.layer_scale,
+            "global_pool": "",
+            "num_classes": 0,
+        }
+    return arguments | {
         "class_token": vit.cls_token is not None,
         "global_pool": "token" if vit.cls_token is not None else "",
         "num_classes": 0,
@@ -359,11 +552,31 @@ def timm_arguments(vit: ViT) -> dict[str, Any]:
 def timm_arguments_of(weights: dict[str, Tensor], source: object) -> dict[str, Any]:
     """Read the same off the shapes of a published encoder of square images; its heads follow from its width.
 
+    Those of an encoder with relative positions (SimMIM, BEiT) follow from their table.
+
     Raises:
-        ValueError: if the weights are not those of a plain ViT of a named size.
+        ValueError: if the weights are not those of a plain ViT of a named size, nor of one with relative positions.
     """
     kernel, table = weights.get("patch_embed.proj.weight"), weights.get("pos_embed")
     blocks = [int(name.split(".")[1]) for name in weights if name.startswith("blocks.")]
+    relative = weights.get(SHARED_TABLE, weights.get(OWN_TABLE.format(0)))
+    if kernel is not None and relative is not None and blocks:
+        dim, channels, patch, _ = kernel.shape
+        side = (1 + math.isqrt(max(0, len(relative) - 3))) // 2
+        if relative_rows(side, side) != len(relative):
+            raise ValueError(f"{source}: {len(relative)} relative positions are not those of a square grid")
+        return {
+            "img_size": [side * patch, side * patch],
+            "patch_size": patch,
+            "in_chans": channels,
+            "embed_dim": dim,
+            "depth": 1 + max(blocks),
+            "num_heads": relative.shape[1],
+            "use_abs_pos_emb": table is not None,
+            "use_rel_pos_bias": OWN_TABLE.format(0) in weights,
+            "use_shared_rel_pos_bias": SHARED_TABLE in weights,
+            "init_values": 0.1 if "blocks.0.gamma_1" in weights else None,
+        }
     if kernel is None or kernel.ndim != 4 or table is None or table.ndim != 3 or not blocks:
         raise ValueError(f"{source} is not a plain ViT, which has patch_embed.proj.weight, pos_embed and blocks")
     dim, channels, patch, _ = kernel.shape
@@ -395,3 +608,24 @@ def resize_positions(
         raise ValueError(f"a table of {pos_embed.shape[1]} rows is not one of a grid of {height} × {width}")
     table = resize_table(pos_embed[:, prefix:], height=height, width=width, new_height=new_height, new_width=new_width)
     return torch.cat([pos_embed[:, :prefix], table], dim=1)
+
+
+def own_tables(
+    weights: dict[str, Tensor], *, depth: int, height: int, width: int, new_height: int, new_width: int
+) -> dict[str, Tensor]:
+    """Give every block a table of relative positions of its own, a copy of the shared one if there is one.
+
+    For another grid they are resampled as pictures of all offsets are (bicubic, see `resize_table`; the published code
+    has a geometric grid of offsets instead); the three rows of the class token stay.
+
+    Raises:
+        ValueError: if a table has more or fewer rows than its grid.
+    """
+    old = {"height": 2 * height - 1, "width": 2 * width - 1}
+    new = {"new_height": 2 * new_height - 1, "new_width": 2 * new_width - 1}
+    tables = {}
+    for name in map(OWN_TABLE.format, range(depth)):
+        table = weights.get(name, weights.get(SHARED_TABLE))
+        if table is not None:
+            tables[name] = torch.cat([resize_table(table[:-3], **old, **new), table[-3:]])
+    return {name: tensor for name, tensor in weights.items() if name != SHARED_TABLE} | tables

@@ -1,0 +1,92 @@
+"""Which patches does a trained HPM think are hard? Heat maps over images, beside how hard they are.
+
+    python recipes/hpm.py && python recipes/difficulty_maps.py --run runs/hpm
+    python recipes/difficulty_maps.py --run runs/hpm --data DIR --count 16
+
+Predicted: what the teacher says from the whole image. Measured: the error of each patch when it is masked, the mean
+over random masks. Each map goes from the least (blue) to the greatest (red) of its image: only the order has a meaning.
+
+Paper: HPM, arXiv 2304.05919, figures S1 and S2.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.pretraining import central_views, images_to_look_at, load_method
+from common.report import Pictures, draw_pictures, heat_maps
+from mimkit.losses import ranking_loss
+from mimkit.masking import random_tokens
+from mimkit.tokens import patchify, split, take
+
+import torch
+import tyro
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is drawn."""
+
+    run: Path
+    """folder of a run of hpm.py; difficulty_maps.png goes there"""
+    data: Path | None = None
+    """folder with val/CLASS/*.jpg; none: that of the run"""
+    count: int = 8
+    """images to draw"""
+    masks: int = 32
+    """random masks per image behind what is measured"""
+    seed: int = 0
+    """of the masks"""
+
+
+@torch.no_grad()
+def measured_difficulty(method: Any, patches: Tensor, noise: Tensor) -> Tensor:
+    """Measure how badly each patch is reconstructed when it is masked.
+
+    Args:
+        patches: (b, n, values), normalised.
+        noise: (masks, b, n), uniform in [0, 1).
+
+    Returns:
+        (b, n): the mean error over the masks that hide the patch, 0 if none does.
+    """
+    _, features = method.ask_teacher(patches)
+    total = torch.zeros(patches.shape[:2], device=patches.device)
+    times = torch.zeros_like(total)
+    for chance in noise:
+        visible, masked = split(random_tokens(chance, num_masked=method.num_masked), num_masked=method.num_masked)
+        latent = method.encoder(take(patches, visible), method.encoder.positions[visible])
+        prediction = method.decoder(latent, visible, masked)
+        errors = method.errors(prediction, take(patches, masked), take(features, masked))
+        total.scatter_add_(-1, masked, errors)
+        times.scatter_add_(-1, masked, torch.ones_like(errors))
+    return total / times.clamp(min=1)
+
+
+def main(config: Config) -> None:
+    method, trained = load_method(config.run)
+    if not hasattr(method, "ask_teacher"):
+        raise ValueError(f"{config.run} is no run of hpm.py: nothing in it predicts how hard patches are")
+    source = images_to_look_at(trained.images, config.data)
+    images = next(central_views(source, method, trained, batch_size=config.count))
+    generator = torch.Generator().manual_seed(config.seed)
+    patches = patchify(method.normalise(images), patch=method.patch)
+    predicted, _ = method.ask_teacher(patches)
+    measured = measured_difficulty(method, patches, torch.rand(config.masks, *predicted.shape, generator=generator))
+    _, right, pairs = ranking_loss(predicted, measured)
+    sizes = {"height": method.height, "width": method.width, "patch": method.patch}
+    unit = method.normalise.unit(images)
+    columns = {"input": unit, "predicted": heat_maps(unit, predicted, **sizes)}
+    columns["measured"] = heat_maps(unit, measured, **sizes)
+    share = f"{100 * float(right.sum() / pairs.sum()):.1f} % of the pairs of patches are in the right order (chance 50)"
+    path = config.run / "difficulty_maps.png"
+    draw_pictures(path, Pictures(columns, f"blue: least, red: greatest of the image; {share}"))
+    print(f"{share}, in {len(images)} images\n{path}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config, description=__doc__))
+    except ValueError as error:
+        raise SystemExit(f"difficulty_maps: {error}") from error

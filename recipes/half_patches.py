@@ -1,0 +1,119 @@
+"""Are hard patches the ones that matter? Train classifiers from scratch that see only half of the patches.
+
+    python recipes/hpm.py && python recipes/half_patches.py --run runs/hpm
+    python recipes/half_patches.py --run runs/hpm --data DIR --seeds 0
+
+A trained predictor of HPM says how hard each patch is; a classifier sees the hardest half, the easiest half, a random
+half, or all, in training and in the test. It is chosen anew for every view of an image.
+
+Paper: HPM, arXiv 2304.05919, supplement: on ImageNet 79.8 % with the hardest, 79.1 random, 78.7 easiest, 80.9 all.
+"""
+
+import statistics
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from common.checkpoint import write_json
+from common.config import to_json
+from common.engine import world
+from common.finetuning import finetune
+from common.pretraining import load_encoder, load_method
+from mimkit.masking import easy_to_hard
+from mimkit.tokens import split
+
+import tyro
+from torch import Tensor, nn
+
+Part = Literal["all", "hardest", "random", "easiest"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is compared. Images, network and training of the classifier are those of the run's own fine-tuning."""
+
+    run: Path
+    """folder of a run of hpm.py; the results go to its subfolder half_patches"""
+    data: Path | None = None
+    """folder with train/CLASS/*.jpg and val/CLASS/*.jpg; none: that of the run"""
+    parts: tuple[Part, ...] = ("all", "hardest", "random", "easiest")
+    """which patches a classifier sees"""
+    share: float = 0.5
+    """of the patches that it sees"""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """each part is trained with each"""
+    epochs: int | None = None
+    """of each training; none: as many as in the run's fine-tuning"""
+    labels_per_class: int = 100
+    """of the embedded digits: labelled images per class"""
+    workers: int = -1
+    """processes that load images; -1: one per free core, at most 16"""
+
+
+class Half(nn.Module):
+    """Choose the patches that are seen, by how hard a trained predictor thinks they are."""
+
+    def __init__(self, method: Any, part: Part, share: float) -> None:
+        super().__init__()
+        self.method, self.part = method.requires_grad_(False), part
+        tokens = method.height * method.width
+        self.num_hidden = tokens - int(tokens * share)
+        if not 0 < share < 1 or self.num_hidden == tokens:
+            raise ValueError(f"--share {share} of {tokens} patches does not leave both seen and unseen ones")
+
+    def forward(self, patches: Tensor, noise: Tensor) -> Tensor:
+        difficulty, _ = self.method.ask_teacher(patches)
+        num_hard = 0 if self.part == "random" else self.num_hidden
+        hidden = easy_to_hard(
+            difficulty if self.part == "easiest" else -difficulty, noise, num_masked=self.num_hidden, num_hard=num_hard
+        )
+        return split(hidden, num_masked=self.num_hidden)[0]
+
+
+def main(config: Config) -> None:
+    method, trained = load_method(config.run)
+    if not hasattr(method, "ask_teacher"):
+        raise ValueError(f"{config.run} is no run of hpm.py: nothing in it predicts how hard patches are")
+    images = replace(trained.images, data=config.data or trained.images.data, labels_per_class=config.labels_per_class)
+    settings = replace(trained.finetune, optimisation=replace(trained.finetune.optimisation, layer_decay=1.0))
+    if config.epochs is not None:
+        settings = replace(settings, optimisation=replace(settings.optimisation, epochs=config.epochs))
+    accuracies: dict[str, list[float]] = {part: [] for part in config.parts}
+    with world(trained.run.device) as place:
+        for seed in config.seeds:
+            for part in config.parts:
+                run = replace(trained.run, seed=seed, resume=True, workers=config.workers)
+                folder = config.run / "half_patches" / f"{part}-{seed}"
+                encoder, normalise = load_encoder(
+                    config.run / "encoder.safetensors",
+                    class_token=settings.pool == "class",
+                    drop=settings.drop_path,
+                    scratch=True,
+                    seed=seed,
+                )
+                result = finetune(
+                    encoder,
+                    normalise,
+                    settings=settings,
+                    images=images,
+                    run=run,
+                    folder=folder,
+                    place=place,
+                    title=f"{part}, seed {seed}",
+                    select=None if part == "all" else Half(method, part, config.share),
+                )
+                accuracies[part].append(result["accuracy"])
+        rows = {
+            part: f"{statistics.mean(found):.1f} % ({min(found):.1f} – {max(found):.1f})"
+            for part, found in accuracies.items()
+        }
+        if place.first:
+            write_json(config.run / "half_patches" / "result.json", {"config": to_json(config), **accuracies})
+        place.say("\n".join(["", *(f"{part:<10}{row}" for part, row in rows.items())]))
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config, description=__doc__))
+    except ValueError as error:
+        raise SystemExit(f"half_patches: {error}") from error

@@ -1,0 +1,106 @@
+"""How well does a trained DropPos find positions? One grid over how many patches and how many positions it sees.
+
+    python recipes/droppos.py && python recipes/position_accuracy.py --run runs/droppos
+    python recipes/position_accuracy.py --run runs/droppos --data DIR --mask-ratios 0 0.5 --drop-ratios 0.5 1
+
+Of the visible patches whose position was dropped: the share whose most probable position of the grid is the true one.
+Without attention, without smoothing. Chance is one in as many as the grid has places.
+
+Paper: DropPos, arXiv 2309.03576, tables S1 to S3.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.checkpoint import write_json
+from common.pretraining import central_views, images_to_look_at, load_method
+from common.report import draw_grid
+from mimkit.masking import random_tokens
+from mimkit.tokens import patchify, split, take
+
+import torch
+import tyro
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is measured."""
+
+    run: Path
+    """folder of a run of droppos.py; position_accuracy.json and .png go there"""
+    data: Path | None = None
+    """folder with val/CLASS/*.jpg; none: that of the run"""
+    mask_ratios: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)
+    """rows: share of the patches that is masked"""
+    drop_ratios: tuple[float, ...] = (0.25, 0.5, 0.75, 0.95)
+    """columns: share of the visible patches whose position is dropped"""
+    seed: int = 0
+    """of the masks, one per image and cell"""
+    batch_size: int = 256
+    """images at a time"""
+
+
+@torch.no_grad()
+def right_places(method: Any, images: Tensor, noise: dict[str, Tensor], *, masked: int, dropped: int) -> Tensor:
+    """Count the dropped positions that are found, of a whole batch.
+
+    Args:
+        noise: "mask" (b, n) and "drop" (b, n), of which as much is used as there are visible patches.
+        masked: number of masked patches.
+        dropped: number of dropped positions.
+    """
+    patches = patchify(method.normalise(images), patch=method.patch)
+    visible, _ = split(random_tokens(noise["mask"], num_masked=masked), num_masked=masked)
+    noise = noise | {name: noise[name][:, : visible.shape[1]] for name in noise if name != "mask"}
+    lost = random_tokens(noise["drop"], num_masked=dropped)
+    found = method.locate(take(patches, visible), visible, lost, noise).argmax(dim=-1)
+    return (lost & (found == visible)).sum()
+
+
+def main(config: Config) -> None:
+    method, trained = load_method(config.run)
+    if not hasattr(method, "locate"):
+        raise ValueError(f"{config.run} is no run of droppos.py: nothing in it finds positions")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    method.to(device)
+    places = method.height * method.width
+    counts = [[method.count(mask, drop) for drop in config.drop_ratios] for mask in config.mask_ratios]
+    right = torch.zeros(len(config.mask_ratios), len(config.drop_ratios), device=device)
+    generator, seen = torch.Generator().manual_seed(config.seed), 0
+    source = images_to_look_at(trained.images, config.data)
+    for images in central_views(source, method, trained, batch_size=config.batch_size):
+        seen += len(images)
+        for row in range(len(counts)):
+            for column, (masked, dropped) in enumerate(counts[row]):
+                names = "mask", "drop", "permuted", "shuffle"
+                noise = {name: torch.rand(len(images), places, generator=generator).to(device) for name in names}
+                found = right_places(method, images.to(device), noise, masked=masked, dropped=dropped)
+                right[row, column] += found
+    asked = torch.tensor([[seen * dropped for _, dropped in row] for row in counts], dtype=torch.float64)
+    grid = 100 * right.cpu().double() / asked
+    report(config, grid, places, seen)
+
+
+def report(config: Config, grid: Tensor, places: int, seen: int) -> None:
+    """Print the grid with the means of its rows and columns, and draw it."""
+    lines = [f"positions found in {seen} test images, %; chance {100 / places:.2f} %", ""]
+    lines += ["masked \\ dropped" + "".join(f"{ratio:>8g}" for ratio in config.drop_ratios) + "    mean"]
+    for ratio, cells in zip(config.mask_ratios, grid.tolist(), strict=True):
+        lines += [f"{ratio:>16g}" + "".join(f"{cell:>8.2f}" for cell in [*cells, sum(cells) / len(cells)])]
+    lines += [f"{'mean':>16}" + "".join(f"{mean:>8.2f}" for mean in [*grid.mean(dim=0).tolist(), grid.mean().item()])]
+    print("\n".join(lines))
+    result = {"mask_ratios": config.mask_ratios, "drop_ratios": config.drop_ratios, "seed": config.seed}
+    result |= {"images": seen, "accuracy": grid.tolist(), "mean": grid.mean().item()}
+    write_json(config.run / "position_accuracy.json", result)
+    axes = {"rows": config.mask_ratios, "columns": config.drop_ratios, "x": "positions dropped", "y": "patches masked"}
+    draw_grid(config.run / "position_accuracy.png", grid, **axes, title="positions found, %")
+    print("", f"{config.run / 'position_accuracy.png'}", f"{config.run / 'position_accuracy.json'}", sep="\n")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config, description=__doc__))
+    except ValueError as error:
+        raise SystemExit(f"position_accuracy: {error}") from error
