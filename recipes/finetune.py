@@ -14,7 +14,7 @@ from common import report
 from common.checkpoint import write_json
 from common.config import Flat, Images, Run, parse
 from common.engine import read_metrics, world
-from common.finetuning import BEYOND_MASKING, DIGITS, FOLDER, MAE, Finetuning, finetune, of
+from common.finetuning import BEYOND_MASKING, DIGITS, FOLDER, LUT, MAE, Finetuning, finetune, of
 from common.pretraining import load_encoder, prepare
 
 
@@ -46,6 +46,9 @@ PRESETS = {
     "mae_large": Config(UNSET, finetune=of(MAE, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2)),
     "mae_huge": Config(UNSET, finetune=of(MAE, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.3)),
     "beyond_masking": Config(UNSET, finetune=BEYOND_MASKING),
+    "lut_small": Config(UNSET, finetune=of(LUT, epochs=300, base_lr=5e-4, layer_decay=0.75)),
+    "lut_base": Config(UNSET, finetune=LUT),
+    "lut_large": Config(UNSET, finetune=of(LUT, epochs=50, base_lr=1e-3)),
 }
 
 

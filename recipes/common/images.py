@@ -435,7 +435,7 @@ def recolour(
 
     if len(image) not in (1, 3):
         raise ValueError(f"colours of 1 or 3 channels can be changed, not of {len(image)}")
-    picture = Image.fromarray((image[0] if len(image) == 1 else image.permute(1, 2, 0)).numpy())
+    picture: Any = Image.fromarray((image[0] if len(image) == 1 else image.permute(1, 2, 0)).numpy())
     for name, by in jitter:
         picture = getattr(functional, f"adjust_{name}")(picture, by)
     if effect == "grey":

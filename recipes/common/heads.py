@@ -1,0 +1,112 @@
+"""Heads: small networks behind an encoder that are trained along with it and then thrown away."""
+
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+HeadNorm = Literal["batch", "layer", "none"]
+
+
+def mlp(dim: int, *, width: int, depth: int, norm: HeadNorm, together: bool = True) -> nn.Sequential:
+    """Stack linear layers from `dim` over `width` back to `dim`, without biases; norm and ReLU behind all but the last.
+
+    Args:
+        depth: number of linear layers; without any it is the identity.
+        norm: batch norm as in BYOL and LUT, layer norm, or none.
+        together: see `BatchNorm`.
+
+    Raises:
+        ValueError: if `width` is not positive or `depth` negative.
+    """
+    if width < 1 or depth < 0:
+        raise ValueError(f"{depth} layers of width {width} make no head")
+    layers: list[nn.Module] = []
+    for i in range(depth):
+        last = i == depth - 1
+        layers.append(nn.Linear(width if i else dim, dim if last else width, bias=False))
+        if not last:
+            layers += [_norm(width, norm, together), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def _norm(width: int, norm: HeadNorm, together: bool) -> nn.Module:
+    if norm == "batch":
+        return BatchNorm(width, together=together)
+    return nn.LayerNorm(width, eps=1e-6) if norm == "layer" else nn.Identity()
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch norm over the images of one device, or with `together` over those of all devices, as if they were one.
+
+    PyTorch's own synchronised one asks for a GPU, and for a conversion before the wrapper.
+    """
+
+    def __init__(self, dim: int, *, together: bool = True) -> None:
+        super().__init__(dim)
+        self.together = together
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not (self.training and self.together and _devices() > 1):
+            return super().forward(input)
+        x, count = input.float(), len(input) * _devices()
+        mean = _total(x.sum(dim=0)) / count
+        centred = x - mean
+        variance = _total(centred.square().sum(dim=0)) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)  # pyright: ignore
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)  # pyright: ignore
+            self.num_batches_tracked.add_(1)  # pyright: ignore
+        return centred * (variance + self.eps).rsqrt() * self.weight + self.bias
+
+
+def refuse_single_images(head: nn.Module, batch: int) -> None:
+    """Say that batch norm needs more than one image, before PyTorch says it in other words.
+
+    Args:
+        batch: images on one device at a time.
+
+    Raises:
+        ValueError: if a batch norm that is in training would see one image.
+    """
+    for part in head.modules():
+        if isinstance(part, BatchNorm) and part.training and batch * (_devices() if part.together else 1) < 2:
+            raise ValueError(
+                "batch norm cannot compare a single image: take a larger --batch-size, or another --head-norm"
+            )
+
+
+@torch.no_grad()
+def share_statistics(head: nn.Module) -> None:
+    """Average the running statistics where each device has its own, so that all go on alike, also when resumed."""
+    for part in head.modules():
+        if isinstance(part, BatchNorm) and not part.together and _devices() > 1:
+            for statistic in (part.running_mean, part.running_var):
+                assert statistic is not None
+                dist.all_reduce(statistic)
+                statistic /= _devices()
+
+
+def _devices() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class _Total(torch.autograd.Function):
+    """The sum over all devices, and of the gradients of all devices."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+def _total(x: Tensor) -> Tensor:
+    return _Total.apply(x)  # pyright: ignore
