@@ -31,10 +31,12 @@ class Pictures:
     Args:
         columns: title → images (b, c, H, W) in [0, 1].
         note: what one must know to read them.
+        rows: what stands in front of each row.
     """
 
     columns: dict[str, Tensor]
     note: str = ""
+    rows: tuple[str, ...] = ()
 
 
 def shown(normalised: Tensor) -> Tensor:
@@ -57,6 +59,9 @@ def draw_pictures(path: Path, pictures: Pictures) -> None:
             cmap = "gray" if len(picture) == 1 else None
             axes[row, column].imshow(picture.permute(1, 2, 0).squeeze(-1).numpy(), cmap=cmap, vmin=0, vmax=1)
             axes[row, column].axis("off")
+    for row, text in enumerate(pictures.rows[:rows]):
+        at = {"x": -0.05, "y": 0.5, "transform": axes[row, 0].transAxes}
+        axes[row, 0].text(s=text, rotation=90, ha="right", va="center", fontsize=7, **at)
     figure.suptitle(pictures.note, fontsize=7, y=0.005, va="bottom", wrap=True)
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     _save(figure, path)
@@ -155,6 +160,27 @@ def grey_out(images: Tensor, mask: Tensor, *, height: int, width: int, patch: in
     """Cover the masked patches of images in [0, 1] with grey: what the encoder does not see."""
     cover = mask.view(len(mask), 1, height, 1, width, 1).expand(-1, 1, -1, patch, -1, patch)
     return torch.where(cover.reshape(len(mask), 1, height * patch, width * patch), 0.5, images)
+
+
+def maps(values: Tensor, *, height: int, width: int) -> Tensor:
+    """Draw a value per patch as a colour, dark for the least value of each picture, bright for the greatest."""
+    least, most = values.amin(dim=-1, keepdim=True), values.amax(dim=-1, keepdim=True)
+    shares = ((values - least) / (most - least).clamp(min=1e-12)).float().cpu().numpy()
+    colours = torch.from_numpy(matplotlib.colormaps["viridis"](shares)[..., :3]).float()  # (b, n, 3)
+    return colours.view(len(values), height, width, 3).movedim(-1, 1)
+
+
+def framed(image: Tensor, row: int, column: int, *, patch: int) -> Tensor:
+    """Draw a frame, white around red, along the border of a patch of an image in [0, 1]; few pixels are enlarged."""
+    by = max(1, 224 // min(image.shape[-2:]))
+    image = image.expand(3, -1, -1).repeat_interleave(by, dim=1).repeat_interleave(by, dim=2)
+    framed, line = image.clone(), max(1, patch * by // 8)
+    for colour, depth in (((1.0, 1.0, 1.0), 0), ((1.0, 0.0, 0.0), line), (None, 2 * line)):
+        rows = slice(row * patch * by + depth, (row + 1) * patch * by - depth)
+        columns = slice(column * patch * by + depth, (column + 1) * patch * by - depth)
+        inside = image[:, rows, columns]
+        framed[:, rows, columns] = inside if colour is None else torch.tensor(colour).to(inside).view(3, 1, 1)
+    return framed
 
 
 def heat_maps(images: Tensor, values: Tensor, *, height: int, width: int, patch: int) -> Tensor:
