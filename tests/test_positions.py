@@ -311,6 +311,14 @@ def test_with_a_huge_width_every_position_gets_the_same(height, width, sigma):
     torch.testing.assert_close(targets, torch.full_like(targets, 1 / (height * width)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_smoothed_targets_are_float32_whatever_the_width_is(dtype):
+    sigma = torch.tensor(0.75, dtype=dtype)
+    targets = smoothed_targets(sigma, height=2, width=3)
+    assert targets.dtype == torch.float32
+    assert targets.equal(smoothed_targets(sigma.float(), height=2, width=3))
+
+
 @pytest.mark.parametrize(
     ("sigma", "place", "probability"), [(1.0, (7, 7), 0.318), (1.0, (0, 0), 0.520), (2.0, (7, 7), 0.080)]
 )
