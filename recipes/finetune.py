@@ -4,7 +4,7 @@
     python recipes/finetune.py --encoder runs/mae/encoder.safetensors --data DIR          images of your own
     torchrun --nproc_per_node=8 recipes/finetune.py --preset mae_base --encoder mae_pretrain_vit_base.pth --data DIR
 
-The encoder is an export of any recipe here, or a published checkpoint of the MAE family.
+The encoder is an export of any recipe here, or a published checkpoint of the MAE family, SimMIM or BEiT.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from common import report
 from common.checkpoint import write_json
 from common.config import Flat, Images, Run, parse
 from common.engine import read_metrics, world
-from common.finetuning import BEYOND_MASKING, DIGITS, FOLDER, LUT, MAE, Finetuning, finetune, of
+from common.finetuning import BEYOND_MASKING, DIGITS, FOLDER, LUT, MAE, SIMMIM, Finetuning, finetune, of
 from common.pretraining import load_encoder, prepare
 
 
@@ -45,6 +45,7 @@ PRESETS = {
     "mae_base": Config(UNSET, finetune=MAE),
     "mae_large": Config(UNSET, finetune=of(MAE, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2)),
     "mae_huge": Config(UNSET, finetune=of(MAE, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.3)),
+    "simmim_base": Config(UNSET, finetune=SIMMIM),
     "beyond_masking": Config(UNSET, finetune=BEYOND_MASKING),
     "lut_small": Config(UNSET, finetune=of(LUT, epochs=300, base_lr=5e-4, layer_decay=0.75)),
     "lut_base": Config(UNSET, finetune=LUT),

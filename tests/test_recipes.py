@@ -32,6 +32,7 @@ RECIPES = {
     "mae": [],
     "beyond_masking": ["--task", "zoom_out"],
     "beyond_masking_integrated": ["--view-size", "22", "22"],
+    "simmim": [],
 }
 
 
@@ -76,6 +77,7 @@ def pictures(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_leaves_all_that_it_promises(name: str, tmp_path: Path) -> None:
     evaluations = {"mae": ["finetune", "linear", "knn", "nonlinear"], "beyond_masking": ["finetune"]}
+    evaluations["simmim"] = ["finetune", "scratch", "linear", "knn", "nonlinear"]
     evaluate = ["--evaluate", *evaluations.get(name, ["finetune", "scratch", "budget"])]
     done = recipe(name, *RECIPES[name], *SMALL, *TUNED, *evaluate, "--runs", tmp_path)
     folder = tmp_path / name
@@ -169,7 +171,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
             assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["mae", "beyond_masking_integrated"])
+@pytest.mark.parametrize("name", ["mae", "beyond_masking_integrated", "simmim"])
 def test_compiled_equals_eager_in_one_graph_for_the_whole_training(name: str, tmp_path: Path) -> None:
     args = [*RECIPES[name], *SMALL, "--evaluate", "--device", "cpu", "--runs", tmp_path]
     recipe(name, *args, "--name", "eager", "--compile", "off")

@@ -27,6 +27,7 @@ from common.images import (
 )
 from common.probing import JUDGES, judge
 from common.vit import (
+    OWN_TABLE,
     SHARED_TABLE,
     SIZES,
     Decoder,
@@ -365,11 +366,11 @@ def load_encoder(
     Raises:
         ValueError: if the file holds no encoder, or the size is not made of its patches.
     """
-    weights = read_foreign(path)
+    content = read_foreign(path)
     about = read_tensors(path)[1] if path.suffix == ".safetensors" else {}
-    exported, names = "timm" in about, list(weights)
-    if "encoder.patch_embed.proj.weight" in weights:  # with the head of its pre-training
-        weights = {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}
+    exported = "timm" in about
+    prefix = "encoder." if "encoder.patch_embed.proj.weight" in content else ""  # beside the head of its pre-training
+    weights = {name.removeprefix(prefix): tensor for name, tensor in content.items() if name.startswith(prefix)}
     arguments = about["timm"] if exported else timm_arguments_of(weights, path)
     patch, (H, W) = arguments["patch_size"], image_size or arguments["img_size"]
     if H % patch or W % patch:
@@ -405,9 +406,11 @@ def load_encoder(
     optional = (r".",) if scratch else (r"cls_token",) if not (beit or arguments["class_token"]) else ()
     report = load_weights(vit, weights, renames={}, optional=optional)
     if not exported:
-        own = vit.state_dict()
-        report.renamed |= {name: name[8:] for name in names if name.startswith("encoder.") and name[8:] in own}
-        report.renamed |= {name: "blocks.*.attn" for name in names if name.removeprefix("encoder.") == SHARED_TABLE}
+        targets = {name: name.removeprefix(prefix) for name in content if name.startswith(prefix)}
+        report.renamed = {name: own for name, own in targets.items() if own != name and own in vit.state_dict()}
+        if prefix + SHARED_TABLE in content:
+            report.renamed[prefix + SHARED_TABLE] = OWN_TABLE.format("*")
+        report.dropped = [name for name in content if targets.get(name) in (None, *report.dropped)]
         print(f"{path}:\n{report}")
     mean, std = (about["mean"], about["std"]) if exported else (IMAGENET_MEAN, IMAGENET_STD)
     return vit, Normalise(mean, std)
