@@ -109,18 +109,18 @@ IMAGENET = Config(
     optimisation=Optimisation(
         epochs=800,
         batch_size=2048,
-        base_lr=5e-5,  # the published 1e-4 is for 512 images; the two below are 5e-7 and 0 for 512
+        base_lr=5e-5,  # for 256 images: half of the published 1e-4, which is for 512
         schedule="last_step",
         milestones=(700.0,),
         warmup_epochs=10,
-        warmup_lr=2e-6,
+        warmup_lr=2e-6,  # for the whole batch: 5e-7 for 512
         betas=(0.9, 0.999),
         undecayed=("cls_token",),
         clip=5.0,
     ),
     finetune=finetuning.SIMMIM,
 )
-# The published schedule of 100 epochs is that of Swin: 2e-4 for 512 images, from 1e-6 and down to 1e-5 for 512
+# The published schedule of 100 epochs is that of Swin: for 512 images from 1e-6 to 2e-4, then down to 1e-5
 IMAGENET_100 = replace(
     IMAGENET,
     optimisation=replace(IMAGENET.optimisation, epochs=100, base_lr=1e-4, milestones=(), warmup_lr=4e-6, min_lr=4e-5),
