@@ -59,6 +59,22 @@ def test_more_samples_make_more_rows_as_many_as_all_kinds_have(tmp_path: Path):
     assert len(drawn(tmp_path / "4.png")) > 2 * len(drawn(tmp_path / "1.png"))
 
 
+def test_wide_images_stand_close_together(tmp_path: Path):
+    for side in (4, 12):
+        draw_pictures(tmp_path / f"{side}.png", Pictures({"input": seeded(3, 1, side, 12)}))
+    assert len(drawn(tmp_path / "4.png")) < 0.6 * len(drawn(tmp_path / "12.png"))
+
+
+@pytest.mark.parametrize(("captions", "upper"), [(("loss 0.5", ""), True), (("", "loss 0.5"), False)])
+def test_a_caption_stands_under_its_row(captions: tuple[str, ...], upper: bool, tmp_path: Path):
+    draw_pictures(tmp_path / "a.png", Pictures({"input": torch.ones(2, 1, 6, 6)}, captions=captions))
+    dark = np.nonzero(drawn(tmp_path / "a.png").max(axis=-1).min(axis=-1) < 99)[0]  # rows of pixels with letters
+    height = len(drawn(tmp_path / "a.png"))
+    below_title = dark[dark > 0.1 * height]
+    assert len(below_title) > 5
+    assert (below_title < 0.6 * height).all() if upper else (below_title > 0.85 * height).all()
+
+
 def test_colours_are_drawn_as_they_are(tmp_path: Path):
     image = torch.tensor([1.0, 0.25, 0.0]).view(1, 3, 1, 1).repeat(1, 1, 6, 9)
     image[:, :, 3:] = image[:, :, :3].flip(1)  # red above, blue below

@@ -1,6 +1,7 @@
 """What a run tells its user: pictures, curves, and a table."""
 
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +33,13 @@ class Pictures:
         columns: title → images (b, c, H, W) in [0, 1].
         note: what one must know to read them.
         rows: what stands in front of each row.
+        captions: a line under each row.
     """
 
     columns: dict[str, Tensor]
     note: str = ""
     rows: tuple[str, ...] = ()
+    captions: tuple[str, ...] = ()
 
 
 def shown(normalised: Tensor) -> Tensor:
@@ -46,10 +49,22 @@ def shown(normalised: Tensor) -> Tensor:
 
 def draw_pictures(path: Path, pictures: Pictures) -> None:
     """Draw rows of samples and columns of kinds."""
-    rows = min(len(images) for images in pictures.columns.values())
-    size = 1.6
-    figure, axes = plt.subplots(
-        rows, len(pictures.columns), figsize=(size * len(pictures.columns), size * rows + 0.7), squeeze=False
+    rows, columns = min(len(images) for images in pictures.columns.values()), len(pictures.columns)
+    side, gap, between = 1.5, 0.1, 0.22 if pictures.captions else 0.1  # in inches: whole pixels
+    tall = side * min(1.0, max(images.shape[-2] / images.shape[-1] for images in pictures.columns.values()))
+    left = gap / 2 + (0.2 if pictures.rows else 0)
+    width = left + columns * (side + gap) - gap / 2
+    note = textwrap.fill(pictures.note, int(17 * width))
+    head, foot = 0.3, 0.14 * len(note.splitlines()) + between + 0.04
+    height = head + rows * tall + (rows - 1) * between + foot
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
+    figure.subplots_adjust(
+        left=left / width,
+        right=1 - gap / 2 / width,
+        bottom=foot / height,
+        top=1 - head / height,
+        wspace=gap / side,
+        hspace=between / tall,
     )
     for column, (title, images) in enumerate(pictures.columns.items()):
         axes[0, column].set_title(title, fontsize=8)
@@ -62,8 +77,9 @@ def draw_pictures(path: Path, pictures: Pictures) -> None:
     for row, text in enumerate(pictures.rows[:rows]):
         at = {"x": -0.05, "y": 0.5, "transform": axes[row, 0].transAxes}
         axes[row, 0].text(s=text, rotation=90, ha="right", va="center", fontsize=7, **at)
-    figure.suptitle(pictures.note, fontsize=7, y=0.005, va="bottom", wrap=True)
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    for axis, caption in zip(axes[:, 0], pictures.captions, strict=False):
+        axis.annotate(caption, (0, 0), (0, -3), "axes fraction", "offset points", va="top", fontsize=7)
+    figure.text(0.5, 0.05 / height, note, fontsize=7, ha="center", va="bottom")
     _save(figure, path)
 
 
