@@ -1,0 +1,135 @@
+"""Draw what a trained method makes of images: the image, what the encoder sees, the prediction and its target.
+
+    python recipes/reconstruct.py --run runs/mae                                  the test images of the run
+    python recipes/reconstruct.py --run runs/mae --data DIR --count 16            images of your own
+    python recipes/reconstruct.py --recipe mae --weights FILE.pth --data DIR      a published checkpoint
+
+Each image is a row of its own; under it, and in a table, stand the losses that the method itself computes of this image
+alone. A run may still be training: its newest checkpoint is taken. A published checkpoint must have its decoder; it is
+read with the settings of a preset, and --options changes them: --options="--size large --no-normalise-target".
+"""
+
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from common.checkpoint import load_weights, read_foreign
+from common.config import parse
+from common.images import CentreCrop, Loader, Views
+from common.pretraining import Method, images_to_look_at, load_method, normalisation, recipe_of
+from common.report import Pictures, draw_pictures
+
+import torch
+import tyro
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is drawn."""
+
+    run: Path | None = None
+    """folder of a run of any recipe of pre-training"""
+    recipe: str = ""
+    """of --weights: mae, say"""
+    weights: Path | None = None
+    """published checkpoint, instead of a run"""
+    preset: str = "imagenet"
+    """of the recipe: the settings for --weights"""
+    options: str = ""
+    """of the recipe, in one string: what differs from the preset"""
+    data: Path | None = None
+    """folder of images; none: those of the run, or the handwritten digits that come with scikit-learn"""
+    split: Literal["test", "train"] = "test"
+    """of a folder, test is val; one without train and val is taken as a whole"""
+    count: int = 8
+    """images, evenly spaced among those there are"""
+    seed: int = 0
+    """of the masks and whatever else the method draws"""
+    out: Path | None = None
+    """file of the picture; none: reconstructions.png in the folder of the run, or here for --weights"""
+
+
+def main(config: Config) -> None:
+    if not (config.run is None) == bool(config.recipe) == (config.weights is not None):
+        raise ValueError("give either the --run of a recipe here, or a --recipe and its --weights")
+    method, settings = published(config) if config.run is None else load_method(config.run)
+    source = images_to_look_at(settings.images, config.data, split=config.split)
+    count = min(config.count, len(source))
+    if count < 1:
+        raise ValueError(f"--count {config.count} draws nothing")
+    centre = CentreCrop(method.view_size, crop_fraction=settings.finetune.crop_fraction)
+    views = Views(source, getattr(method, "views", centre), seed=config.seed)
+    chosen = [index * len(source) // count for index in range(count)]
+    images = next(iter(Loader(views, [[(0, index) for index in chosen]])))
+    generator = torch.Generator().manual_seed(config.seed)
+    noise = method.noise(lambda *shape: torch.rand(*shape, generator=generator), count)
+
+    pictures, losses = reconstruct(method, images, noise, epochs=settings.optimisation.epochs)
+    captions = tuple(
+        f"{number}:  " + ",  ".join(f"{name} {value:.3f}" for name, value in row.items())
+        for number, row in enumerate(losses, 1)
+    )
+    out = config.out or (config.run or Path()) / "reconstructions.png"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw_pictures(out, replace(pictures, captions=captions))
+    print(table([source.name(index) for index in chosen], losses), f"\nfiles:\n  {out}", sep="\n")
+
+
+def published(config: Config) -> tuple[Method, Any]:
+    """Build a method with the weights of a published checkpoint; the same as `load_method` for a run."""
+    assert config.weights is not None
+    recipe = recipe_of(config.recipe)
+    settings = parse(recipe.PRESETS, ["--preset", config.preset, *shlex.split(config.options)])
+    images = replace(settings.images, data=config.data or settings.images.data)
+    source = images_to_look_at(images, split=config.split)
+    method = recipe.METHOD(settings, normalisation(images, source))
+    weights = read_foreign(config.weights)
+    print(f"{config.weights}:\n{load_weights(method, weights, renames=recipe.NAMES, optional=(r'normalise[.]',))}")
+    return method.eval(), replace(settings, images=images)
+
+
+@torch.no_grad()
+def reconstruct(
+    method: Method, images: Tensor | tuple[Tensor, ...], noise: dict[str, Tensor], *, epochs: int
+) -> tuple[Pictures, list[dict[str, float]]]:
+    """Draw each image and compute its losses, alone: no other image of a batch has a share in either.
+
+    Args:
+        images: as the method wants them, perhaps several views of each.
+        noise: of the method, for all images.
+        epochs: of the training; what follows a schedule is as in the last one.
+    """
+    progress = torch.tensor(1 - 1 / epochs, dtype=torch.float64)
+    drawn, losses = [], []
+    for i in range(len(noise[next(iter(noise))])):
+        one = images[i : i + 1] if isinstance(images, Tensor) else tuple(view[i : i + 1] for view in images)
+        alone: Any = one, {name: values[i : i + 1] for name, values in noise.items()}
+        losses.append({name: float(value) for name, value in method(*alone, progress).items()})
+        drawn.append(method.pictures(*alone))
+    columns = {title: torch.cat([one.columns[title] for one in drawn]) for title in drawn[0].columns}
+    return Pictures(columns, drawn[0].note), losses
+
+
+def table(names: list[str], losses: list[dict[str, float]]) -> str:
+    """Write the losses of each image, and their means."""
+    means = {key: sum(row[key] for row in losses) / len(losses) for key in losses[0]}
+    first, widths = max(map(len, names)) + 4, [max(12, len(key) + 2) for key in means]
+    rule = "─" * (first + sum(widths))
+
+    def line(name: str, cells: Iterable[str]) -> str:
+        return f"{name:<{first}}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+
+    lines = ["", line("", means), rule]
+    for number, (name, row) in enumerate(zip(names, losses, strict=True), 1):
+        lines.append(line(f"{f'{number}:':<4}{name}", (f"{value:.4f}" for value in row.values())))
+    return "\n".join([*lines, rule, line("mean", (f"{value:.4f}" for value in means.values()))])
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config, description=__doc__))
+    except ValueError as error:
+        raise SystemExit(f"reconstruct: {error}") from error
