@@ -1,13 +1,37 @@
 """LUT: disjoint views of the tokens, two views of an image, heads with batch norm, a teacher that follows."""
 
 import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+from common import heads
+from common.checkpoint import read_tensors
+from common.heads import BatchNorm, mlp
+from common.images import Digits, Normalise, Views, WeakStrong, padded_crop, recolour
+from common.pretraining import pretrain
+from common.teacher import teacher_of
 from mimkit.masking import disjoint_views, random_tokens
 
+import finetune
+import lut
+import mae
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
+from hypothesis import strategies as st
 from strategies import copied, fast, noise_and_count, rows, seeded
+from test_recipes import SMALL, metrics, recipe
+from torch import Generator, Tensor, nn
+
+FEW = ["--head-width", "32", "--size", "nano", "--decoder-dim", "24", "--decoder-depth", "1", "--decoder-heads", "2"]
+
+
+# Masks
 
 
 @fast
@@ -53,3 +77,299 @@ def test_more_tokens_than_there_are_cannot_be_visible(num_visible):
     sentence = f"num_visible={num_visible} of 4 tokens cannot be visible"
     with pytest.raises(ValueError, match=re.escape(sentence)):
         copied("masking").disjoint_views(torch.zeros(2, 4), num_visible=num_visible)
+
+
+# Views of an image
+
+
+def picture(*shape: int, seed: int = 0) -> Tensor:
+    return (256 * seeded(*shape, seed=seed)).to(torch.uint8)
+
+
+@given(st.sampled_from([1, 3]), st.integers(1, 40), st.integers(1, 40), st.integers(5, 20), st.integers(5, 20))
+def test_both_views_have_the_size_asked_for_whatever_the_image(channels, H, W, height, width):
+    views = WeakStrong((height, width))(picture(channels, H, W), Generator().manual_seed(H))
+    assert [(view.shape, view.dtype) for view in views] == 2 * [((channels, height, width), torch.uint8)]
+
+
+@given(st.integers(1, 9), st.integers(0, 4), st.integers(0, 12), st.integers(0, 12))
+def test_a_padded_crop_is_cut_out_of_the_reflected_image(more, pad, top, left):
+    image = picture(2, 6, 5 + more)
+    padded = nn.functional.pad(image.float(), (pad, pad, pad, pad), mode="reflect")
+    top, left = min(top, 2 * pad), min(left, more + 2 * pad)
+    crop = padded_crop(image, top, left, size=(6, 5), pad=pad)
+    assert crop.float().equal(padded[:, top : top + 6, left : left + 5])
+
+
+def test_the_first_view_is_the_image_shifted_and_flipped_and_nothing_else():
+    image = picture(3, 12, 12)
+    views, found = WeakStrong((12, 12), pad=1), set()
+    padded = nn.functional.pad(image.float(), (1, 1, 1, 1), mode="reflect")
+    places = {(top, left, flip) for top in range(3) for left in range(3) for flip in (False, True)}
+    for seed in range(200):
+        view = views(image, Generator().manual_seed(seed))[0].float()
+        for top, left, flip in places:
+            crop = padded[:, top : top + 12, left : left + 12]
+            if view.equal(crop.flip(-1) if flip else crop):
+                found.add((top, left, flip))
+    assert found == places
+
+
+def test_the_second_view_is_grey_solarised_or_blurred_and_its_place_is_its_own(monkeypatch):
+    calls = []
+    monkeypatch.setattr("common.images.recolour", lambda view, *args, **more: calls.append((*args, more)) or view)
+    views, image = WeakStrong((8, 8)), picture(3, 8, 8)
+    pairs = [views(image, Generator().manual_seed(seed)) for seed in range(1000)]
+    effects = [effect for _, effect, _ in calls]
+    assert {effect: 280 < effects.count(effect) < 390 for effect in effects} == dict.fromkeys(
+        ("grey", "solarise", "blur"), True
+    )
+    jitters = [jitter for jitter, _, _ in calls if jitter]
+    assert 760 < len(jitters) < 840
+    assert len({tuple(name for name, _ in jitter) for jitter in jitters}) == 24
+    for name, least, most in (
+        ("brightness", 0.6, 1.4),
+        ("contrast", 0.6, 1.4),
+        ("saturation", 0.8, 1.2),
+        ("hue", -0.1, 0.1),
+    ):
+        drawn = [dict(jitter)[name] for jitter in jitters]
+        assert least <= min(drawn) < least + 0.01
+        assert most - 0.01 < max(drawn) <= most
+    radii = [more["radius"] for *_, more in calls]
+    assert 0.1 <= min(radii) < 0.12
+    assert 1.98 < max(radii) <= 2.0
+    assert sum(first.equal(second) for first, second in pairs) < 50
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_each_effect_does(channels):
+    image = picture(channels, 9, 7)
+    grey = recolour(image, [], "grey", radius=0.0)
+    assert grey.equal(image) if channels == 1 else (grey == grey[:1]).all()
+    assert recolour(image, [], "solarise", radius=0.0).equal(torch.where(image >= 128, 255 - image, image))
+    assert recolour(image, [], "blur", radius=2.0).float().std() < image.float().std() / 2
+    coloured = recolour(image, [("saturation", 0.5), ("hue", 0.3)], "blur", radius=0.0)
+    assert coloured.equal(image) == (channels == 1)  # greyscale has neither saturation nor hue
+
+
+def test_views_depend_on_seed_epoch_and_image_and_decode_it_once(monkeypatch):
+    source, decoded = Digits("train"), []
+    image = source.image
+    monkeypatch.setattr(source, "image", lambda index: decoded.append(index) or image(index))
+    views = Views(source, WeakStrong((16, 16), flip=0.0), seed=3)
+    first, again, later = views[0, 5], views[0, 5], views[1, 5]
+    assert decoded == [5, 5, 5]
+    assert all(one.equal(other) for one, other in zip(first, again, strict=True))
+    assert not any(one.equal(other) for one, other in zip(first, later, strict=True))
+
+
+def test_views_that_cannot_be_made_are_refused_in_one_sentence():
+    with pytest.raises(ValueError, match="pad=4 pixels of a view of 9 × 4 cannot be reflected"):
+        WeakStrong((9, 4))
+    with pytest.raises(ValueError, match="colours of 1 or 3 channels can be changed, not of 10"):
+        WeakStrong((9, 9))(picture(10, 9, 9), Generator())
+
+
+# Heads
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer", "none"])
+@pytest.mark.parametrize("depth", [0, 1, 2, 3])
+def test_a_head_has_as_many_linear_layers_as_asked_for_and_no_bias(depth, norm):
+    head = mlp(6, width=10, depth=depth, norm=norm)
+    linear = [part for part in head if isinstance(part, nn.Linear)]
+    assert [part.out_features for part in linear] == [10] * (depth - 1) + [6] * (depth > 0)
+    assert all(part.bias is None for part in linear)
+    assert head(seeded(4, 6)).shape == (4, 6)
+    assert not depth or isinstance(head[-1], nn.Linear)  # neither norm nor activation on the output
+    assert depth or head(seeded(4, 6)).equal(seeded(4, 6))
+
+
+def test_a_head_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="2 layers of width 0 make no head"):
+        mlp(6, width=0, depth=2, norm="batch")
+
+
+def two_devices(rank: int, folder: str) -> None:
+    """Run in two processes: half of a batch in each."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    whole, weight = torch.randn(6, 5), torch.randn(6, 5)
+    ours, plain = BatchNorm(5), nn.BatchNorm1d(5)
+    mine, everything = whole[rank::2].clone().requires_grad_(), whole.clone().requires_grad_()
+    answer, expected = ours(mine), plain(everything)
+    torch.testing.assert_close(answer, expected[rank::2])
+    (answer * weight[rank::2]).sum().backward()
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(mine.grad, everything.grad[rank::2])  # pyright: ignore
+    gradient = ours.weight.grad.clone()  # pyright: ignore
+    dist.all_reduce(gradient)
+    torch.testing.assert_close(gradient, plain.weight.grad)
+    torch.testing.assert_close(ours.state_dict(), plain.state_dict())
+    assert not ours.eval()(mine).equal(answer)  # running statistics then
+
+    apart, alone = BatchNorm(5, together=False), nn.BatchNorm1d(5)
+    torch.testing.assert_close(apart(mine), alone(mine))
+    mean, variance = apart.running_mean.clone(), apart.running_var.clone()  # pyright: ignore
+    heads.share_statistics(nn.Sequential(apart, ours))
+    for shared, own in ((apart.running_mean, mean), (apart.running_var, variance)):
+        dist.all_reduce(own)
+        torch.testing.assert_close(shared, own / 2)
+    torch.testing.assert_close(ours.state_dict(), plain.state_dict())
+
+    heads.refuse_single_images(BatchNorm(5), 1)  # two devices have two images
+    with pytest.raises(ValueError, match="batch norm cannot compare a single image"):
+        heads.refuse_single_images(BatchNorm(5, together=False), 1)
+    dist.destroy_process_group()
+
+
+def test_batch_norm_over_two_devices_is_that_of_all_images_and_else_statistics_are_averaged(tmp_path: Path):
+    torch.multiprocessing.spawn(two_devices, args=(str(tmp_path),), nprocs=2)  # pyright: ignore
+
+
+# The recipe
+
+
+def small(**more: Any) -> lut.Config:
+    images = replace(lut.DIGITS.images, image_size=(16, 16))
+    network = replace(lut.DIGITS.network, decoder_dim=24, decoder_heads=2)
+    return replace(lut.DIGITS, images=images, network=network, head_width=32, **more)
+
+
+def method_of(config: lut.Config | mae.Config) -> Any:
+    torch.manual_seed(0)
+    make: Any = lut.LUT if isinstance(config, lut.Config) else mae.MAE
+    return make(config, Normalise([0.5], [0.5])).train()
+
+
+def batch() -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
+    return (picture(5, 1, 16, 16), picture(5, 1, 16, 16, seed=1)), {"mask": seeded(5, 16, seed=2)}
+
+
+def test_the_pixels_are_maes_on_the_first_view():
+    method, (images, noise) = method_of(small()), batch()
+    config = mae.Config(images=small().images, network=small().network)
+    other = method_of(config)
+    other.load_state_dict({name: tensor for name, tensor in method.state_dict().items() if name in other.state_dict()})
+    losses = method(images, noise, torch.tensor(0.0))
+    torch.testing.assert_close(losses["pixels"], other(images[0], noise, torch.tensor(0.0))["loss"])
+    torch.testing.assert_close(losses["loss"], losses["pixels"] + 0.25 * losses["context"])
+    alone = method_of(small(context_weight=0.0))(images, noise, torch.tensor(0.0))
+    assert alone["loss"] == alone["pixels"] == losses["pixels"]
+
+
+def test_with_the_context_alone_there_is_no_decoder_and_every_weight_learns():
+    method, (images, noise) = method_of(small(loss="context")), batch()
+    losses = method(images, noise, torch.tensor(0.0))
+    assert set(losses) == {"loss", "context", "spread"}
+    assert not [name for name, _ in method.named_parameters() if name.startswith("decoder")]
+    losses["loss"].backward()
+    assert all(parameter.grad is not None for parameter in method.parameters() if parameter.requires_grad)
+
+
+def test_the_student_sees_a_quarter_of_each_view_and_the_teacher_all_of_both():
+    method, (images, noise) = method_of(small(loss="context")), batch()
+    seen: list[tuple[int, ...]] = []
+    for encoder in (method.encoder, method.teacher[0]):
+        encoder.register_forward_hook(lambda _, args, __: seen.append(tuple(args[0].shape)))
+    method(images, noise, torch.tensor(0.0))
+    assert seen == [(5, 4, 16), (5, 4, 16), (10, 16, 16)]
+
+
+def test_the_teacher_starts_as_the_student_stays_in_evaluation_and_follows_with_its_statistics():
+    method, (images, noise) = method_of(small(momentum=0.75)), batch()
+    student = dict(method.student().state_dict())
+    assert all(tensor.equal(student[name]) for name, tensor in method.teacher.state_dict().items())
+    assert not any(part.training for part in method.teacher.modules())
+    assert method.projector[1].training
+    before = teacher_of(method.teacher).state_dict()
+    method(images, noise, torch.tensor(0.0))
+    assert all(tensor.equal(before[name]) for name, tensor in method.teacher.state_dict().items())
+    method.after_step(torch.tensor(0.0, dtype=torch.float64))
+    after, student = method.teacher.state_dict(), method.student().state_dict()
+    for name in ("1.1.running_mean", "1.1.running_var"):
+        torch.testing.assert_close(after[name], 0.75 * before[name] + 0.25 * student[name])
+        assert not after[name].equal(before[name])
+    assert method.projector[1].num_batches_tracked == 2  # one for each view
+    kept = teacher_of(method.teacher).state_dict()
+    method.after_step(torch.tensor(1.0, dtype=torch.float64))  # momentum has risen to 1
+    torch.testing.assert_close(method.teacher.state_dict(), kept)
+
+
+def test_the_spread_is_one_for_directions_all_over_and_zero_for_one_direction(monkeypatch):
+    method, (images, _) = method_of(small()), batch()
+    for targets, spread in ((torch.eye(96).repeat(2, 1), 0.99), (torch.ones(10, 96), 0.0)):
+        monkeypatch.setattr(method, "ask_teacher", lambda _, targets=targets: targets)
+        many = tuple(view.repeat(20, 1, 1, 1)[: len(targets) // 2] for view in images)
+        losses = method(many, {"mask": seeded(len(targets) // 2, 16)}, torch.tensor(0.0))
+        assert float(losses["spread"]) == pytest.approx(spread, abs=0.01)
+
+
+def test_every_form_is_one_graph_that_waits_for_nothing():
+    script = Path(__file__).parent / "forms_of_lut.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 5
+
+
+@pytest.mark.parametrize("args", [["--batch-size", "1"], ["--batch-size", "4", "--device-batch", "1"]])
+def test_a_single_image_at_a_time_is_one_sentence(args, tmp_path):
+    args = [*FEW, "--image-size", "16", "16", "--evaluate", *args, "--device", "cpu", "--runs", str(tmp_path)]
+    with pytest.raises(SystemExit) as ended:
+        pretrain(lut.METHOD, lut.PRESETS, name="lut", description=None, args=[*args, "--workers", "0"])
+    assert "batch norm cannot compare a single image: change --batch-size, --device-batch or --head-norm" in str(
+        ended.value
+    )
+
+
+def final(folder: Path) -> dict[str, Tensor]:
+    """All that the last checkpoint holds."""
+    return read_tensors(max((folder / "checkpoint").glob("step_*")) / "tensors.safetensors")[0]
+
+
+def test_a_resumed_run_has_the_same_teacher_and_statistics_bit_for_bit(tmp_path):
+    args = [*SMALL, *FEW, "--evaluate", "--device", "cpu", "--checkpoint-minutes", "0", "--keep", "99"]
+    run = {"name": "lut", "description": None, "args": [*args, "--runs", str(tmp_path)]}
+    pretrain(lut.METHOD, lut.PRESETS, **run)
+    whole, folder = final(tmp_path / "lut"), tmp_path / "lut"
+    steps = sorted((folder / "checkpoint").glob("step_*"))
+    assert len(steps) == 5
+    for step in steps[2:]:
+        shutil.rmtree(step)
+    run["args"].append("--resume")
+    pretrain(lut.METHOD, lut.PRESETS, **run)
+    resumed = final(folder)
+    assert {"method.teacher.1.1.running_var", "method.predictor.1.running_mean"} < set(whole)
+    assert not whole["method.teacher.0.blocks.0.mlp.fc1.weight"].equal(whole["method.encoder.blocks.0.mlp.fc1.weight"])
+    assert whole.keys() == resumed.keys()
+    assert [name for name in whole if not whole[name].equal(resumed[name])] == []
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """The steps are small: batch norm enlarges what the order of a sum changes."""
+    args = [*SMALL, *FEW, "--evaluate", "--device", "cpu", "--runs", tmp_path, "--base-lr", "1e-4"]
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone")
+    recipe("lut", *args, "--name", "one")
+    recipe("lut", *args, "--name", "two", before=torchrun)
+    one, two = final(tmp_path / "one"), final(tmp_path / "two")
+    for name in one:
+        if "running" in name or "teacher" in name:
+            torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    for record, other in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert record["pixels"] == pytest.approx(other["pixels"], rel=1e-4)
+        assert record["context"] == pytest.approx(other["context"], rel=1e-3)
+
+
+def test_fine_tuning_presets_are_those_of_table_d():
+    for size, epochs, rate, decay in (
+        ("small", 300, 5e-4, 0.75),
+        ("base", 100, 2.5e-4, 0.65),
+        ("large", 50, 1e-3, 0.65),
+    ):
+        settings = finetune.PRESETS[f"lut_{size}"].finetune
+        optimisation = settings.optimisation
+        assert (optimisation.epochs, optimisation.base_lr, optimisation.layer_decay) == (epochs, rate, decay)
+        assert (settings.drop_path, optimisation.sqrt_rule_at, optimisation.batch_size) == (0.1, 1024, 1024)
+    assert lut.IMAGENET.optimisation.sqrt_rule_at == lut.IMAGENET.optimisation.batch_size == 4096
+    assert (lut.IMAGENET.momentum, lut.IMAGENET.context_weight, lut.IMAGENET.head_width) == (0.996, 0.25, 4096)

@@ -33,6 +33,7 @@ RECIPES = {
     "beyond_masking": ["--task", "zoom_out"],
     "beyond_masking_integrated": ["--view-size", "22", "22"],
     "simmim": [],
+    "lut": ["--head-width", "64"],
 }
 
 
@@ -77,7 +78,7 @@ def pictures(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_leaves_all_that_it_promises(name: str, tmp_path: Path) -> None:
     evaluations = {"mae": ["finetune", "linear", "knn", "nonlinear"], "beyond_masking": ["finetune"]}
-    evaluations["simmim"] = ["finetune", "scratch", "linear", "knn", "nonlinear"]
+    evaluations |= {"simmim": ["finetune", "scratch", "linear", "knn", "nonlinear"], "lut": ["finetune"]}
     evaluate = ["--evaluate", *evaluations.get(name, ["finetune", "scratch", "budget"])]
     done = recipe(name, *RECIPES[name], *SMALL, *TUNED, *evaluate, "--runs", tmp_path)
     folder = tmp_path / name

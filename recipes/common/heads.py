@@ -73,7 +73,7 @@ def refuse_single_images(head: nn.Module, batch: int) -> None:
     for part in head.modules():
         if isinstance(part, BatchNorm) and part.training and batch * (_devices() if part.together else 1) < 2:
             raise ValueError(
-                "batch norm cannot compare a single image: take a larger --batch-size, or another --head-norm"
+                "batch norm cannot compare a single image: change --batch-size, --device-batch or --head-norm"
             )
 
 
