@@ -35,8 +35,12 @@ RECIPES = {
     "blurred": "beyond_masking --evaluate finetune --task blurred",
     "decolorized": "beyond_masking --evaluate finetune --task decolorized",
     "integrated": "beyond_masking_integrated --evaluate finetune scratch",
-    "hpm": "hpm --evaluate finetune scratch",
-    "droppos": "droppos --evaluate finetune scratch",
+    "hpm": "hpm --evaluate finetune",
+    "droppos": "droppos --evaluate finetune",
+    "simmim": "simmim --evaluate finetune",
+    "lut": "lut --evaluate finetune",
+    "lut, context": "lut --evaluate finetune --loss context",
+    "lut_simmim": "lut_simmim --evaluate finetune",
 }
 
 
@@ -100,6 +104,7 @@ def run(row: str, seed: int, study: Study) -> None:
 def draw(study: Study) -> None:
     """Draw the losses of pre-training over the epochs: a line per recipe, the mean over its seeds."""
     figure, axis = plt.subplots(figsize=(7, 5))
+    axis.set_prop_cycle(color=plt.colormaps["tab20"].colors)  # pyright: ignore
     for row in study.only:
         records = [read_metrics(folder(row, seed, study) / "metrics.jsonl") for seed in study.seeds]
         losses = [statistics.mean(record["loss"] for record in step) for step in zip(*records, strict=False)]
