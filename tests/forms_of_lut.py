@@ -35,7 +35,7 @@ if __name__ == "__main__":
         eager = lut.LUT(replace(lut.DIGITS, images=images, **form), Normalise([0.5] * 3, [0.5] * 3)).train()
         method = copy.deepcopy(eager)
         generator = torch.Generator().manual_seed(0)
-        views = tuple((255 * torch.rand(4, 3, 16, 24, generator=generator)).to(torch.uint8) for _ in range(2))
+        views = tuple((255 * torch.rand(2, 4, 3, 16, 24, generator=generator)).to(torch.uint8))
         noise = {"mask": torch.rand(4, 24, generator=generator)}
         torch.compiler.reset()
         compiled = torch.compile(method, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -50,7 +50,7 @@ if __name__ == "__main__":
                         parameter.grad = None
                 network.after_step(progress)
             torch.testing.assert_close(method.state_dict(), eager.state_dict(), rtol=1e-3, atol=1e-5)
-        drawn = method.pictures(views, noise).columns
+        drawn = method.pictures((views[0], views[1]), noise).columns
         assert all(picture.isfinite().all() for picture in drawn.values())
         assert ("prediction" in drawn) == (form.get("loss") != "context")
         nowhere = tuple(view.to("meta") for view in views)

@@ -217,7 +217,7 @@ def whole(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         golden.close("attn_last", last_attention(method.encoder, first))
 
-    # Three steps of SGD
+    # Some steps of SGD
     parameters = dict(method.named_parameters())
     published = {ours: theirs for ours, theirs in _names(_published(method)).items() if ours in parameters}
     ours = {theirs: parameters[name] for name, theirs in published.items() if parameters[name].requires_grad}
@@ -225,7 +225,13 @@ def whole(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     outputs: dict[str, list[Tensor]] = {"student": [], "teacher": []}
     method.predictor.register_forward_hook(lambda *args: outputs["student"].append(args[-1]))
     method.teacher[1].register_forward_hook(lambda *args: outputs["teacher"].append(args[-1]))
-    golden.close("decay", [float(cosine_momentum(torch.tensor(t / 3).double(), params["m0"])) for t in range(3)])
+    golden.close(
+        "decay",
+        [
+            float(cosine_momentum(torch.tensor(t / params["steps"]).double(), params["m0"]))
+            for t in range(params["steps"])
+        ],
+    )
     for step in range(params["steps"]):
         for values in outputs.values():
             values.clear()
@@ -246,12 +252,13 @@ def whole(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
             )
             golden.close(f"step{step}/gradnorm_{kind}", torch.stack([grad.norm() for grad in grads]))
         _step(method, everything, losses["loss"], params, torch.tensor(step / params["steps"]))
+    after = f"after{params['steps']}"
     for who, found in (("student", _state(_published(method))), ("teacher", _state(everything))):
         for name in golden.arrays:
-            if name.startswith(f"after3/{who}/") and not (who == "teacher" and name.endswith("tracked")):
-                golden.close(name, found[name.removeprefix(f"after3/{who}/")])
+            if name.startswith(f"{after}/{who}/") and not (who == "teacher" and name.endswith("tracked")):
+                golden.close(name, found[name.removeprefix(f"{after}/{who}/")])
     state = _state(everything)
-    golden.close("after3/teacher_l2", torch.stack([state[name].norm() for name in names]))
+    golden.close(f"{after}/teacher_l2", torch.stack([state[name].norm() for name in names]))
     _same_teacher(method, everything)
 
     # Four pieces, two of them in a step
