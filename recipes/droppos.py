@@ -71,7 +71,10 @@ class DropPos(nn.Module):
         places = self.height * self.width
         self.embed = nn.Linear(self.encoder.dim, network.decoder_dim)
         self.decoder = Predictor(network.decoder_dim, network.decoder_depth, network.decoder_heads, outputs=places)
-        self.position_token = nn.Parameter(torch.zeros(1, 1, self.encoder.dim))
+        if config.dropped == "learned":
+            self.position_token = nn.Parameter(torch.zeros(1, 1, self.encoder.dim))
+        if config.smoothing == "released" and places > self.patch**2:
+            raise ValueError(f"--smoothing released has targets for {self.patch**2} patches (--patch²), not {places}")
         self.num_masked, self.num_dropped = self.count(config.mask_ratio, config.drop_ratio)
         initialise_mae(self)
 

@@ -69,6 +69,8 @@ class HPM(nn.Module):
         self.predictor = Predictor(network.decoder_dim, network.decoder_depth, network.decoder_heads, outputs)
         self.config, self.normalise, self.view_size = config, normalise, config.images.image_size
         self.num_masked = count_masked(self.height * self.width, config.mask_ratio)
+        if not config.momentum_epochs > 0:
+            raise ValueError(f"--momentum-epochs {config.momentum_epochs} is not above 0")
         initialise_mae(self)
         self.teacher = teacher_of(self.student())
 

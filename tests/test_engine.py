@@ -6,7 +6,19 @@ from typing import Any
 
 from common import engine
 from common.config import Optimisation, Run
-from common.engine import Batches, Rand, World, by_epoch, by_step, learning_rate, parameter_groups, pieces, train
+from common.engine import (
+    Batches,
+    Rand,
+    World,
+    by_epoch,
+    by_step,
+    clip,
+    epoch_of,
+    learning_rate,
+    parameter_groups,
+    pieces,
+    train,
+)
 
 import pytest
 import torch
@@ -184,6 +196,69 @@ def test_biases_and_norms_never_decay() -> None:
     module.register_parameter("frozen", nn.Parameter(torch.zeros(2, 2), requires_grad=False))
     groups = {n: g["weight_decay"] for g in parameter_groups(module, Optimisation()) for n in g["names"]}
     assert groups == {"mask_token": 0.05, "a.weight": 0.05, "a.bias": 0.0, "norm.weight": 0.0, "norm.bias": 0.0}
+
+
+# Epochs
+
+
+@pytest.mark.parametrize(("epochs", "per_epoch"), [(1600, 1250), (800, 312), (300, 7), (7, 49), (3, 1), (1, 1000)])
+def test_an_epoch_begins_at_its_first_step_to_the_last_bit(epochs: int, per_epoch: int) -> None:
+    """Progress is step / steps: its product with the epochs may be rounded to below the epoch's number."""
+    first = torch.arange(epochs) * per_epoch
+    steps = torch.cat([first, first + per_epoch - 1])
+    progress = torch.tensor([step / (epochs * per_epoch) for step in steps.tolist()], dtype=torch.float64)
+    assert torch.equal(epoch_of(progress, epochs).long(), steps // per_epoch)
+
+
+@given(st.integers(1, 3000), st.integers(1, 100_000), st.data())
+def test_every_step_lies_in_its_epoch(epochs: int, per_epoch: int, data: st.DataObject) -> None:
+    step = data.draw(st.integers(0, epochs * per_epoch - 1))
+    progress = torch.tensor(step / (epochs * per_epoch), dtype=torch.float64)
+    assert epoch_of(progress, epochs) == step // per_epoch
+
+
+# Clipping
+
+
+def with_gradients(*gradients: list[float] | None) -> list[nn.Parameter]:
+    parameters = [nn.Parameter(torch.zeros(len(gradient or [0.0]))) for gradient in gradients]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = None if gradient is None else torch.tensor(gradient)
+    return parameters
+
+
+def gradients_of(parameters: list[nn.Parameter]) -> list[list[float] | None]:
+    return [None if p.grad is None else pytest.approx(p.grad.tolist(), rel=1e-5) for p in parameters]  # pyright: ignore
+
+
+def test_the_whole_gradient_is_scaled_to_the_norm() -> None:
+    parameters = with_gradients([3.0, 0.0], None, [0.0, 4.0])
+    clip(parameters, 1.0)
+    assert gradients_of(parameters) == [[0.6, 0.0], None, [0.0, 0.8]]
+
+
+def test_or_each_gradient_on_its_own() -> None:
+    parameters = with_gradients([3.0, 4.0], None, [0.3, 0.4], [0.0])
+    clip(parameters, 1.0, each=True)
+    assert gradients_of(parameters) == [[0.6, 0.8], None, [0.3, 0.4], [0.0]]
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_a_gradient_below_the_norm_stays_the_same_to_the_last_bit(each: bool) -> None:
+    parameters = with_gradients([0.1, 0.2, 0.3], None, [1 / 3])
+    clip(parameters, 5.0, each=each)
+    assert [p.grad.tolist() for p in parameters if p.grad is not None] == [
+        torch.tensor([0.1, 0.2, 0.3]).tolist(),
+        torch.tensor([1 / 3]).tolist(),
+    ]
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_clipping_waits_for_nothing(each: bool) -> None:
+    parameters = [nn.Parameter(torch.zeros(3, device="meta")), nn.Parameter(torch.zeros(2, 2, device="meta"))]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    clip(parameters, 1.0, each=each)
 
 
 # The loop
