@@ -310,7 +310,7 @@ def test_every_form_is_one_graph_that_waits_for_nothing():
     script = Path(__file__).parent / "forms_of_lut.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 5
+    assert len(done.stdout.splitlines()) == 7
 
 
 @pytest.mark.parametrize("args", [["--batch-size", "1"], ["--batch-size", "4", "--device-batch", "1"]])

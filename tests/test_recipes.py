@@ -34,6 +34,7 @@ RECIPES = {
     "beyond_masking_integrated": ["--view-size", "22", "22"],
     "simmim": [],
     "lut": ["--head-width", "64"],
+    "lut_simmim": ["--head-width", "64"],
 }
 
 
