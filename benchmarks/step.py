@@ -1,23 +1,28 @@
-"""One training step of MAE, side by side in one process: ours, two peers, and a plain step as it was written in 2021.
+"""One training step of MAE, HPM or DropPos, side by side in one process: ours, peers, and a plain step.
 
     pip install -e .[recipes,benchmarks]
     python benchmarks/step.py
     python benchmarks/step.py --size base --precision fp32 --rounds 15 --variants transformers plain
+    python benchmarks/step.py --method hpm --size small --rounds 11
 
-A step is forward, backward, optimiser and zero_grad, at the shapes of ViT-S/16 or ViT-B/16: 224 × 224 pixels, 75 % of
-the patches masked, a decoder of width 512, 8 blocks and 16 heads, loss on normalised pixels. The variants:
+A step is forward, backward, clipping, optimiser and whatever follows it, with the settings of the paper and the shapes
+of ViT-S/16 or ViT-B/16 at 224 × 224 pixels, after a quarter of the training. The variants:
 
-    ours               `recipes/mae.py` as the engine runs it: fused AdamW; compiled on a GPU
+    ours               the recipe as the engine runs it: fused AdamW; compiled on a GPU
+    plain              the formulas of the paper as one wrote them in 2021 to 2023 (`plain.py`), with PyTorch's default
+                       AdamW
+    plain-best         the same with what changes no line of the algorithm: fused AdamW, the attention that is fastest
+                       on this device, and no pixels from HPM's teacher
     transformers       ViTMAEForPreTraining as shipped, with PyTorch's default AdamW
     transformers-best  the same with fused AdamW and the attention that is fastest on this device
     lightly            its masked ViT and decoder (on timm) as in lightly's example, with PyTorch's default AdamW
     lightly-best       the same with fused AdamW and the attention that is fastest on this device
-    plain              the class `Plain` below: the formulas of the paper, with PyTorch's default AdamW
     …-compiled         with --compile (minutes): ours (on a CPU) and the two peers at their best, through torch.compile
 
-All start from the same weights and sort them into the same two groups of weight decay. All get the same noise, made
-before. Ours gets uint8 images and normalises them inside the step; the others get the same images as normalised floats,
-made before. Loss (1e-5) and gradients (1e-4, relative, each parameter) are compared in fp32 before anything is timed.
+The two peers know MAE only. All start from the same weights, somewhat away from the first ones, and sort them into the
+same two groups of weight decay. All get the same noise, made before. Ours gets uint8 images and normalises them inside
+the step; the others get the same images as normalised floats, made before. Loss (1e-5) and gradients (1e-4, relative,
+each parameter) are compared in fp32 before anything is timed, and after one step how far HPM's teacher has moved.
 
 Each round runs every variant once, in random order; a ratio is that of two times of one round. On a CPU: one thread and
 processor time, so that other programs disturb little. On a GPU: CUDA events around 20 steps.
@@ -30,48 +35,60 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 import tyro
-from einops import rearrange
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))  # recipes are scripts beside this folder, not a package
 
-from common.config import Images, Network, Optimisation
-from common.engine import parameter_groups
+from common.engine import clip, parameter_groups
 from common.images import IMAGENET_MEAN, IMAGENET_STD, Normalise
 from common.vit import SIZES
 
-from mae import MAE, Config
+import droppos
+import hpm
+import mae
+import plain
+from plain import NUM_MASKED, NUM_PATCHES, NUM_VISIBLE, PATCH, PIXELS, SIDE
 
-SIDE, PATCH = 224, 16
-NUM_PATCHES = (SIDE // PATCH) ** 2
-NUM_VISIBLE = NUM_PATCHES // 4
-PIXELS = PATCH**2 * 3  # values of a patch
-DECODER = {"dim": 512, "depth": 8, "heads": 16}
+PROGRESS = 0.25  # of the training: HPM's teacher chooses some patches, DropPos' targets are smoothed
 
-GOALS = {  # least ratio to ours, by device and precision
-    ("cpu", "fp32"): {"transformers": 1.0, "lightly": 1.0, "plain": 1.1},
-    ("cpu", "bf16"): {
+GOALS = {  # least ratio to ours, by method, device and precision
+    ("mae", "cpu", "fp32"): {"transformers": 1.0, "lightly": 1.0, "plain": 1.1},
+    ("mae", "cpu", "bf16"): {
         "transformers": 1.3,
         "lightly": 1.3,
         "transformers-best": 1.0,
         "lightly-best": 1.0,
         "plain": 1.05,
     },
-    ("cuda", "bf16"): {"transformers": 1.2, "transformers-compiled": 1.03, "plain": 1.5},
+    ("mae", "cuda", "bf16"): {"transformers": 1.2, "transformers-compiled": 1.03, "plain": 1.5},
+    ("hpm", "cpu", "fp32"): {"plain": 1.15},
+    ("hpm", "cpu", "bf16"): {"plain": 1.15},
+    ("hpm", "cuda", "bf16"): {"plain": 1.7},
+    ("droppos", "cpu", "fp32"): {"plain": 1.15},
+    ("droppos", "cpu", "bf16"): {"plain": 1.15},
 }
 
-Name = Literal["transformers", "transformers-best", "lightly", "lightly-best", "plain"]
+Name = Literal["transformers", "transformers-best", "lightly", "lightly-best", "plain", "plain-best"]
+VARIANTS: dict[str, tuple[Name, ...]] = {
+    "mae": ("transformers", "transformers-best", "lightly", "lightly-best", "plain"),
+    "hpm": ("plain", "plain-best"),
+    "droppos": ("plain", "plain-best"),
+}
+# a constant added to all of HPM's predictions changes nothing, so these have no gradient but rounding noise
+WITHOUT_GRADIENT = {"predictor.norm.bias", "predictor.head.bias"}
 
 
 @dataclass(frozen=True)
 class Settings:
+    method: Literal["mae", "hpm", "droppos"] = "mae"
+    """what to train"""
     size: tuple[Literal["small", "base", "large"], ...] = ("small", "base")
     """encoders to measure"""
     precision: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
@@ -80,117 +97,39 @@ class Settings:
     """images per step; 0: 4 on a CPU, 256 on a GPU"""
     rounds: int = 5
     """each runs every variant once; take 15 or more for differences below 10 %"""
-    variants: tuple[Name, ...] = ("transformers", "transformers-best", "lightly", "lightly-best", "plain")
-    """what to compare with ours"""
+    variants: tuple[Name, ...] = ()
+    """what to compare with ours; none: all peers that know the method, and the plain step"""
     compile: bool = False
-    """compiled variants too"""
+    """compiled variants of MAE too"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one"""
 
 
-class PlainBlock(nn.Module):
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.attn["qkv"](self.norm1(x))
-        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
-        x = x + self.attn["proj"](rearrange(weights @ v, "b h n d -> b n (h d)"))
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
-
-
-class PlainViT(nn.Module):
-    """What encoder and decoder share. The names of the parameters are ours."""
-
-    def __init__(self, dim: int, depth: int, heads: int) -> None:
-        super().__init__()
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + NUM_PATCHES, dim), requires_grad=False)
-        self.blocks = nn.Sequential(*(PlainBlock(dim, heads) for _ in range(depth)))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-
-
-class PlainEncoder(PlainViT):
-    def __init__(self, dim: int, depth: int, heads: int) -> None:
-        super().__init__(dim, depth, heads)
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, PATCH, PATCH)})
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-
-
-class PlainDecoder(PlainViT):
-    def __init__(self, encoder_dim: int, dim: int, depth: int, heads: int) -> None:
-        super().__init__(dim, depth, heads)
-        self.embed = nn.Linear(encoder_dim, dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.head = nn.Linear(dim, PIXELS)
-
-
-class Plain(nn.Module):
-    """MAE from the formulas, as one wrote it in 2021: all patches embedded, attention as three operations."""
-
-    def __init__(self, dim: int, depth: int, heads: int) -> None:
-        super().__init__()
-        self.encoder, self.decoder = PlainEncoder(dim, depth, heads), PlainDecoder(dim, **DECODER)
-
-    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
-        encoder, decoder, batch = self.encoder, self.decoder, len(images)
-        # 1. Embed all patches with their positions.
-        x = encoder.patch_embed["proj"](images).flatten(2).transpose(1, 2) + encoder.pos_embed[:, 1:]
-        # 2. Shuffle by the noise and keep the first.
-        shuffle = noise.argsort(dim=1)
-        restore = shuffle.argsort(dim=1)
-        x = x.gather(1, shuffle[:, :NUM_VISIBLE, None].expand(-1, -1, x.shape[-1]))
-        mask = torch.ones_like(noise)
-        mask[:, :NUM_VISIBLE] = 0
-        mask = mask.gather(1, restore)
-        # 3. Encode them behind the class token.
-        first = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(batch, -1, -1)
-        x = encoder.norm(encoder.blocks(torch.cat([first, x], dim=1)))
-        # 4. Put mask tokens in the empty places, add positions, decode.
-        x = decoder.embed(x)
-        masked = decoder.mask_token.expand(batch, NUM_PATCHES - NUM_VISIBLE, -1)
-        patches = torch.cat([x[:, 1:], masked.to(x.dtype)], dim=1)
-        patches = patches.gather(1, restore[..., None].expand_as(patches))
-        x = torch.cat([x[:, :1], patches], dim=1) + decoder.pos_embed
-        prediction = decoder.head(decoder.norm(decoder.blocks(x)))[:, 1:]
-        # 5. Compare all patches with their normalised pixels, then leave out the visible ones.
-        target = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=PATCH, q=PATCH)
-        mean, variance = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
-        target = (target - mean) / (variance + 1e-6).sqrt()
-        error = (prediction - target).square().mean(dim=-1)
-        return (error * mask).sum() / mask.sum()
-
-
 class Transformers(nn.Module):
-    def __init__(self, dim: int, depth: int, heads: int, *, attention: str | None = None) -> None:
+    def __init__(self, encoder: dict[str, int], decoder: dict[str, int], *, attention: str | None = None) -> None:
         from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
         super().__init__()
         options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
         config = ViTMAEConfig(
-            hidden_size=dim,
-            num_hidden_layers=depth,
-            num_attention_heads=heads,
-            intermediate_size=4 * dim,
+            hidden_size=encoder["dim"],
+            num_hidden_layers=encoder["depth"],
+            num_attention_heads=encoder["heads"],
+            intermediate_size=4 * encoder["dim"],
             layer_norm_eps=1e-6,  # the paper's; shipped is 1e-12
             image_size=SIDE,
             patch_size=PATCH,
-            decoder_hidden_size=DECODER["dim"],
-            decoder_num_hidden_layers=DECODER["depth"],
-            decoder_num_attention_heads=DECODER["heads"],
-            decoder_intermediate_size=4 * DECODER["dim"],
+            decoder_hidden_size=decoder["dim"],
+            decoder_num_hidden_layers=decoder["depth"],
+            decoder_num_attention_heads=decoder["heads"],
+            decoder_intermediate_size=4 * decoder["dim"],
             norm_pix_loss=True,
             **options,
         )
         self.model = ViTMAEForPreTraining(config)
 
-    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
-        return self.model(images, noise=noise).loss
+    def forward(self, images: Tensor, noise: dict[str, Tensor]) -> Tensor:
+        return self.model(images, noise=noise["mask"]).loss
 
     @staticmethod
     def names(name: str) -> list[str]:
@@ -216,31 +155,30 @@ class Transformers(nn.Module):
 
 
 class Lightly(nn.Module):
-    def __init__(self, dim: int, depth: int, heads: int, *, fused_attention: bool = True) -> None:
+    def __init__(self, encoder: dict[str, int], decoder: dict[str, int], *, fused_attention: bool = True) -> None:
         from lightly.models.modules import MaskedVisionTransformerTIMM
         from lightly.models.modules.masked_vision_transformer_decoder_timm import MaskedVisionTransformerDecoderTIMM
         from timm.models.vision_transformer import VisionTransformer
 
         super().__init__()
-        vit = VisionTransformer(
-            img_size=SIDE, patch_size=PATCH, embed_dim=dim, depth=depth, num_heads=heads, num_classes=0
-        )
+        shape: dict[str, Any] = {"embed_dim": encoder["dim"], "depth": encoder["depth"], "num_heads": encoder["heads"]}
+        vit = VisionTransformer(img_size=SIDE, patch_size=PATCH, **shape, num_classes=0)
         self.backbone = MaskedVisionTransformerTIMM(vit=vit)
         # Since lightly 1.6 this class, with a linear layer on either side, takes the place of its MAEDecoderTIMM.
-        self.embed = nn.Linear(dim, DECODER["dim"])
+        self.embed = nn.Linear(encoder["dim"], decoder["dim"])
         self.decoder = MaskedVisionTransformerDecoderTIMM(
-            num_patches=NUM_PATCHES, embed_dim=DECODER["dim"], depth=DECODER["depth"], num_heads=DECODER["heads"]
+            num_patches=NUM_PATCHES, embed_dim=decoder["dim"], depth=decoder["depth"], num_heads=decoder["heads"]
         )
-        self.head = nn.Linear(DECODER["dim"], PIXELS)
+        self.head = nn.Linear(decoder["dim"], PIXELS)
         for part in self.modules():
             if hasattr(part, "fused_attn"):
                 part.fused_attn = fused_attention  # pyright: ignore[reportArgumentType]
 
-    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+    def forward(self, images: Tensor, noise: dict[str, Tensor]) -> Tensor:
         from lightly.models import utils
 
         # As `utils.random_token_mask`, which draws the noise itself; its indices count the class token.
-        order = F.pad(noise, (1, 0), value=-1.0).argsort(dim=1)
+        order = F.pad(noise["mask"], (1, 0), value=-1.0).argsort(dim=1)
         keep, masked = order[:, : 1 + NUM_VISIBLE], order[:, 1 + NUM_VISIBLE :]
         x = self.embed(self.backbone.encode(images, idx_keep=keep))
         tokens = utils.repeat_token(self.decoder.mask_token, (len(images), 1 + NUM_PATCHES))
@@ -261,14 +199,29 @@ class Lightly(nn.Module):
         return [name]
 
 
+def plain_names(name: str) -> list[str]:
+    """Names in `plain.py` of one of our parameters: only HPM's differ, where the teacher is a copy of the student."""
+    if not name.startswith(("teacher.", "predictor.", "encoder.", "decoder.")):
+        return [name]
+    for ours, theirs in (("0.", "encoder."), ("1.", "decoder.embed."), ("2.", "predictor.")):
+        if name.startswith(f"teacher.{ours}"):
+            return [name.replace(f"teacher.{ours}", f"teacher.{theirs}")]
+    return [name if name.startswith("teacher.") else f"student.{name}"]
+
+
 @dataclass(frozen=True)
 class Batch:
     pixels: Tensor  # uint8, for ours
     images: Tensor  # the same, normalised, for the others
-    noise: Tensor
+    noise: dict[str, Tensor]
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixels.device
 
     def first(self, count: int) -> "Batch":
-        return Batch(self.pixels[:count], self.images[:count], self.noise[:count])
+        noise = {name: values[:count] for name, values in self.noise.items()}
+        return Batch(self.pixels[:count], self.images[:count], noise)
 
 
 @dataclass(frozen=True)
@@ -277,19 +230,26 @@ class Variant:
     module: nn.Module
     loss: Callable[[nn.Module, Batch], Tensor]
     called: nn.Module  # the module, or what the compiler made of it
+    clip: Callable[[], None]
     optimiser: torch.optim.Optimizer
+    after_step: Callable[[], None]
     names: Callable[[str], list[str]]  # names of one of our parameters in this module
     autocast: bool
 
     def forward(self, batch: Batch, *, compiled: bool = True) -> Tensor:
-        with torch.autocast(batch.noise.device.type, torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.autocast):
             return self.loss(self.called if compiled else self.module, batch)
+
+    def update(self) -> None:
+        self.clip()
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.after_step()
 
     def step(self, batch: Batch) -> Tensor:
         loss = self.forward(batch)
         loss.backward()
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.update()
         return loss.detach()
 
 
@@ -301,38 +261,60 @@ def make_batch(size: int, device: torch.device) -> Batch:
         size, 3, SIDE, SIDE, generator=generator
     )
     pixels = (fine.clamp(0, 1) * 255).to(torch.uint8).to(device)
-    # No two equal values: sorting then has one answer, stable or not.
-    noise = torch.rand(size, NUM_PATCHES, generator=generator).argsort(dim=1) / NUM_PATCHES
-    return Batch(pixels, Normalise(IMAGENET_MEAN, IMAGENET_STD).to(device)(pixels), noise.to(device))
+
+    def noise(count: int) -> Tensor:
+        # No two equal values: sorting then has one answer, stable or not.
+        return torch.rand(size, count, generator=generator).argsort(dim=1) / count
+
+    mask, drop = noise(NUM_PATCHES), noise(NUM_VISIBLE)
+    # Ours has the visible patches in raster order, a plain step in the order of the noise.
+    shuffled = drop.gather(1, mask.argsort(dim=1)[:, :NUM_VISIBLE].argsort(dim=1).argsort(dim=1))
+    chance = {"mask": mask.to(device), "drop": drop.to(device), "drop, shuffled": shuffled.to(device)}
+    return Batch(pixels, Normalise(IMAGENET_MEAN, IMAGENET_STD).to(device)(pixels), chance)
+
+
+def config_of(method: str, size: str) -> Any:
+    """The settings of the paper with an encoder of this size."""
+    preset = {"mae": mae.IMAGENET, "hpm": hpm.IMAGENET, "droppos": droppos.IMAGENET}[method]
+    return replace(preset, network=replace(preset.network, size=size))
+
+
+def shapes_of(config: Any) -> tuple[dict[str, int], dict[str, int]]:
+    network = config.network
+    decoder = {"dim": network.decoder_dim, "depth": network.decoder_depth, "heads": network.decoder_heads}
+    return SIZES[network.size], decoder
 
 
 def make_variants(size: str, precision: str, device: torch.device, settings: Settings) -> list[Variant]:
     """Build all variants with the weights of the first, which is ours."""
-    torch.manual_seed(0)
-    shape, optimisation = SIZES[size], Optimisation()
+    config: Any = config_of(settings.method, size)
+    optimisation, shapes = config.optimisation, shapes_of(config)
+    epochs = {"epoch": int(PROGRESS * optimisation.epochs), "epochs": optimisation.epochs}
     on_cpu, bf16 = device.type == "cpu", precision == "bf16"
     # Explicit attention has the faster backward pass in bf16 on a CPU, at these lengths; everywhere else the fused one.
     fused_attention = not (on_cpu and bf16)
-    config = Config(
-        images=Images(image_size=(SIDE, SIDE), channels=3),
-        network=Network(
-            size=size,  # pyright: ignore[reportArgumentType]
-            patch=PATCH,
-            decoder_dim=DECODER["dim"],
-            decoder_depth=DECODER["depth"],
-            decoder_heads=DECODER["heads"],
-        ),
-    )
-    method = MAE(config, Normalise(IMAGENET_MEAN, IMAGENET_STD)).to(device)
-    progress = torch.zeros((), device=device)
+    progress = torch.tensor(PROGRESS, dtype=torch.float64, device=device)
+    recipe: Any = {"mae": mae.MAE, "hpm": hpm.HPM, "droppos": droppos.DropPos}[settings.method]
+    torch.manual_seed(0)
+    method = recipe(config, Normalise(IMAGENET_MEAN, IMAGENET_STD))
+    with torch.no_grad():
+        for parameter in method.parameters():  # no bias is zero then, and a student is not its teacher
+            parameter.add_(0.02 * torch.randn_like(parameter) * parameter.requires_grad)
+    method.to(device)
     weights = {name: tensor for name, tensor in method.state_dict().items() if not name.startswith("normalise.")}
-    weights["decoder.pos_embed"] = F.pad(method.decoder.pos_embed, (0, 0, 1, 0))[None]  # the class token's is zero
+    if settings.method != "droppos":
+        weights["decoder.pos_embed"] = F.pad(method.decoder.pos_embed, (0, 0, 1, 0))[None]  # the class token's is zero
+    if settings.method == "hpm":  # the teacher of a plain step is complete
+        more = {name: tensor for name, tensor in weights.items() if name.startswith("decoder.")}
+        weights |= {f"teacher.{name}": tensor for name, tensor in more.items() if ".embed." not in name}
 
     def variant(
         name: str,
         module: nn.Module,
         loss: Callable[[nn.Module, Batch], Tensor],
         names: Callable[[str], list[str]],
+        clip: Callable[[], None],
+        after_step: Callable[[], None],
         *,
         fused: bool,
         compiled: bool = False,
@@ -343,39 +325,61 @@ def make_variants(size: str, precision: str, device: torch.device, settings: Set
             groups, lr=optimisation.base_lr, betas=optimisation.betas, fused=True if fused else None
         )
         called: Any = torch.compile(module, dynamic=False, **options) if compiled else module
-        return Variant(name, module, loss, called, optimiser, names, bf16)
+        return Variant(name, module, loss, called, clip, optimiser, after_step, names, bf16)
 
     def ours(name: str, *, compiled: bool) -> Variant:
-        module = method if name == "ours" else MAE(config, Normalise(IMAGENET_MEAN, IMAGENET_STD)).to(device)
+        module = method if name == "ours" else recipe(config, Normalise(IMAGENET_MEAN, IMAGENET_STD)).to(device)
         module.load_state_dict(method.state_dict())
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
 
         def loss(module: nn.Module, batch: Batch) -> Tensor:
-            return module(batch.pixels, {"mask": batch.noise}, progress)["loss"]
+            return module(batch.pixels, batch.noise, progress)["loss"]
 
-        return variant(name, module, loss, lambda name: [name], fused=True, compiled=compiled, fullgraph=True)
+        def clip_ours() -> None:
+            if optimisation.clip is not None:
+                clip(trained, optimisation.clip, each=optimisation.clip_each)
+
+        def after_step() -> None:
+            if hasattr(module, "after_step"):
+                with torch.no_grad():
+                    module.after_step(progress)
+
+        after = (clip_ours, after_step)
+        return variant(name, module, loss, lambda name: [name], *after, fused=True, compiled=compiled, fullgraph=True)
 
     def other(name: str) -> Variant:
         best, compiled = name.endswith(("-best", "-compiled")), name.endswith("-compiled")
-        names: Callable[[str], list[str]] = lambda name: [name]  # noqa: E731
+        if not name.startswith("plain") and settings.method != "mae":
+            raise SystemExit(f"{name} knows MAE only, not {settings.method}")
         if name.startswith("transformers"):
             attention = ("sdpa" if fused_attention else "eager") if best else None
-            module, names = Transformers(**shape, attention=attention), Transformers.names
+            module, names = Transformers(*shapes, attention=attention), Transformers.names
         elif name.startswith("lightly"):
-            module, names = Lightly(**shape, fused_attention=fused_attention or not best), Lightly.names
+            module, names = Lightly(*shapes, fused_attention=fused_attention or not best), Lightly.names
         else:
-            module = Plain(**shape)
+            options: dict[str, Any] = {"fused_attention": fused_attention and best}
+            options |= {"lean": best} if settings.method == "hpm" else {}
+            options |= epochs if settings.method != "mae" else {}
+            names = plain_names if settings.method == "hpm" else lambda name: [name]
+            module = {"mae": plain.MAE, "hpm": plain.HPM, "droppos": plain.DropPos}[settings.method](*shapes, **options)
         load(module, weights, names)
 
         def loss(module: nn.Module, batch: Batch) -> Tensor:
             return module(batch.images, batch.noise)
 
-        return variant(name, module, loss, names, fused=best, compiled=compiled)
+        after = (module.clip, module.after_step) if isinstance(module, plain.Plain) else (nothing, nothing)
+        return variant(name, module, loss, names, *after, fused=best, compiled=compiled)
 
-    variants = [ours("ours", compiled=not on_cpu), *map(other, settings.variants)]  # compiled as the engine does
+    others = settings.variants or VARIANTS[settings.method]
+    variants = [ours("ours", compiled=not on_cpu), *map(other, others)]  # compiled as the engine does
     if settings.compile:
         variants += [ours("ours-compiled", compiled=True)] if on_cpu else []
-        variants += [other("transformers-compiled"), other("lightly-compiled")]
+        variants += [other("transformers-compiled"), other("lightly-compiled")] if settings.method == "mae" else []
     return variants
+
+
+def nothing() -> None:
+    """Peers clip nothing and have no teacher."""
 
 
 def load(module: nn.Module, weights: dict[str, Tensor], names: Callable[[str], list[str]]) -> None:
@@ -391,25 +395,29 @@ def load(module: nn.Module, weights: dict[str, Tensor], names: Callable[[str], l
 
 
 def loss_and_gradients(variant: Variant, batch: Batch) -> tuple[float, dict[str, Tensor]]:
-    """Both in fp32 and eager, the gradients by the names of the variant's own parameters."""
+    """Both in fp32 and eager, the gradients by the names of the variant's own parameters and clipped."""
     loss = variant.loss(variant.module, batch)
-    loss.backward()
+    (100 * loss).backward()  # so that there is something to clip
+    variant.clip()
     gradients = {name: p.grad for name, p in variant.module.named_parameters() if p.grad is not None}
     variant.optimiser.zero_grad(set_to_none=True)
     return float(loss.detach()), gradients
 
 
 def check_parity(variants: list[Variant], batch: Batch) -> None:
-    """Compare losses and gradients with ours, in fp32 and eager."""
+    """Compare losses and gradients with ours, in fp32 and eager, and what a step makes of the teacher."""
     ours, *others = variants
     loss, gradients = loss_and_gradients(ours, batch)
+    whole = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    moves = teacher_moves(ours, ours, batch)
     for variant in others:
         their_loss, theirs = loss_and_gradients(variant, batch)
         worst, where = 0.0, ""
         for name, gradient in gradients.items():
             # queries, keys and values together: the true gradient of the keys' bias alone is zero
             their = torch.cat([theirs.pop(part) for part in variant.names(name)])
-            error = float((their - gradient).norm() / gradient.norm())
+            scale = 1e-2 * whole if name in WITHOUT_GRADIENT else gradient.norm()
+            error = float((their - gradient).norm() / scale)
             worst, where = max((worst, where), (error, name))
         if theirs:
             raise SystemExit(f"{variant.name} also trains {', '.join(theirs)}")
@@ -418,7 +426,28 @@ def check_parity(variants: list[Variant], batch: Batch) -> None:
                 f"{variant.name} computes something else: loss {their_loss:.7f}, ours {loss:.7f}; "
                 f"gradient of {where} differs by {worst:.1e}"
             )
-        print(f"  {variant.name}: loss {their_loss:.6f} (ours {loss:.6f}), gradients within {worst:.0e}")
+        line = f"  {variant.name}: loss {their_loss:.6f} (ours {loss:.6f}), gradients within {worst:.0e}"
+        their_moves = teacher_moves(variant, ours, batch)
+        errors = {name: float((their_moves[name] - move).norm() / move.norm()) for name, move in moves.items()}
+        where = max(errors, key=errors.__getitem__, default="")
+        if errors and not errors[where] <= 2e-3:
+            raise SystemExit(f"{variant.name} moves the teacher elsewhere: {where} differs by {errors[where]:.1e}")
+        print(line + (f", the teacher's step within {errors[where]:.0e}" if errors else ""))
+
+
+def teacher_moves(variant: Variant, ours: Variant, batch: Batch) -> dict[str, Tensor]:
+    """Make a step in fp32 and eager. Return how far it moved the teacher, by the names of ours.
+
+    Biases are left out: those of keys have no true gradient, and AdamW makes a step of rounding noise.
+    """
+    tensors = dict(variant.module.named_parameters())
+    names = {name: variant.names(name)[0] for name, p in ours.module.named_parameters() if p.ndim > 1}
+    names = {name: theirs for name, theirs in names.items() if name.startswith("teacher.")}
+    before = {name: tensors[theirs].clone() for name, theirs in names.items()}
+    variant.loss(variant.module, batch).backward()
+    variant.update()
+    moves = {name: tensors[theirs] - before[name] for name, theirs in names.items()}
+    return {name: move for name, move in moves.items() if not name.endswith("pos_embed")}
 
 
 def check_timed(variants: list[Variant], batch: Batch) -> None:
@@ -426,7 +455,7 @@ def check_timed(variants: list[Variant], batch: Batch) -> None:
     with torch.no_grad():
         expected = float(variants[0].loss(variants[0].module, batch))
     # A GPU convolves in TF32 where fp32 is asked for.
-    tolerance = 1e-2 if variants[0].autocast or batch.noise.device.type == "cuda" else 1e-5
+    tolerance = 1e-2 if variants[0].autocast or batch.device.type == "cuda" else 1e-5
     for variant in variants:
         loss = float(variant.step(batch))
         if not abs(loss - expected) <= tolerance * abs(expected):
@@ -452,7 +481,7 @@ def saved_bytes(variant: Variant, batch: Batch) -> int:
 
 
 def seconds_per_step(variant: Variant, batch: Batch, steps: int) -> float:
-    if batch.noise.device.type == "cpu":
+    if batch.device.type == "cpu":
         begin = time.process_time()
         for _ in range(steps):
             variant.step(batch)
@@ -466,17 +495,26 @@ def seconds_per_step(variant: Variant, batch: Batch, steps: int) -> float:
     return begin.elapsed_time(end) / 1e3 / steps
 
 
-def flops_per_image(size: str) -> float:
+def flops_per_image(method: str, size: str) -> float:
     """Floating-point operations of the matrix products that a step needs (a multiply-add counts two)."""
+    encoder, decoder = shapes_of(config_of(method, size))
 
-    def block(tokens: int, dim: int) -> int:
-        return 24 * dim**2 * tokens + 4 * tokens**2 * dim
+    def blocks(tokens: int, *, dim: int, depth: int, heads: int) -> int:
+        return depth * (24 * dim**2 * tokens + 4 * tokens**2 * dim)
 
-    dim, depth = SIZES[size]["dim"], SIZES[size]["depth"]
-    linear = 2 * dim * (NUM_VISIBLE * PIXELS + (1 + NUM_VISIBLE) * DECODER["dim"])
-    linear += 2 * DECODER["dim"] * PIXELS * (NUM_PATCHES - NUM_VISIBLE)
-    decoder = DECODER["depth"] * block(1 + NUM_PATCHES, DECODER["dim"])
-    return 3 * (depth * block(1 + NUM_VISIBLE, dim) + decoder + linear)
+    def embed(patches: int, *, dim: int, **_: int) -> int:
+        return 2 * dim * (patches * PIXELS + (1 + patches) * decoder["dim"])
+
+    seen, whole = 1 + NUM_VISIBLE, 1 + NUM_PATCHES
+    encode = blocks(seen, **encoder) + embed(NUM_VISIBLE, **encoder)
+    if method == "droppos":
+        locate = blocks(seen, **decoder) + 2 * decoder["dim"] * NUM_PATCHES * NUM_VISIBLE
+        return 3 * (encode + locate) + blocks(whole, **encoder) + 2 * encoder["dim"] * NUM_PATCHES * PIXELS
+    forward = encode + blocks(whole, **decoder) + 2 * decoder["dim"] * PIXELS * NUM_MASKED
+    if method == "mae":
+        return 3 * forward
+    teacher = blocks(whole, **encoder) + embed(NUM_PATCHES, **encoder) + blocks(whole, **decoder)
+    return 3 * (forward + blocks(whole, **decoder)) + teacher
 
 
 def measured_peak(device: torch.device) -> float:
@@ -494,7 +532,7 @@ def measured_peak(device: torch.device) -> float:
 
 def measure(size: str, precision: str, device: torch.device, settings: Settings, peak: float | None) -> None:
     count = settings.batch or (4 if device.type == "cpu" else 256)
-    title = f"ViT-{size[0].upper()}/{PATCH}, {precision}, batch {count}, {settings.rounds} rounds"
+    title = f"{settings.method}, ViT-{size[0].upper()}/{PATCH}, {precision}, batch {count}, {settings.rounds} rounds"
     print(f"\n{title}; load average {os.getloadavg()[0]:.1f}")
     batch = make_batch(count, device)
     variants = make_variants(size, precision, device, settings)
@@ -518,7 +556,7 @@ def measure(size: str, precision: str, device: torch.device, settings: Settings,
         for variant in order.sample(variants, len(variants)):
             times[variant.name].append(seconds_per_step(variant, batch, steps))
 
-    goals = GOALS.get((device.type, precision), {})
+    goals = GOALS.get((settings.method, device.type, precision), {})
     header = f"{'variant':<22}{'ms per step':>12}{'ratio':>8}{'min':>7}{'max':>7}{'goal':>8}{'saved MB/image':>16}"
     if device.type == "cuda":
         header += f"{'img/s':>9}{'of peak':>9}{'step GB':>9}"
@@ -531,7 +569,9 @@ def measure(size: str, precision: str, device: torch.device, settings: Settings,
         line += f"{goal:>8}{saved[name] / 1e6:>16.1f}"
         if device.type == "cuda":
             speed = count / median
-            share = f"{speed * flops_per_image(size) / peak:.1%}" if peak and precision == "bf16" else ""
+            share = (
+                f"{speed * flops_per_image(settings.method, size) / peak:.1%}" if peak and precision == "bf16" else ""
+            )
             line += f"{speed:>9.0f}{share:>9}{memory[name] / 1e9:>9.1f}"
         print(line, flush=True)
     if "plain" in saved:
