@@ -92,14 +92,14 @@ class DropPos(nn.Module):
         # 1. Mask most patches at random, and drop the positions of most of those that stay visible.
         patches = patchify(self.normalise(images), patch=self.patch)
         mask = random_tokens(noise["mask"], num_masked=self.num_masked)
-        visible, _ = split(mask, num_masked=self.num_masked)
+        visible, masked = split(mask, num_masked=self.num_masked)
         dropped = random_tokens(noise["drop"], num_masked=self.num_dropped)
         # 2. Encode the visible ones, and say of each at which position of the grid it belongs.
         logits = self.locate(take(patches, visible), visible, dropped, noise)
         # 3. The target of a position spreads over its neighbours, less and less so from epoch to epoch.
         target = self.targets(self.sigma(progress))[visible]
         # 4. Patches weigh more that resemble the class token, when the whole image is seen with all positions.
-        weights = dropped * self.attention(patches, visible)
+        weights = dropped * self.attention(patches, visible, masked)
         if not self.config.confident:
             weights = weights * (own(logits.softmax(dim=-1), visible) < own(target, visible))
         # 5. Compare where the position was dropped.
@@ -143,12 +143,16 @@ class DropPos(nn.Module):
         return smoothed_targets(sigma, height=self.patch, width=self.patch).mT[:places, :places]
 
     @torch.no_grad()
-    def attention(self, patches: Tensor, visible: Tensor) -> Tensor:
-        """Return the weights of visible patches, as the encoder is now; it comes after `locate`, see there."""
+    def attention(self, patches: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
+        """Return the weights of visible patches, as the encoder is now.
+
+        It comes after `locate`: in older PyTorch (2.7), what autocast first sees without a gradient has none later on.
+        """
         if math.isinf(self.config.temperature):
             return torch.ones_like(visible, dtype=torch.float32)
-        whole = self.encoder(patches, self.encoder.positions)
-        return attentive_weights(take(whole[:, 1:], visible), whole[:, 0], temperature=self.config.temperature)
+        order = torch.cat([visible, masked], dim=1)  # what becomes of the masked ones is not needed
+        tokens = self.encoder(take(patches, order), self.encoder.positions[order], num_outputs=visible.shape[1])
+        return attentive_weights(tokens[:, 1:], tokens[:, 0], temperature=self.config.temperature)
 
     def pictures(self, images: Tensor, noise: dict[str, Tensor]) -> Pictures:
         sizes = {"height": self.height, "width": self.width, "patch": self.patch}

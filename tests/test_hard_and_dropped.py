@@ -315,8 +315,8 @@ def test_the_weights_get_no_gradient() -> None:
     views, noise, now = views_of(method), noise_of(method), at(1, method)
     right = gradients_of(method, method(views, noise, now)["loss"])
     patches = patchify(method.normalise(views), patch=method.patch)
-    visible, _ = split(random_tokens(noise["mask"], num_masked=method.num_masked), num_masked=method.num_masked)
-    weights = method.attention(patches, visible)
+    mask = random_tokens(noise["mask"], num_masked=method.num_masked)
+    weights = method.attention(patches, *split(mask, num_masked=method.num_masked))
     assert not weights.requires_grad
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(len(weights)))
     assert weights.std() > 0

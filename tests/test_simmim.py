@@ -697,6 +697,10 @@ def test_fine_tuning_reads_the_mean_and_trains_the_tables(exported: tuple[ViT, P
             "relative positions are those of all 6 patches, not of a part",
         ),
         (
+            lambda: network()(normal(1, N, 48), torch.zeros(N, 24), num_outputs=3),
+            "relative positions are those of all 6 patches, not of a part",
+        ),
+        (
             lambda: network(mask_token=False)(normal(1, N, 48), torch.zeros(N, 24), mask=torch.ones(1, N).bool()),
             "an encoder without a mask token cannot mask",
         ),

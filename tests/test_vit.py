@@ -122,6 +122,16 @@ def test_the_arguments_can_be_read_off_the_shapes(size: str, class_token: bool):
     assert set(expected) - set(found) == {"global_pool", "num_classes"}
 
 
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("num_outputs", [0, 1, 4, N])
+def test_fewer_outputs_are_the_first_of_all(num_outputs: int, class_token: bool):
+    """Queries in the last block are those of the class token and the first patches; the others still answer."""
+    encoder, patches, noise = network(class_token=class_token, drop=0.5), some_patches(), torch.rand(2, 2, 2)
+    whole = encoder(patches, encoder.positions, noise)
+    few = encoder(patches, encoder.positions, noise, num_outputs=num_outputs)
+    close(few, whole[:, : class_token + num_outputs])
+
+
 # What must not matter to the encoder
 
 

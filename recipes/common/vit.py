@@ -296,9 +296,10 @@ class ViT(nn.Module):
         positions: Float[Tensor, "*b k d"],
         noise: Float[Tensor, "b depth 2"] | None = None,
         mask: Bool[Tensor, "b k"] | None = None,
-    ) -> Float[Tensor, "b prefix+k d"]:
+        num_outputs: int | None = None,
+    ) -> Float[Tensor, "b prefix+outputs d"]:
         """Return the tokens after the last block, before the final norm."""
-        if self.relative and patches.shape[1] != self.height * self.width:
+        if self.relative and (patches.shape[1] != self.height * self.width or num_outputs is not None):
             raise ValueError(f"relative positions are those of all {self.height * self.width} patches, not of a part")
         x = self.patch_embed(patches)
         if mask is not None:
@@ -311,7 +312,11 @@ class ViT(nn.Module):
             x = torch.cat([first.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
         for i, block in enumerate(self.blocks):
-            x = block(x, None if noise is None else noise[:, i], bias=bias)
+            asking = None
+            if num_outputs is not None and i == self.depth - 1:
+                asking = self.num_prefix + num_outputs
+                x = x.roll(-asking, dims=1)  # those who ask are at the end
+            x = block(x, None if noise is None else noise[:, i], asking, bias)
         return x
 
     def forward(
@@ -320,7 +325,8 @@ class ViT(nn.Module):
         positions: Float[Tensor, "*b k d"],
         noise: Float[Tensor, "b depth 2"] | None = None,
         mask: Bool[Tensor, "b k"] | None = None,
-    ) -> Float[Tensor, "b prefix+k d"]:
+        num_outputs: int | None = None,
+    ) -> Float[Tensor, "b prefix+outputs d"]:
         """Encode patches: class token first (if there is one), then the patches in the order given.
 
         Args:
@@ -328,8 +334,10 @@ class ViT(nn.Module):
             positions: an embedding per patch, `vit.positions[indices]` as a rule.
             noise: uniform in [0, 1), for drop path; none means that nothing is dropped.
             mask: `True` = the mask token stands in the place of the patch, at its position.
+            num_outputs: return no more than the class token and the first so many patches: in the last block only they
+                ask, all others only answer.
         """
-        return self.norm(self.unnormalised(patches, positions, noise, mask))
+        return self.norm(self.unnormalised(patches, positions, noise, mask, num_outputs))
 
 
 class Predictor(nn.Module):

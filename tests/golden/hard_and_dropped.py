@@ -411,9 +411,10 @@ def droppos_model(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
             patches, read = patchify(images, patch=method.patch), []
             hook = method.encoder.register_forward_hook(lambda _, __, latent, read=read: read.append(latent))
             logits = method.locate(take(patches, visible), visible, found, {})
-            weights = method.attention(patches, visible)
             hook.remove()
-            latent, whole = read
+            (latent,), whole = read, method.encoder(patches, method.encoder.positions)
+            mask = random_tokens(noise["mask"], num_masked=method.num_masked)
+            weights = method.attention(patches, *split(mask, num_masked=method.num_masked))
             golden.close(f"s{k}_latent", torch.cat([latent[:, :1], take(latent[:, 1:], order)], dim=1))
             golden.close(f"s{k}_logits", take(logits, order))
             golden.close(f"s{k}_attn", weights.gather(1, order))
