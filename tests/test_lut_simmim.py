@@ -75,7 +75,7 @@ def test_the_teacher_sees_every_patch_of_both_views_and_no_mask_token() -> None:
     method, views, noise = build(drop_path=0.0)
     before = method.ask_teacher(torch.zeros(2, 64, 16))
     with torch.no_grad():
-        method.teacher[0].mask_token += 1.0
+        method.teacher.get_parameter("0.mask_token").add_(1.0)
     torch.testing.assert_close(method.ask_teacher(torch.zeros(2, 64, 16)), before)
     assert not method.teacher.training
     assert method(views, noise, START)["context"].isfinite()
