@@ -10,6 +10,7 @@ from common.config import Optimisation, Run
 from common.engine import World, parameter_groups, train
 from common.images import Normalise
 from common.pretraining import pretrain
+from mimkit.losses import normalised_patches
 from mimkit.masking import random_tokens
 from mimkit.tokens import patchify, split, take
 
@@ -220,6 +221,7 @@ def test_the_teachers_share_goes_from_its_start_to_its_end(hard: tuple[float, fl
         share = hard[0] + (hard[1] - hard[0]) * (epoch + 1) / epochs
         mask = method.mask(difficulty, {"mask": noise}, at(epoch, method))
         assert (mask.sum(dim=-1) == total).all()
+        assert torch.equal(mask, method.mask(difficulty, {"mask": noise}, at(epoch + 0.9, method)))
         count = int(total * share + 1e-9)
         forced = random_tokens(difficulty, num_masked=count)
         assert (mask | ~forced).all()
@@ -263,6 +265,35 @@ def test_the_teacher_starts_with_what_the_student_predicts_of_the_whole_image() 
     sequence = method.decoder.sequence(latent, every, every[:, :0])
     torch.testing.assert_close(difficulty, method.predictor.predict_mean(sequence, 64))
     assert torch.equal(features, latent[:, 1:])
+
+
+@pytest.mark.parametrize("target", ["pixels", "normalised", "features"])
+def test_the_target_is_that_of_the_masked_patches(target: str) -> None:
+    method = method_of("hpm", target=target)
+    views, noise, now = views_of(method), noise_of(method), at(20, method)
+    patches = patchify(method.normalise(views), patch=method.patch)
+    difficulty, features = method.ask_teacher(patches)
+    _, masked = split(method.mask(difficulty, noise, now), num_masked=method.num_masked)
+    right = {"pixels": patches, "normalised": normalised_patches(patches), "features": 3 * features}[target]
+    method.decoder.predict = lambda *_: take(right, masked)
+    assert method(views, noise, now)["reconstruction"] < 1e-6
+    method.decoder.predict = lambda *_: take(right, masked).flip(1)
+    assert method(views, noise, now)["reconstruction"] > 1e-4
+
+
+def test_pairs_are_right_where_the_predictor_orders_them_as_the_errors_do() -> None:
+    method = method_of("hpm")
+    views, noise, now = views_of(method), noise_of(method), at(0, method)
+    errors = seeded(6, method.num_masked, seed=7)
+    method.errors = lambda *_: errors
+    found = []
+    for prediction in (10 * errors, -errors, seeded(*errors.shape, seed=8)):
+        method.predictor.predict_mean = lambda *_, prediction=prediction: prediction
+        found.append(method(views, noise, now))
+    assert [float(losses["pair_accuracy"]) for losses in found] == pytest.approx([1.0, 0.0, 0.5], abs=0.05)
+    assert found[0]["prediction"] < found[2]["prediction"] < found[1]["prediction"]
+    for losses in found:
+        assert losses["loss"] == pytest.approx(float(losses["reconstruction"] + losses["prediction"]))
 
 
 def test_the_predictor_teaches_the_encoder_but_not_the_errors_it_predicts() -> None:
@@ -363,9 +394,19 @@ def test_a_perfect_answer_is_right_and_a_confident_one_need_not_count() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mask_ratio", "drop_ratio", "anchors", "dropped"),
-    [(0.0, 0.25, 147, 49), (0.75, 0.75, 12, 37), (0.75, 0.95, 2, 47), (0.5, 1.0, 0, 98), (0.25, 0.5, 73, 74)],
+    ("places", "mask_ratio", "drop_ratio", "anchors", "dropped"),
+    [
+        (196, 0.0, 0.25, 147, 49),
+        (196, 0.25, 0.5, 73, 74),
+        (196, 0.5, 1.0, 0, 98),
+        (196, 0.75, 0.75, 12, 37),
+        (196, 0.75, 0.95, 2, 47),
+        (100, 0.9, 0.5, 4, 5),  # 100 · (1 − 0.9) is rounded to below 10
+        (100, 0.0, 0.9, 9, 91),
+    ],
 )
-def test_counts_are_those_of_the_table(mask_ratio: float, drop_ratio: float, anchors: int, dropped: int) -> None:
-    masked, found = droppos.count_dropped(196, mask_ratio, drop_ratio)
-    assert (196 - masked - found, found) == (anchors, dropped)
+def test_counts_are_truncated_in_double_precision(
+    places: int, mask_ratio: float, drop_ratio: float, anchors: int, dropped: int
+) -> None:
+    masked, found = droppos.count_dropped(places, mask_ratio, drop_ratio)
+    assert (places - masked - found, found) == (anchors, dropped)
