@@ -132,6 +132,13 @@ def test_a_folder_that_is_no_run_is_told_in_one_sentence(how: str, sentence: str
         load_method(run)
 
 
+def test_a_run_is_not_resumed_by_another_recipe(run: Path):
+    args = [*SMALL, "--evaluate", "--runs", str(run.parent), "--name", run.name, "--resume"]
+    with pytest.raises(SystemExit) as ended:
+        pretrain(METHODS["simmim"].METHOD, METHODS["simmim"].PRESETS, name="simmim", description=None, args=args)
+    assert ended.value.code == f"simmim: {run} holds a run of mae, which simmim cannot resume: give another --name"
+
+
 # Drawing
 
 

@@ -191,7 +191,7 @@ def prepare(folder: Path, recipe: str, config: Any, *, resume: bool, place: Worl
     """Make the folder of a run, and write there and return its recipe and its configuration.
 
     Raises:
-        ValueError: if a run is there already and is not to be resumed.
+        ValueError: if a run is there already and is not to be resumed, or is that of another recipe.
     """
     files = [folder / name for name in ("checkpoint", "result.json", "metrics.jsonl")]
     started = any(path.exists() and path.stat().st_size for path in files)
@@ -199,6 +199,8 @@ def prepare(folder: Path, recipe: str, config: Any, *, resume: bool, place: Worl
     if started and not resume:
         raise ValueError(f"{folder} holds a run already: go on with --resume, or give another --name")
     settings = {"recipe": recipe, **to_json(config)}
+    if started and (before := report.read_json(folder / "config.json").get("recipe")) != recipe:
+        raise ValueError(f"{folder} holds a run of {before}, which {recipe} cannot resume: give another --name")
     if place.first and not started:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", settings)
