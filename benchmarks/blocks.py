@@ -17,18 +17,25 @@ A row also says whether the block is one graph (it compiles with `fullgraph=True
 whether it runs without reading anything back to the host (it does on the meta device, where there is nothing to read).
 
 Another block is another `yield` in `comparisons`.
+
+A second table has the blocks of HPM and DropPos beside the obvious form of their formulas, most of which take the batch
+at once as well, so that memory counts: `most MB` is the greatest sum of bytes of tensors that live at a time, `kept MB`
+what is kept for the backward pass, which is part of the row then. Another one is another `yield` in `pairs`.
 """
 
+import math
 import os
 import platform
 import random
 import statistics
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))  # recipes are scripts beside this folder, not a package
 
@@ -47,15 +54,21 @@ from mimkit.degrade import (
     zoom_out,
     zoom_out_any_size,
 )
+from mimkit.losses import ranking_loss
+from mimkit.masking import easy_to_hard, random_tokens
+from mimkit.positions import drop_positions, smoothed_targets
 
 import matplotlib.colors
 import numpy as np
+import plain
 import scipy.ndimage
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -258,6 +271,187 @@ def decolorise_hsv(image: Tensor, *, saturation: float) -> Tensor:
     return torch.from_numpy(matplotlib.colors.hsv_to_rgb(hsv)).permute(2, 0, 1)
 
 
+# Blocks of HPM and DropPos
+
+
+@dataclass(frozen=True)
+class Pair:
+    name: str
+    peer: str
+    ours: Callable[[], Tensor | tuple[Tensor, ...]]
+    theirs: Callable[[], Tensor | tuple[Tensor, ...]]
+    inputs: tuple[Tensor, ...]
+    backward: bool = False
+
+
+def pairs() -> Iterator[Pair]:
+    """Every row of the second table, with its tensors."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    difficulty, order = noise(256, 196), noise(256, 196)
+    count = {"num_masked": 147, "num_hard": 37}
+    yield Pair(
+        "easy_to_hard 256 × 196",
+        "NumPy, one image at a time",
+        partial(easy_to_hard, difficulty, order, **count),
+        partial(easy_to_hard_loop, difficulty, order, **count),
+        (difficulty, order),
+    )
+    sigma = torch.tensor(0.75)
+    for side in (14, 32):
+        for peer, form in {"double loop": smoothed_loop, "all pairs at once": plain.smoothed_targets}.items():
+            yield Pair(
+                f"smoothed_targets {side} × {side}",
+                peer,
+                partial(smoothed_targets, sigma, height=side, width=side),
+                partial(form, float(sigma), side=side),
+                (sigma,),
+            )
+    positions, upstream = noise(256, 49, 768), noise(256, 49, 768)
+    drop, token = noise(256, 49).argsort(dim=1) / 49, noise(768).requires_grad_()
+    yield Pair(
+        "drop_positions 256 × 49",
+        "repeat, cat, gather",
+        lambda: with_gradient(dropped_by_where(positions, drop, token), token, upstream),
+        lambda: with_gradient(dropped_by_gather(positions, drop, token), token, upstream),
+        (positions, upstream, drop, token),
+        backward=True,
+    )
+    for images, tokens in ((64, 147), (8, 1024)):
+        prediction, target = noise(images, tokens).requires_grad_(), noise(images, tokens)
+        yield Pair(
+            f"ranking_loss {images} × {tokens}",
+            "matrices of all pairs",
+            partial(ranked, one_ranking_loss, prediction, target),
+            partial(ranked, plain.ranking_loss, prediction, target),
+            (prediction, target),
+            backward=True,
+        )
+
+
+def one_ranking_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """The loss as HPM's recipe divides it."""
+    loss, _, count = ranking_loss(prediction, target)
+    return loss.sum() / count.sum().clamp(min=1)
+
+
+def ranked(loss: Callable[[Tensor, Tensor], Tensor], prediction: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    return with_gradient(loss(prediction, target), prediction)
+
+
+def with_gradient(result: Tensor, leaf: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Run the backward pass too."""
+    return result.detach(), *torch.autograd.grad(result, leaf, upstream)
+
+
+def easy_to_hard_loop(difficulty: Tensor, noise: Tensor, *, num_masked: int, num_hard: int) -> Tensor:
+    masks = []
+    for hard, chance in zip(difficulty.numpy(), noise.numpy(), strict=True):
+        others = hard.argsort()[: len(hard) - num_hard]
+        others = others[chance[others].argsort()]
+        mask = np.ones(len(hard), dtype=bool)
+        mask[others[: len(hard) - num_masked]] = False
+        masks.append(mask)
+    return torch.from_numpy(np.stack(masks))
+
+
+def smoothed_loop(sigma: float, *, side: int) -> Tensor:
+    places = [(row, column) for row in range(side) for column in range(side)]
+    rows = []
+    for row, column in places:
+        weights = [math.exp(-((row - y) ** 2 + (column - x) ** 2) / sigma**2) for y, x in places]
+        total = sum(weights)
+        rows.append([weight / total for weight in weights])
+    return torch.tensor(rows)
+
+
+def dropped_by_where(positions: Tensor, noise: Tensor, token: Tensor) -> Tensor:
+    return drop_positions(positions, random_tokens(noise, num_masked=37), token.expand_as(positions))
+
+
+def dropped_by_gather(positions: Tensor, noise: Tensor, token: Tensor) -> Tensor:
+    batch, _, dim = positions.shape
+    shuffle = noise.argsort(dim=1)
+    restore = shuffle.argsort(dim=1)
+    anchors = positions.gather(1, shuffle[:, :12, None].expand(-1, -1, dim))
+    together = torch.cat([anchors, token.repeat(batch, 37, 1)], dim=1)
+    return together.gather(1, restore[..., None].expand(-1, -1, dim))
+
+
+class Alive(TorchDispatchMode):
+    """Follow the bytes of the tensors that are made while this is on, and of those it is told of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, result)):
+            if isinstance(tensor, Tensor):
+                self.see(tensor.untyped_storage())
+        return result
+
+    def see(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self.known:
+            self.known.add(storage)
+            self.add(storage.nbytes())
+            weakref.finalize(storage, self.add, -storage.nbytes())
+
+    def add(self, size: int) -> None:
+        self.now += size
+        self.most = max(self.most, self.now)
+
+
+def memory(function: Callable[[], Any], inputs: tuple[Tensor, ...]) -> tuple[int, int]:
+    """Most bytes alive, inputs left out, and bytes kept for the backward pass."""
+    given = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in inputs}
+    with Alive() as alive:
+        for tensor in inputs:
+            alive.see(tensor.untyped_storage())
+        function()
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return alive.most - sum(given.values()), sum(kept[place].nbytes() for place in kept.keys() - given.keys())
+
+
+def seconds_of(function: Callable[[], Any], repeats: int) -> float:
+    begin = time.process_time()
+    for _ in range(repeats):
+        function()
+    return (time.process_time() - begin) / repeats
+
+
+def measure_pair(pair: Pair, rounds: int, order: random.Random) -> None:
+    for ours, theirs in zip(tree_leaves(pair.ours()), tree_leaves(pair.theirs()), strict=True):
+        worst = float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max())
+        if ours.shape != theirs.shape or not worst <= 1e-5:
+            raise SystemExit(f"{pair.name} and {pair.peer} differ by {worst:.1e} of the greatest value")
+    sides = {"ours": pair.ours, "theirs": pair.theirs}
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    repeats = {side: max(1, int(0.02 / seconds_of(function, 1))) for side, function in sides.items()}
+    for _ in range(rounds):
+        for side in order.sample(list(sides), len(sides)):
+            times[side].append(seconds_of(sides[side], repeats[side]))
+    ratios = [theirs / ours for ours, theirs in zip(times["ours"], times["theirs"], strict=True)]
+    ours, theirs = (statistics.median(values) * 1e3 for values in times.values())
+    line = f"{pair.name:<26}{pair.peer:<28}{ours:>8.2f}{theirs:>9.2f}"
+    line += f"{statistics.median(ratios):>8.1f}{min(ratios):>8.1f}{max(ratios):>8.1f}"
+    most, kept = zip(*(memory(function, pair.inputs) for function in sides.values()), strict=True)
+    line += "".join(f"{size / 1e6:>10.2f}" for size in most)
+    print(line + ("".join(f"{size / 1e6:>10.2f}" for size in kept) if pair.backward else ""), flush=True)
+
+
 # Checks and times
 
 
@@ -338,6 +532,14 @@ def main() -> None:
     for row in comparisons(settings):
         if not settings.only or any(word in row.name for word in settings.only):
             measure(row, settings.rounds, order)
+    print(
+        f"\n{'block':<26}{'obvious form':<28}{'ours ms':>8}{'form ms':>9}{'ratio':>8}{'min':>8}{'max':>8}"
+        f"{'most MB':>10}{'form':>10}{'kept MB':>10}{'form':>10}"
+    )
+    with torch.enable_grad():
+        for pair in pairs():
+            if not settings.only or any(word in pair.name for word in settings.only):
+                measure_pair(pair, settings.rounds, order)
 
 
 if __name__ == "__main__":
