@@ -532,14 +532,15 @@ def main() -> None:
     for row in comparisons(settings):
         if not settings.only or any(word in row.name for word in settings.only):
             measure(row, settings.rounds, order)
-    print(
-        f"\n{'block':<26}{'obvious form':<28}{'ours ms':>8}{'form ms':>9}{'ratio':>8}{'min':>8}{'max':>8}"
-        f"{'most MB':>10}{'form':>10}{'kept MB':>10}{'form':>10}"
-    )
+    chosen = [pair for pair in pairs() if not settings.only or any(word in pair.name for word in settings.only)]
+    if chosen:
+        print(
+            f"\n{'block':<26}{'obvious form':<28}{'ours ms':>8}{'form ms':>9}{'ratio':>8}{'min':>8}{'max':>8}"
+            f"{'most MB':>10}{'form':>10}{'kept MB':>10}{'form':>10}"
+        )
     with torch.enable_grad():
-        for pair in pairs():
-            if not settings.only or any(word in pair.name for word in settings.only):
-                measure_pair(pair, settings.rounds, order)
+        for pair in chosen:
+            measure_pair(pair, settings.rounds, order)
 
 
 if __name__ == "__main__":
