@@ -71,6 +71,18 @@ def test_the_imagenet_presets_are_those_of_the_papers():
     other = parse(PRESETS["beyond_masking_integrated"], ["--preset", "imagenet"])
     assert (other.optimisation.batch_size, other.optimisation.epochs, other.optimisation.min_lr) == (2048, 300, 1e-5)
     assert (other.network.decoder_dim, other.network.decoder_depth, other.network.decoder_heads) == (384, 4, 6)
+    for name, depth, each, rate in (("hpm", 8, False, 5e-4), ("droppos", 2, True, 1e-3)):
+        found = parse(PRESETS[name], ["--preset", "imagenet"])
+        settings, tuned = found.optimisation, found.finetune
+        assert (settings.batch_size, settings.epochs, settings.warmup_epochs) == (4096, 200, 10)
+        assert (settings.base_lr, settings.weight_decay, settings.betas) == (1.5e-4, 0.05, (0.9, 0.95))
+        assert (settings.clip, settings.clip_each, found.mask_ratio) == (5.0, each, 0.75)
+        assert (found.network.decoder_dim, found.network.decoder_depth, found.network.decoder_heads) == (512, depth, 16)
+        assert (tuned.optimisation.base_lr, tuned.optimisation.layer_decay, tuned.pool) == (rate, 0.8, "mean")
+        assert tuned.train_positions == (name == "hpm")
+    hard, dropped = (PRESETS[name]["imagenet"] for name in ("hpm", "droppos"))
+    assert (hard.hard, hard.momentum, hard.momentum_epochs, hard.target) == ((0, 0.5), (0.999, 0.9999), 100, "pixels")
+    assert (dropped.drop_ratio, dropped.sigma, dropped.temperature, dropped.dropped) == (0.75, (1, 0), 0.1, "learned")
 
 
 @pytest.mark.parametrize(
