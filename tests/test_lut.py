@@ -347,8 +347,9 @@ def test_a_resumed_run_has_the_same_teacher_and_statistics_bit_for_bit(tmp_path)
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """The steps are small: batch norm enlarges what the order of a sum changes."""
+    """The steps are small: batch norm enlarges what the order of a sum changes. It sees whole batches, in one piece."""
     args = [*SMALL, *FEW, "--evaluate", "--device", "cpu", "--runs", tmp_path, "--base-lr", "1e-4"]
+    args += ["--device-batch", "260"]
     torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone")
     recipe("lut", *args, "--name", "one")
     recipe("lut", *args, "--name", "two", before=torchrun)
