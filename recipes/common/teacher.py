@@ -36,14 +36,12 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: Tensor | float) -> 
     old, new = _state(teacher), _state(student)
     if old.keys() != new.keys():
         raise ValueError("teacher and student are not made of the same parts")
-    averaged = [name for name, tensor in old.items() if tensor.is_floating_point()]
-    teachers = [old[name] for name in averaged]
-    steps: list[Tensor] = torch._foreach_sub([new[name] for name in averaged], teachers)  # pyright: ignore
-    share = torch.as_tensor(1 - momentum, dtype=torch.float32, device=steps[0].device)
-    torch._foreach_mul_(steps, share)  # pyright: ignore
-    torch._foreach_add_(teachers, steps)  # pyright: ignore
-    for name in old.keys() - set(averaged):
-        old[name].copy_(new[name])
+    share = torch.as_tensor(1 - momentum, dtype=torch.float32, device=next(iter(old.values())).device)
+    for name, tensor in old.items():
+        if tensor.is_floating_point():
+            tensor.lerp_(new[name], share.to(tensor.dtype))
+        else:
+            tensor.copy_(new[name])
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
