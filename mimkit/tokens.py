@@ -117,6 +117,39 @@ def take(tokens: Shaped[Tensor, "*batch n d"], indices: Int[Tensor, "*batch k"])
     return tokens.gather(-2, indices.unsqueeze(-1).expand(*indices.shape, tokens.shape[-1]))
 
 
+def take_patches(
+    images: Shaped[Tensor, "*batch c H W"], indices: Int[Tensor, "*batch k"], *, patch: int
+) -> Shaped[Tensor, "*batch k {patch}*{patch}*c"]:
+    """Cut some patches out of each image: `take(patchify(images), indices)`, but no other pixel is read.
+
+    Of large images of which a few patches are wanted that saves nearly all the time, of bytes (uint8) the more.
+
+    Args:
+        images: any dtype, channels first; H and W in pixels.
+        indices: in raster order of the patches, each row its own, in any order.
+        patch: side of a patch in pixels; divides H and W.
+
+    Raises:
+        ValueError: if a side of the images is not a multiple of `patch`, or the leading axes differ.
+
+    Example:
+        >>> import torch
+        >>> take_patches(torch.arange(8).view(1, 2, 4), torch.tensor([1]), patch=2)
+        tensor([[2, 3, 6, 7]])
+    """
+    height, width = images.shape[-2:]
+    if patch < 1 or height % patch or width % patch:
+        raise ValueError(f"images of {height} × {width} pixels cannot be cut into patches of {patch} × {patch}")
+    if images.shape[:-3] != indices.shape[:-1]:
+        raise ValueError(f"images {tuple(images.shape)} and indices {tuple(indices.shape)} have different leading axes")
+    columns = width // patch
+    inside = torch.arange(patch, device=indices.device)
+    rows = (indices // max(columns, 1) * patch).unsqueeze(-1) + inside
+    pixels = rows.unsqueeze(-1) * width + ((indices % max(columns, 1) * patch).unsqueeze(-1) + inside).unsqueeze(-2)
+    pixels = pixels.flatten(-3).unsqueeze(-2).expand(*images.shape[:-2], -1)
+    return rearrange(images.flatten(-2).gather(-1, pixels), "... c (k pixel) -> ... k (pixel c)", pixel=patch**2)
+
+
 def put(
     tokens: Shaped[Tensor, "*batch k d"], indices: Int[Tensor, "*batch k"], into: Shaped[Tensor, "*batch n d"]
 ) -> Shaped[Tensor, "*batch n d"]:

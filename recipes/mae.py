@@ -10,6 +10,7 @@ Paper: Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377.
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from common import finetuning
 from common.checkpoint import load_weights, read_foreign
@@ -21,6 +22,7 @@ from common.report import Pictures, grey_out, shown
 from common.vit import initialise_mae
 from mimkit.losses import normalised_patches, squared_error
 from mimkit.masking import random_tokens
+from mimkit.positions import sincos
 from mimkit.tokens import patchify, put, split, take, unpatchify
 
 from torch import Tensor, nn
@@ -32,6 +34,8 @@ class Config:
 
     mask_ratio: float = 0.75
     """share of the patches that is masked"""
+    positions: Literal["absolute", "relative"] = "absolute"
+    """added to the patches; or said to attention by the offsets of each two (iRPE), as LoMaR's paper compares them"""
     weights: Path | None = None
     """start from a published checkpoint of MAE, with or without its decoder"""
     normalise_target: bool = True
@@ -48,7 +52,8 @@ class Config:
 class MAE(nn.Module):
     def __init__(self, config: Config, normalise: Normalise) -> None:
         super().__init__()
-        self.encoder, self.decoder = encoder_and_decoder(config.images, config.network)
+        table = sincos if config.positions == "absolute" else None
+        self.encoder, self.decoder = encoder_and_decoder(config.images, config.network, table=table)
         self.height, self.width, self.patch = self.encoder.height, self.encoder.width, self.encoder.patch
         self.view_size, self.normalise_target = config.images.image_size, config.normalise_target
         self.num_masked = count_masked(self.height * self.width, config.mask_ratio)
@@ -70,7 +75,7 @@ class MAE(nn.Module):
         mask = random_tokens(noise["mask"], num_masked=self.num_masked)
         visible, masked = split(mask, num_masked=self.num_masked)
         # 3. Encode only those that are visible, with their positions.
-        latent = self.encoder(take(patches, visible), self.encoder.positions[visible])
+        latent = self.encode(take(patches, visible), visible)
         # 4. Predict the pixels of those that are masked.
         prediction = self.decoder(latent, visible, masked)
         # 5. Compare with the pixels, normalised per patch.
@@ -79,12 +84,17 @@ class MAE(nn.Module):
             target = normalised_patches(target)
         return {"loss": squared_error(prediction, target).mean()}
 
+    def encode(self, patches: Tensor, visible: Tensor) -> Tensor:
+        """Encode patches where they are; some of a grid are not a smaller grid, even if their number is a square."""
+        encoder = self.encoder
+        return encoder(patches, encoder.positions[visible], buckets=encoder.buckets_of(visible))
+
     def pictures(self, images: Tensor, noise: dict[str, Tensor]) -> Pictures:
         sizes = {"height": self.height, "width": self.width, "patch": self.patch}
         patches = patchify(self.normalise(images), patch=self.patch)
         mask = random_tokens(noise["mask"], num_masked=self.num_masked)
         visible, masked = split(mask, num_masked=self.num_masked)
-        latent = self.encoder(take(patches, visible), self.encoder.positions[visible])
+        latent = self.encode(take(patches, visible), visible)
         target = normalised_patches(patches) if self.normalise_target else patches
         prediction = put(self.decoder(latent, visible, masked), masked, target)
         image, note = self.normalise.unit(images), "prediction: visible patches are the input's"

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*degrees of freedom")
 
 @dataclass
 class Row:
-    """A call of a block: six rows of each tensor, the numbers, and the dtype of the answer to bfloat16.
+    """A call of a block: six rows of each tensor, what has no rows (numbers, tables), the answer's dtype to bfloat16.
 
     A second call of the same block has a word after its name.
     """
@@ -31,6 +31,8 @@ images = seeded(6, 3, 4, 6)
 tokens = seeded(6, 8, 12)
 some = seeded(6, 8, seed=1).argsort(dim=-1)[:, :5]
 mask = seeded(6, 8, seed=2).argsort(dim=-1) < 3
+buckets = (50 * seeded(6, 5, 5, seed=3)).long()
+vectors = (2 * seeded(1, 4, 50, seed=4) - 1).bfloat16().float()
 
 ROWS = {
     "degrade.area_resize": Row([images], {"H": 5, "W": 3}),
@@ -79,11 +81,30 @@ ROWS = {
     "positions.sincos": Row([], {"height": 2, "width": 3, "dim": 8}, torch.float32),
     "positions.sinusoid": Row([], {"height": 2, "width": 3, "dim": 8}, torch.float32),
     "positions.smoothed_targets": Row([3 * seeded(6)], {"height": 2, "width": 3}, torch.float32),
+    "relative.buckets_of": Row([some], {"buckets": buckets[0].repeat(2, 2)}, torch.int64),
+    "relative.contextual_bias": Row([seeded(6, 2, 5, 4)], {"table": vectors, "buckets": buckets[0]}),
+    "relative.contextual_bias of each head": Row(
+        [seeded(6, 3, 5, 4), buckets], {"table": vectors.repeat(3, 1, 1) * torch.tensor([1, 2, 4]).view(3, 1, 1)}
+    ),
+    "relative.contextual_bias of many tokens": Row(
+        [seeded(6, 2, 5, 4)], {"table": vectors[..., :3], "buckets": buckets[0] % 3}
+    ),
+    "relative.contextual_values": Row([seeded(6, 2, 5, 5)], {"table": vectors.transpose(1, 2), "buckets": buckets[0]}),
+    "relative.piecewise_index": Row([20 * seeded(6, 4)], {"alpha": 1.9, "beta": 3.8, "gamma": 15.2}, torch.int64),
+    "relative.relative_bias": Row([buckets], {"table": vectors[0, :, :]}, torch.float32),
+    "relative.relative_buckets": Row([], {"height": 2, "width": 3}, torch.int64),
     "tokens.patchify": Row([images], {"patch": 2}),
     "tokens.put": Row([seeded(6, 5, 12, seed=1), some, tokens]),
     "tokens.split": Row([mask], {"num_masked": 3}, torch.int64),
     "tokens.take": Row([tokens, some]),
+    "tokens.take_patches": Row([images, some % 6], {"patch": 2}),
     "tokens.unpatchify": Row([tokens], {"height": 4, "width": 2, "patch": 2}),
+    "windows.distinct_anchors": Row([seeded(6, 4), seeded(6, 3, seed=1)], {"num_windows": 3}, torch.int64),
+    "windows.random_anchors": Row(
+        [seeded(6, 3, 2)], {"height": 6, "width": 5, "window_height": 2, "window_width": 3}, torch.int64
+    ),
+    "windows.released_pairs": Row([some.unflatten(-1, (5, 1))], {"num_images": 4}, torch.int64),
+    "windows.window_patches": Row([some[:, :2]], {"width": 9, "window_height": 2, "window_width": 3}, torch.int64),
 }
 
 every_block = pytest.mark.parametrize("name", ROWS)
@@ -95,10 +116,11 @@ def block(name: str, *, checked: bool = True) -> Callable[..., tuple[Tensor, ...
     theme, function = name.split()[0].split(".")
     call = getattr(importlib.import_module(f"mimkit.{theme}") if checked else copied(theme), function)
     numbers = ROWS[name].numbers
+    places = [parameter for parameter in inspect.signature(call).parameters if parameter not in numbers]
 
     def answers(*tensors: Tensor, **device: str) -> tuple[Tensor, ...]:
         there = {key: x.to(tensors[0].device) if isinstance(x, Tensor) else x for key, x in numbers.items()}
-        result = call(*tensors, **there, **device)
+        result = call(**dict(zip(places, tensors, strict=False)), **there, **device)
         return result if isinstance(result, tuple) else (result,)
 
     return answers
@@ -113,7 +135,11 @@ def test_every_public_block_has_a_row():
     for path in SOURCES:
         module = importlib.import_module(f"mimkit.{path.stem}")
         functions = inspect.getmembers(module, inspect.isfunction)
-        own = [name for name, function in functions if function.__module__ == module.__name__]
+        own = [
+            name
+            for name, function in functions
+            if function.__module__ == module.__name__ and inspect.signature(function).return_annotation is not int
+        ]
         blocks |= {f"{path.stem}.{name}" for name in own if not name.startswith("_")}
     assert blocks == {name.split()[0] for name in ROWS}
 

@@ -766,6 +766,15 @@ class Normalise(nn.Module):
             raise ValueError(f"images of {images.shape[-3]} channels cannot be normalised by {len(self.mean)} means")
         return (self.unit(images) - self.mean) / self.std
 
+    def patches(self, patches: Tensor) -> Tensor:
+        """Return the same of patches as `mimkit.tokens` cuts them, uint8 or in [0, 1]."""
+        pixels = self.unit(patches).unflatten(-1, (-1, len(self.mean)))  # the channel is fastest
+        return ((pixels - self.mean.flatten()) / self.std.flatten()).flatten(-2)
+
+    def undo_patches(self, patches: Tensor) -> Tensor:
+        """Return normalised patches in [0, 1] again."""
+        return (patches.unflatten(-1, (-1, len(self.mean))) * self.std.flatten() + self.mean.flatten()).flatten(-2)
+
 
 def statistics(source: Source, *, limit: int = 1000) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation per channel, for images in [0, 1]; all images weigh the same.

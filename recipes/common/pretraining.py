@@ -239,13 +239,17 @@ def encoder_and_decoder(
     class_token: bool = True,
     key_bias: bool = True,
     embed_bias: bool = True,
-    table: Callable[..., Tensor] = sincos,
+    table: Callable[..., Tensor] | None = sincos,
 ) -> tuple[ViT, Decoder]:
-    """Build a ViT of a named size and a decoder that predicts the pixels of its patches; see `common.vit`."""
+    """Build a ViT of a named size and a decoder that predicts the pixels of its patches; see `common.vit`.
+
+    Without a table both have contextual relative positions.
+    """
     height, width = grid(images, network)
     shape: dict[str, Any] = {"height": height, "width": width, "class_token": class_token, "key_bias": key_bias}
     shape["table"] = table
-    encoder = ViT(**shape, patch=network.patch, channels=images.channels, **SIZES[network.size])
+    relative = "contextual" if table is None else None
+    encoder = ViT(**shape, patch=network.patch, channels=images.channels, **SIZES[network.size], relative=relative)
     decoder = Decoder(
         **shape,
         encoder_dim=encoder.dim,
@@ -334,9 +338,9 @@ def budget(folder: Path, trained: dict[str, Any], tuned: dict[str, Any], setting
 
 
 def export(path: Path, encoder: ViT, normalise: Normalise) -> None:
-    """Write an encoder under timm's names, with all that is needed to build it again."""
+    """Write an encoder under timm's names, with all that is needed to build it again: by timm, if it has this one."""
     about = {
-        "timm": timm_arguments(encoder),
+        "mimkit" if encoder.relative == "contextual" else "timm": timm_arguments(encoder),
         "mean": normalise.mean.flatten().tolist(),
         "std": normalise.std.flatten().tolist(),
     }
@@ -355,10 +359,11 @@ def load_encoder(
     """Build an encoder from its file, for another image size if need be, and the normalisation of its images.
 
     A table of relative positions that all blocks shared becomes one in each, as fine-tuning wants it: the same network.
+    Contextual ones (LoMaR) fit any size as they are.
 
     Args:
-        path: an exported encoder, or a published checkpoint of the MAE family, SimMIM or BEiT (of square ImageNet
-            images).
+        path: an exported encoder, or a published checkpoint of the MAE family, SimMIM, BEiT or LoMaR (of square
+            ImageNet images).
         image_size: height and width in pixels; positions are resampled where they differ.
         class_token: add a new one (normal, std 0.02, position zero) if the encoder has none.
         drop: drop path of the last block.
@@ -370,10 +375,10 @@ def load_encoder(
     """
     content = read_foreign(path)
     about = read_tensors(path)[1] if path.suffix == ".safetensors" else {}
-    exported = "timm" in about
+    exported = "timm" in about or "mimkit" in about
     prefix = "encoder." if "encoder.patch_embed.proj.weight" in content else ""  # beside the head of its pre-training
     weights = {name.removeprefix(prefix): tensor for name, tensor in content.items() if name.startswith(prefix)}
-    arguments = about["timm"] if exported else timm_arguments_of(weights, path)
+    arguments = about.get("timm", about.get("mimkit")) or timm_arguments_of(weights, path)
     patch, (H, W) = arguments["patch_size"], image_size or arguments["img_size"]
     if H % patch or W % patch:
         raise ValueError(f"images of {H} × {W} pixels are not made of patches of {patch} × {patch}")
@@ -381,6 +386,8 @@ def load_encoder(
     new = {"height": H // patch, "width": W // patch}
     sizes = {**old, "new_height": new["height"], "new_width": new["width"]}
     beit = "use_abs_pos_emb" in arguments  # see `common.vit.in_beit`
+    contextual = arguments.get("relative") == "contextual"
+    own_table = arguments.get("use_rel_pos_bias") or arguments.get("use_shared_rel_pos_bias")
     torch.manual_seed(seed)
     vit = ViT(
         **new,
@@ -392,8 +399,8 @@ def load_encoder(
         class_token=beit or class_token or arguments["class_token"],
         key_bias=not beit,
         drop=drop,
-        table=sincos if arguments.get("use_abs_pos_emb", True) else None,
-        relative="each" if arguments.get("use_rel_pos_bias") or arguments.get("use_shared_rel_pos_bias") else None,
+        table=sincos if arguments.get("use_abs_pos_emb", not contextual) else None,
+        relative="contextual" if contextual else "each" if own_table else None,
         layer_scale=arguments.get("init_values"),
     )
     (initialise_simmim if beit else initialise_mae)(vit)
@@ -401,7 +408,9 @@ def load_encoder(
         table = resize_positions(weights["pos_embed"], **sizes)
         # a class token that the file does not have is new, and its position is zero
         weights["pos_embed"] = nn.functional.pad(table, (0, 0, vit.pos_embed.shape[1] - table.shape[1], 0))
-    if vit.relative:
+    elif contextual:
+        weights.pop("pos_embed", None)  # stored by the published code of LoMaR, which never reads it
+    if vit.relative == "each":
         weights = own_tables(weights, depth=vit.depth, **sizes)
     if scratch:
         weights = {"pos_embed": weights["pos_embed"]} if vit.pos_embed is not None else {}

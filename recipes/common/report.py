@@ -186,16 +186,19 @@ def maps(values: Tensor, *, height: int, width: int) -> Tensor:
     return colours.view(len(values), height, width, 3).movedim(-1, 1)
 
 
-def framed(image: Tensor, row: int, column: int, *, patch: int) -> Tensor:
-    """Draw a frame, white around red, along the border of a patch of an image in [0, 1]; few pixels are enlarged."""
+def framed(image: Tensor, row: int, column: int, *, patch: int, rows: int = 1, columns: int = 1) -> Tensor:
+    """Draw a frame, white around red, along the border of a patch of an image in [0, 1], or of several patches.
+
+    An image of few pixels is enlarged.
+    """
     by = max(1, 224 // min(image.shape[-2:]))
     image = image.expand(3, -1, -1).repeat_interleave(by, dim=1).repeat_interleave(by, dim=2)
     framed, line = image.clone(), max(1, patch * by // 8)
     for colour, depth in (((1.0, 1.0, 1.0), 0), ((1.0, 0.0, 0.0), line), (None, 2 * line)):
-        rows = slice(row * patch * by + depth, (row + 1) * patch * by - depth)
-        columns = slice(column * patch * by + depth, (column + 1) * patch * by - depth)
-        inside = image[:, rows, columns]
-        framed[:, rows, columns] = inside if colour is None else torch.tensor(colour).to(inside).view(3, 1, 1)
+        down = slice(row * patch * by + depth, (row + rows) * patch * by - depth)
+        across = slice(column * patch * by + depth, (column + columns) * patch * by - depth)
+        inside = image[:, down, across]
+        framed[:, down, across] = inside if colour is None else torch.tensor(colour).to(inside).view(3, 1, 1)
     return framed
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any, Literal, cast
 
 from mimkit.positions import resize_table, sincos
+from mimkit.relative import buckets_of, contextual_bias, num_buckets, relative_buckets
+from mimkit.tokens import put, split
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +99,20 @@ class RelativeBias(nn.Module):
         return relative_bias(self)
 
 
+class ContextualTable(nn.Module):
+    """A vector per bucket of relative positions, for all heads, whose product with a query is added to its scores.
+
+    The queries are not scaled. The names are the published code's. Source: LoMaR, arXiv 2206.00790.
+    """
+
+    def __init__(self, dim: int, buckets: int) -> None:
+        super().__init__()
+        self.lookup_table_weight = nn.Parameter(torch.zeros(1, dim, buckets))
+
+    def forward(self, queries: Float[Tensor, "b h k d"], buckets: Int[Tensor, "*b k n"]) -> Float[Tensor, "b h k n"]:
+        return contextual_bias(queries, self.lookup_table_weight, buckets)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention.
 
@@ -104,9 +120,12 @@ class Attention(nn.Module):
         key_bias: False for a bias on queries and values only, as in BEiT.
         grid: rows and columns of patches, for a table of relative positions of its own; it then reads all of them in
             raster order behind a class token.
+        buckets: how many there are of contextual relative positions; 0: there is no table of them.
     """
 
-    def __init__(self, dim: int, heads: int, *, key_bias: bool = True, grid: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, dim: int, heads: int, *, key_bias: bool = True, grid: tuple[int, int] | None = None, buckets: int = 0
+    ) -> None:
         super().__init__()
         if dim % heads:
             raise ValueError(f"width {dim} cannot be shared by {heads} heads")
@@ -119,6 +138,7 @@ class Attention(nn.Module):
         self.own_table = grid is not None
         if grid is not None:
             add_relative_table(self, *grid, heads)
+        self.rpe_k = ContextualTable(dim // heads, buckets) if buckets else None
 
     def qkv_bias(self) -> Float[Tensor, " 3*d"]:
         if self.qkv.bias is not None:
@@ -126,9 +146,16 @@ class Attention(nn.Module):
         return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
     def forward(
-        self, x: Float[Tensor, "b n d"], num_queries: int | None = None, bias: Float[Tensor, "*h n n"] | None = None
+        self,
+        x: Float[Tensor, "b n d"],
+        num_queries: int | None = None,
+        bias: Float[Tensor, "*h n n"] | None = None,
+        buckets: Int[Tensor, "*b n n"] | None = None,
     ) -> Float[Tensor, "b k d"]:
-        """Attend; only the last `num_queries` ask if it is given. `bias` is added to the scores, query by key."""
+        """Attend; only the last `num_queries` ask if it is given.
+
+        `bias` is added to the scores, query by key; of `buckets` what the table and the queries say of them.
+        """
         weight, shift, dim = self.qkv.weight, self.qkv_bias(), x.shape[-1]
         if self.own_table:
             bias = relative_bias(self) if bias is None else bias + relative_bias(self)
@@ -141,6 +168,10 @@ class Attention(nn.Module):
             keys_values = F.linear(x, weight[dim:], shift[dim:])
             k, v = rearrange(keys_values, "b n (two h d) -> two b h n d", two=2, h=self.heads)
             bias = None if bias is None else bias[..., first:, :]
+            buckets = None if buckets is None else buckets[..., first:, :]
+        if self.rpe_k is not None:
+            relative = self.rpe_k(q, buckets)
+            bias = relative if bias is None else bias + relative
         return self.proj(rearrange(attend(q, k, v, bias), "b h k d -> b k (h d)"))
 
 
@@ -158,7 +189,7 @@ class Block(nn.Module):
     """A pre-norm transformer block.
 
     Args:
-        key_bias, grid: see `Attention`.
+        key_bias, grid, buckets: see `Attention`.
         drop: probability to drop a residual branch (needs noise).
         layer_scale: what the factors per channel of the residual branches start with; none: there are no factors.
     """
@@ -175,13 +206,14 @@ class Block(nn.Module):
         drop: float = 0.0,
         layer_scale: float | None = None,
         grid: tuple[int, int] | None = None,
+        buckets: int = 0,
     ) -> None:
         super().__init__()
         if not 0 <= drop < 1:
             raise ValueError(f"drop={drop} is not a probability below 1")
         self.drop = drop
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads, key_bias=key_bias, grid=grid)
+        self.attn = Attention(dim, heads, key_bias=key_bias, grid=grid, buckets=buckets)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
         self.scaled = layer_scale is not None
@@ -195,12 +227,13 @@ class Block(nn.Module):
         noise: Float[Tensor, "b 2"] | None = None,
         num_queries: int | None = None,
         bias: Float[Tensor, "*h n n"] | None = None,
+        buckets: Int[Tensor, "*b n n"] | None = None,
     ) -> Float[Tensor, "b k d"]:
         """Update all tokens, or only the last `num_queries`, which still attend to all of them.
 
-        `bias` is added to the scores of attention, of each query with each key.
+        `bias` is added to the scores of attention, of each query with each key; `buckets` are of relative positions.
         """
-        branch = self.attn(self.norm1(x), num_queries, bias)
+        branch = self.attn(self.norm1(x), num_queries, bias, buckets)
         branch = self.gamma_1 * branch if self.scaled else branch
         x = x if num_queries is None else x[:, x.shape[1] - num_queries :]
         x = x + (branch if noise is None else drop_path(branch, noise[:, 0], self.drop))
@@ -232,8 +265,10 @@ class ViT(nn.Module):
         drop: drop path, rising linearly from 0 in the first block to this in the last.
         table: makes the position table, which is frozen (set `pos_embed.requires_grad` to train it). None: there is no
             such table, `pos_embed` is None and `positions` are zeros.
-        relative: a trained table of relative positions, one that all blocks share, or one in each. It needs a class
-            token and then all patches in raster order.
+        relative: trained tables of relative positions. "shared", "each": of numbers per head and offset, one table that
+            all blocks share or one in each (BEiT); it needs a class token and then all patches in raster order.
+            "contextual": of vectors per bucket of offsets, one table in each block (iRPE, as LoMaR has it); it reads
+            any tokens whose `buckets` are given.
         layer_scale: what the factors per channel of the residual branches start with; none: there are no factors.
         mask_token: whether there is a learned vector to put in the place of masked patches.
     """
@@ -252,12 +287,12 @@ class ViT(nn.Module):
         key_bias: bool = True,
         drop: float = 0.0,
         table: Callable[..., Float[Tensor, "n d"]] | None = sincos,
-        relative: Literal["shared", "each"] | None = None,
+        relative: Literal["shared", "each", "contextual"] | None = None,
         layer_scale: float | None = None,
         mask_token: bool = False,
     ) -> None:
         super().__init__()
-        if relative and not class_token:
+        if relative in ("shared", "each") and not class_token:
             raise ValueError("a table of relative positions needs a class token: three of its rows are for it")
         self.height, self.width, self.patch, self.channels = height, width, patch, channels
         self.dim, self.depth, self.heads = dim, depth, heads
@@ -272,9 +307,15 @@ class ViT(nn.Module):
             positions = F.pad(positions, (0, 0, int(class_token), 0))  # the class token's position is zero
             self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
         self.rel_pos_bias = RelativeBias(height, width, heads) if relative == "shared" else None
+        self.buckets: Tensor | None
+        contextual = relative == "contextual"
+        prefix = self.num_prefix
+        buckets = relative_buckets(height=height, width=width, num_prefix=prefix) if contextual else None
+        self.register_buffer("buckets", buckets, persistent=False)
         drops = torch.linspace(0, drop, depth, device="cpu").tolist()  # numbers, also of a network on the meta device
         options: dict[str, Any] = {"key_bias": key_bias, "layer_scale": layer_scale}
         options["grid"] = (height, width) if relative == "each" else None
+        options["buckets"] = num_buckets(num_prefix=prefix) if contextual else 0
         self.blocks = nn.ModuleList(Block(dim, heads, drop=rate, **options) for rate in drops)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
@@ -290,23 +331,42 @@ class ViT(nn.Module):
             return self.patch_embed.proj.weight.new_zeros(self.height * self.width, self.dim)
         return self.pos_embed[0, self.num_prefix :]
 
+    def buckets_of(self, indices: Int[Tensor, "*b k"]) -> Int[Tensor, "*b prefix+k prefix+k"] | None:
+        """The relative positions of some patches, behind the class token; None if there are none in this encoder."""
+        if self.buckets is None:
+            return None
+        return buckets_of(self.buckets, F.pad(indices + self.num_prefix, (self.num_prefix, 0)))
+
+    def embed(
+        self, patches: Float[Tensor, "b k values"], mask: Bool[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        """Embed patches, and put the mask token where `mask` says so; see `forward`."""
+        x = self.patch_embed(patches)
+        if mask is None:
+            return x
+        if self.mask_token is None:
+            raise ValueError("an encoder without a mask token cannot mask")
+        if mask.shape[1] == patches.shape[1]:
+            return torch.where(mask.unsqueeze(-1), self.mask_token, x)
+        visible, _ = split(mask, num_masked=mask.shape[1] - patches.shape[1])
+        return put(x.to(self.mask_token.dtype), visible, self.mask_token.expand(*mask.shape, -1))
+
     def unnormalised(
         self,
         patches: Float[Tensor, "b k values"],
-        positions: Float[Tensor, "*b k d"],
+        positions: Float[Tensor, "*b n d"] | None,
         noise: Float[Tensor, "b depth 2"] | None = None,
-        mask: Bool[Tensor, "b k"] | None = None,
+        mask: Bool[Tensor, "b n"] | None = None,
         num_outputs: int | None = None,
+        buckets: Int[Tensor, "*b prefix+n prefix+n"] | None = None,
     ) -> Float[Tensor, "b prefix+outputs d"]:
         """Return the tokens after the last block, before the final norm."""
-        if self.relative and (patches.shape[1] != self.height * self.width or num_outputs is not None):
-            raise ValueError(f"relative positions are those of all {self.height * self.width} patches, not of a part")
-        x = self.patch_embed(patches)
-        if mask is not None:
-            if self.mask_token is None:
-                raise ValueError("an encoder without a mask token cannot mask")
-            x = torch.where(mask.unsqueeze(-1), self.mask_token, x)
-        x = x + positions
+        buckets = self.buckets if buckets is None else buckets
+        known = self.height * self.width if buckets is None else buckets.shape[-1] - self.num_prefix
+        if self.relative and ((patches if mask is None else mask).shape[1] != known or num_outputs is not None):
+            raise ValueError(f"relative positions are those of all {known} patches, not of a part")
+        x = self.embed(patches, mask)
+        x = x if positions is None else x + positions
         if self.cls_token is not None:
             first = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
             x = torch.cat([first.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
@@ -316,56 +376,68 @@ class ViT(nn.Module):
             if num_outputs is not None and i == self.depth - 1:
                 asking = self.num_prefix + num_outputs
                 x = x.roll(-asking, dims=1)  # those who ask are at the end
-            x = block(x, None if noise is None else noise[:, i], asking, bias)
+            x = block(x, None if noise is None else noise[:, i], asking, bias, buckets)
         return x
 
     def forward(
         self,
         patches: Float[Tensor, "b k values"],
-        positions: Float[Tensor, "*b k d"],
+        positions: Float[Tensor, "*b n d"] | None,
         noise: Float[Tensor, "b depth 2"] | None = None,
-        mask: Bool[Tensor, "b k"] | None = None,
+        mask: Bool[Tensor, "b n"] | None = None,
         num_outputs: int | None = None,
+        buckets: Int[Tensor, "*b prefix+n prefix+n"] | None = None,
     ) -> Float[Tensor, "b prefix+outputs d"]:
         """Encode patches: class token first (if there is one), then the patches in the order given.
 
         Args:
-            patches: as from `mimkit.tokens.patchify`.
-            positions: an embedding per patch, `vit.positions[indices]` as a rule.
+            patches: as from `mimkit.tokens.patchify`; with a mask all, or only the visible ones, in their order.
+            positions: an embedding per patch, `vit.positions[indices]` as a rule; none: there is no such position.
             noise: uniform in [0, 1), for drop path; none means that nothing is dropped.
             mask: `True` = the mask token stands in the place of the patch, at its position.
             num_outputs: return no more than the class token and the first so many patches: in the last block only they
                 ask, all others only answer.
+            buckets: of contextual relative positions, class token first: those of `mimkit.relative.relative_buckets`
+                for a window, or `vit.buckets_of(indices)` for some patches. None: of all patches in raster order.
+
+        Raises:
+            ValueError: if relative positions are to be those of all patches, and these are not all.
         """
-        return self.norm(self.unnormalised(patches, positions, noise, mask, num_outputs))
+        return self.norm(self.unnormalised(patches, positions, noise, mask, num_outputs, buckets))
 
 
 class Predictor(nn.Module):
     """Transformer blocks, a norm and a linear head: what stands behind every decoder."""
 
-    def __init__(self, dim: int, depth: int, heads: int, outputs: int, *, key_bias: bool = True) -> None:
+    def __init__(
+        self, dim: int, depth: int, heads: int, outputs: int, *, key_bias: bool = True, buckets: int = 0
+    ) -> None:
         super().__init__()
         if depth < 1:
             raise ValueError(f"a decoder of {depth} blocks predicts nothing")
-        self.blocks = nn.ModuleList(Block(dim, heads, key_bias=key_bias) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, heads, key_bias=key_bias, buckets=buckets) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, outputs)
 
-    def predict(self, x: Float[Tensor, "b n d"], num_outputs: int) -> Float[Tensor, "b {num_outputs} outputs"]:
+    def predict(
+        self, x: Float[Tensor, "b n d"], num_outputs: int, buckets: Int[Tensor, "*b n n"] | None = None
+    ) -> Float[Tensor, "b {num_outputs} outputs"]:
         """Predict the last `num_outputs` tokens."""
-        return self.head(self.decode(x, num_outputs))
+        return self.head(self.decode(x, num_outputs, buckets))
 
     def predict_mean(self, x: Float[Tensor, "b n d"], num_outputs: int) -> Float[Tensor, "b {num_outputs}"]:
         """Predict the mean of the outputs, in float32 and at the price of one of them."""
         weight, bias = self.head.weight.float().mean(dim=0), self.head.bias.float().mean()
         return (self.decode(x, num_outputs).float() * weight).sum(dim=-1) + bias
 
-    def decode(self, x: Float[Tensor, "b n d"], num_outputs: int) -> Float[Tensor, "b {num_outputs} d"]:
+    def decode(
+        self, x: Float[Tensor, "b n d"], num_outputs: int, buckets: Int[Tensor, "*b n n"] | None = None
+    ) -> Float[Tensor, "b {num_outputs} d"]:
         """Run the blocks and the norm: in the last block only the last `num_outputs` ask, all others only answer."""
         *blocks, last = self.blocks
         for block in blocks:
-            x = block(x)
-        return self.norm(last(x, num_queries=None if num_outputs == x.shape[1] else num_outputs))
+            x = block(x, buckets=buckets)
+        return self.norm(last(x, num_queries=None if num_outputs == x.shape[1] else num_outputs, buckets=buckets))
 
 
 class Decoder(Predictor):
@@ -381,7 +453,7 @@ class Decoder(Predictor):
         class_token: whether the first token of the encoder is a class token.
         key_bias: False for a bias on queries and values only.
         embed_bias: whether the projection from the encoder has a bias.
-        table: makes the position table, which is frozen.
+        table: makes the position table, which is frozen. None: positions are contextual relative ones, see `ViT`.
     """
 
     def __init__(
@@ -397,14 +469,20 @@ class Decoder(Predictor):
         class_token: bool = True,
         key_bias: bool = True,
         embed_bias: bool = True,
-        table: Callable[..., Float[Tensor, "n d"]] = sincos,
+        table: Callable[..., Float[Tensor, "n d"]] | None = sincos,
     ) -> None:
-        super().__init__(dim, depth, heads, outputs, key_bias=key_bias)
+        count = num_buckets(num_prefix=int(class_token)) if table is None else 0
+        super().__init__(dim, depth, heads, outputs, key_bias=key_bias, buckets=count)
         self.num_prefix = int(class_token)
         self.embed = nn.Linear(encoder_dim, dim, bias=embed_bias)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed: Tensor
-        self.register_buffer("pos_embed", table(height=height, width=width, dim=dim), persistent=False)
+        self.buckets: Tensor | None
+        positions = torch.zeros(height * width, dim) if table is None else table(height=height, width=width, dim=dim)
+        self.register_buffer("pos_embed", positions, persistent=False)
+        prefix = self.num_prefix
+        buckets = relative_buckets(height=height, width=width, num_prefix=prefix) if table is None else None
+        self.register_buffer("buckets", buckets, persistent=False)
 
     def sequence(
         self,
@@ -426,8 +504,11 @@ class Decoder(Predictor):
         visible_too: bool = False,
     ) -> Float[Tensor, "b outputs_n outputs"]:
         """Predict the masked tokens, in the order of `masked`; with `visible_too` the visible ones before them."""
-        x = self.sequence(latent, visible, masked)
-        return self.predict(x, masked.shape[1] + (visible.shape[1] if visible_too else 0))
+        x, buckets = self.sequence(latent, visible, masked), None
+        if self.buckets is not None:
+            order = torch.cat([visible, masked], dim=1) + self.num_prefix
+            buckets = buckets_of(self.buckets, F.pad(order, (self.num_prefix, 0)))
+        return self.predict(x, masked.shape[1] + (visible.shape[1] if visible_too else 0), buckets)
 
 
 class PixelHead(nn.Module):
@@ -521,10 +602,11 @@ SHARED_TABLE, OWN_TABLE = "rel_pos_bias.relative_position_bias_table", "blocks.{
 def timm_state(vit: ViT) -> dict[str, Tensor]:
     """Return the weights under timm's names; those of pre-training alone (the mask token) are left out.
 
-    A plain ViT has the biases of queries and values as one with a key bias of zero.
+    A plain ViT has the biases of queries and values as one with a key bias of zero. An encoder with contextual relative
+    positions, which timm does not have, keeps its names.
     """
     state = {name: tensor.detach() for name, tensor in vit.state_dict().items() if name != "mask_token"}
-    if in_beit(vit):
+    if vit.relative == "contextual" or in_beit(vit):
         return state
     for i, block in enumerate(vit.blocks):
         state[f"blocks.{i}.attn.qkv.bias"] = cast(Block, block).attn.qkv_bias().detach()
@@ -534,7 +616,10 @@ def timm_state(vit: ViT) -> dict[str, Tensor]:
 
 
 def timm_arguments(vit: ViT) -> dict[str, Any]:
-    """Return the arguments with which timm's `VisionTransformer`, or `Beit` (see `in_beit`), is the same network."""
+    """Return the arguments with which timm's `VisionTransformer`, or `Beit` (see `in_beit`), is the same network.
+
+    It has none with contextual relative positions: then one argument more says that they are there.
+    """
     arguments = {
         "img_size": [vit.height * vit.patch, vit.width * vit.patch],
         "patch_size": vit.patch,
@@ -543,6 +628,8 @@ def timm_arguments(vit: ViT) -> dict[str, Any]:
         "depth": vit.depth,
         "num_heads": vit.heads,
     }
+    if vit.relative == "contextual":
+        return arguments | {"class_token": vit.cls_token is not None, "relative": vit.relative}
     if in_beit(vit):
         return arguments | {
             "use_abs_pos_emb": vit.pos_embed is not None,
@@ -562,7 +649,7 @@ def timm_arguments(vit: ViT) -> dict[str, Any]:
 def timm_arguments_of(weights: dict[str, Tensor], source: object) -> dict[str, Any]:
     """Read the same off the shapes of a published encoder of square images; its heads follow from its width.
 
-    Those of an encoder with relative positions (SimMIM, BEiT) follow from their table.
+    Those of an encoder with relative positions (SimMIM, BEiT; LoMaR) follow from their table.
 
     Raises:
         ValueError: if the weights are not those of a plain ViT of a named size, nor of one with relative positions.
@@ -590,7 +677,9 @@ def timm_arguments_of(weights: dict[str, Tensor], source: object) -> dict[str, A
     if kernel is None or kernel.ndim != 4 or table is None or table.ndim != 3 or not blocks:
         raise ValueError(f"{source} is not a plain ViT, which has patch_embed.proj.weight, pos_embed and blocks")
     dim, channels, patch, _ = kernel.shape
+    contextual = weights.get("blocks.0.attn.rpe_k.lookup_table_weight")
     heads = next((size["heads"] for size in SIZES.values() if size["dim"] == dim), None)
+    heads = heads if contextual is None else dim // contextual.shape[1]
     side = math.isqrt(table.shape[1])
     if heads is None or side**2 + ("cls_token" in weights) != table.shape[1]:
         raise ValueError(f"{source}: width {dim} and {table.shape[1]} positions are not those of a known encoder")
@@ -602,7 +691,7 @@ def timm_arguments_of(weights: dict[str, Tensor], source: object) -> dict[str, A
         "depth": 1 + max(blocks),
         "num_heads": heads,
         "class_token": "cls_token" in weights,
-    }
+    } | ({} if contextual is None else {"relative": "contextual"})
 
 
 def resize_positions(

@@ -1,0 +1,138 @@
+"""Windows: small rectangles of the grid, as the indices of their patches (LoMaR). An anchor is the top left patch."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def random_anchors(
+    noise: Float[Tensor, "*batch w 2"], *, height: int, width: int, window_height: int, window_width: int
+) -> Int[Tensor, "*batch w 2"]:
+    """Place windows in the grid, each anywhere inside it, independently of each other.
+
+    Args:
+        noise: uniform in [0, 1); row and column of each window, every place equally likely.
+        height: rows of the grid, in patches.
+        width: columns of the grid, in patches.
+        window_height: rows of a window, in patches, 1 to `height`.
+        window_width: columns of a window, in patches, 1 to `width`.
+
+    Returns:
+        row and column of the top left patch of each window.
+
+    Raises:
+        ValueError: if a window does not fit into the grid, or `noise` does not end in 2.
+
+    Example:
+        >>> random_anchors(torch.tensor([[0.9, 0.0]]), height=4, width=4, window_height=2, window_width=2)
+        tensor([[2, 0]])
+    """
+    if noise.shape[-1] != 2:
+        raise ValueError(
+            f"noise of shape {tuple(noise.shape)} does not end in 2: one value for the row, one for the column"
+        )
+    if not (1 <= window_height <= height and 1 <= window_width <= width):
+        raise ValueError(f"a window of {window_height} × {window_width} does not fit into a grid of {height} × {width}")
+    choices = torch.tensor([height - window_height + 1, width - window_width + 1], device=noise.device)
+    return torch.minimum((noise.float() * choices).long(), choices - 1)
+
+
+def distinct_anchors(
+    row_noise: Float[Tensor, "*batch rows"], column_noise: Float[Tensor, "*batch columns"], *, num_windows: int
+) -> Int[Tensor, "*batch {num_windows} 2"]:
+    """Place windows in the grid so that no two of a row of the batch share their first row or their first column.
+
+    Each is anywhere inside the grid with equal likelihood; windows may still overlap.
+
+    Args:
+        row_noise: uniform in [0, 1), one value per row that can be a window's first: `height` − `window_height` + 1.
+            The windows take those of the smallest noise, in this order.
+        column_noise: the same for the columns.
+        num_windows: 0 to the smaller number of places.
+
+    Returns:
+        row and column of the top left patch of each window.
+
+    Raises:
+        ValueError: if there are more windows than places (the published code gives fewer windows then), or the leading
+            axes differ.
+
+    Example:
+        >>> distinct_anchors(torch.tensor([0.9, 0.1, 0.5]), torch.tensor([0.2, 0.3]), num_windows=2)
+        tensor([[1, 0],
+                [2, 1]])
+
+    Source: LoMaR, arXiv 2206.00790 (published code).
+    """
+    rows, columns = row_noise.shape[-1], column_noise.shape[-1]
+    if row_noise.shape[:-1] != column_noise.shape[:-1]:
+        raise ValueError(
+            f"noise of rows {tuple(row_noise.shape)} and columns {tuple(column_noise.shape)}: leading axes differ"
+        )
+    if not 0 <= num_windows <= min(rows, columns):
+        raise ValueError(
+            f"num_windows={num_windows}: {rows} × {columns} places hold at most {min(rows, columns)} of them"
+        )
+    orders = (noise.argsort(dim=-1, stable=True)[..., :num_windows] for noise in (row_noise, column_noise))
+    return torch.stack(list(orders), dim=-1)
+
+
+def window_patches(
+    anchors: Int[Tensor, "*batch 2"], *, width: int, window_height: int, window_width: int
+) -> Int[Tensor, "*batch {window_height}*{window_width}"]:
+    """Return the patches of each window, in raster order, as indices into the grid.
+
+    `mimkit.tokens.take_patches` reads them from images.
+
+    Args:
+        anchors: row and column of the top left patch of each window.
+        width: columns of the grid, in patches (how many rows it has does not matter).
+        window_height: rows of a window, in patches.
+        window_width: columns of a window, in patches, 1 to `width`.
+
+    Returns:
+        ascending, in 0…`height` · `width` − 1.
+
+    Raises:
+        ValueError: if a window is wider than the grid, or has no patch, or `anchors` does not end in 2.
+
+    Example:
+        >>> window_patches(torch.tensor([1, 2]), width=5, window_height=2, window_width=3)
+        tensor([ 7,  8,  9, 12, 13, 14])
+
+    Source: LoMaR, arXiv 2206.00790.
+    """
+    if anchors.shape[-1] != 2:
+        raise ValueError(f"anchors of shape {tuple(anchors.shape)} do not end in 2: a row and a column")
+    if window_height < 1 or not 1 <= window_width <= width:
+        raise ValueError(f"a window of {window_height} × {window_width} does not fit into a grid of width {width}")
+    rows = anchors[..., :1] + torch.arange(window_height, device=anchors.device)
+    columns = anchors[..., 1:] + torch.arange(window_width, device=anchors.device)
+    return (rows.unsqueeze(-1) * width + columns.unsqueeze(-2)).flatten(-2)
+
+
+def released_pairs(windows: Int[Tensor, "*batch w k"], *, num_images: int) -> Int[Tensor, "*batch {num_images} w k"]:
+    """Give images their windows as the published code of LoMaR pairs them, which is not each image with each window.
+
+    There image n meets window (n + num_images · j) mod w, for j = 0…w − 1: if both counts have a common divisor c, only
+    w / c windows, each c times. To pair each with each, expand `windows` along the images.
+
+    Args:
+        windows: of the whole batch; their patches, or their anchors.
+        num_images: images that share them, of one device.
+
+    Raises:
+        ValueError: if `num_images` is negative.
+
+    Example:
+        >>> released_pairs(torch.tensor([[0], [1]]), num_images=2).squeeze(-1)  # one window each, twice
+        tensor([[0, 0],
+                [1, 1]])
+
+    Source: LoMaR, arXiv 2206.00790 (published code; the paper means every pair).
+    """
+    if num_images < 0:
+        raise ValueError(f"num_images={num_images} is negative")
+    count, device = windows.shape[-2], windows.device
+    slots = num_images * torch.arange(count, device=device)
+    return windows[..., (torch.arange(num_images, device=device)[:, None] + slots) % max(count, 1), :]
