@@ -43,7 +43,7 @@ class Config:
     mask_ratio: float = 0.8
     """share of the patches of a window that is masked, rounded down"""
     positions: Literal["relative", "absolute"] = "relative"
-    """said to attention by the offsets of each two patches (iRPE): a window does not know where it is; or added to them"""
+    """said to attention by the offsets of each two patches (iRPE), so that a window does not know where it is; or added"""
     anchors: Literal["distinct", "independent"] = "distinct"
     """distinct: no two windows of an image share their first row or their first column; independent: anywhere"""
     windows_of: Literal["image", "batch", "release"] = "image"
