@@ -43,7 +43,7 @@ class Config:
     mask_ratio: float = 0.8
     """share of the patches of a window that is masked, rounded down"""
     positions: Literal["relative", "absolute"] = "relative"
-    """said to attention by the offsets of each two patches (iRPE), so that a window does not know where it is; or added"""
+    """said to attention by offsets of each two patches (iRPE), so that a window knows not where it is; or added"""
     anchors: Literal["distinct", "independent"] = "distinct"
     """distinct: no two windows of an image share their first row or their first column; independent: anywhere"""
     windows_of: Literal["image", "batch", "release"] = "image"
@@ -193,9 +193,9 @@ FOLDER = replace(
     finetune=finetuning.FOLDER,
 )
 DIGITS = Config(
-    window_size=5,
+    window_size=4,
     evaluate=("finetune", "scratch"),
-    images=Images(image_size=(40, 40), channels=1, crop_scale=(0.6, 1.0), flip=0.0),
+    images=Images(image_size=(32, 32), channels=1, crop_scale=(0.6, 1.0), flip=0.0),
     network=Network(size="nano", patch=4),
     optimisation=Optimisation(epochs=40, batch_size=64, base_lr=4e-3, warmup_epochs=4),
     finetune=finetuning.DIGITS,

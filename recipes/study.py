@@ -41,6 +41,12 @@ RECIPES = {
     "lut": "lut --evaluate finetune",
     "lut, context": "lut --evaluate finetune --loss context",
     "lut_simmim": "lut_simmim --evaluate finetune",
+    "mae, relative": "mae --evaluate finetune --positions relative",
+    "lomar": "lomar --evaluate finetune",
+    "lomar, absolute": "lomar --evaluate finetune --positions absolute",
+    "lomar, 1 window": "lomar --evaluate finetune --windows 1",
+    "lomar, 2 windows": "lomar --evaluate finetune --windows 2",
+    "lomar, 6 windows": "lomar --evaluate finetune --windows 6 --anchors independent",
 }
 
 
