@@ -258,7 +258,7 @@ def test_the_gradient_of_a_bias_is_the_same_both_ways(monkeypatch: pytest.Monkey
     q, k, v = (normal(2, 3, 5, 8, seed=i) for i in range(3))
     gradients = []
     for plain in (True, False):
-        monkeypatch.setattr(vit, "explicit", lambda *_, plain=plain: plain)
+        monkeypatch.setattr(vit, "explicit", lambda *_, plain=plain, **__: plain)
         bias = normal(3, 5, 5, seed=3).requires_grad_()
         attend(q, k, v, bias).square().sum().backward()
         gradients.append(bias.grad)
