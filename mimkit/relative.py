@@ -28,7 +28,8 @@ def piecewise_index(
         gamma: above `alpha`. iRPE takes 8 · `alpha`.
 
     Returns:
-        numbers from −int(beta) to int(beta), odd in `distance`.
+        numbers from −int(beta) to int(beta), odd in `distance`. (Unless `alpha` itself is rounded to more than `beta`:
+        1.6 with a `beta` of 1.7.)
 
     Raises:
         ValueError: unless 0 < `alpha` < `beta` and `alpha` < `gamma`.
@@ -52,6 +53,14 @@ Method = Literal["product", "rows", "columns", "euclidean", "quantised"]
 
 def num_buckets(*, method: Method = "product", ratio: float = 1.9, num_prefix: int = 1) -> int:
     """Count the entries that a table needs for `relative_buckets` with the same arguments.
+
+    Args:
+        method: of `relative_buckets`, as the others.
+        ratio: above 0.
+        num_prefix: tokens before the patches; they share one bucket.
+
+    Raises:
+        ValueError: if `num_prefix` is negative, `ratio` is not above 0 or the method is another.
 
     Example:
         >>> num_buckets()
@@ -86,6 +95,7 @@ def relative_buckets(
     Args:
         height: rows of the grid, in patches.
         width: columns of the grid, in patches.
+        method: what is numbered.
         ratio: how far distances are told apart, above 0. With 1.9 offsets of 4 and more are alike, so a grid of 7 × 7
             meets every bucket that a larger one can.
         num_prefix: tokens before the patches, a class token say. They share the last bucket, as queries and as keys.
@@ -135,11 +145,16 @@ def buckets_of(buckets: Int[Tensor, "n n"], tokens: Int[Tensor, "*batch k"]) -> 
         buckets: of all tokens, from `relative_buckets`.
         tokens: in 0…n−1, in any order; a class token counts, so patch i is token i + 1 behind one.
 
+    Raises:
+        ValueError: if `buckets` are not those of the same tokens as queries and as keys.
+
     Example:
         >>> buckets_of(relative_buckets(height=1, width=3, num_prefix=0), torch.tensor([0, 2]))
         tensor([[24, 22],
                 [26, 24]])
     """
+    if buckets.shape[-2] != buckets.shape[-1]:
+        raise ValueError(f"buckets {tuple(buckets.shape)} are not square: a row and a column per token")
     return buckets[tokens.unsqueeze(-1), tokens.unsqueeze(-2)]
 
 
@@ -229,6 +244,13 @@ def relative_bias(
 
     It depends on no query, and with heads = 1 it is the same for all of them.
 
+    Args:
+        table: for all heads (heads = 1) or for each.
+        buckets: the same for the whole batch, or with leading axes for tokens that differ from image to image.
+
+    Raises:
+        ValueError: if the table has no number, but a vector per bucket (`contextual_bias` is for these).
+
     Example:
         >>> relative_bias(torch.arange(50.0)[None], relative_buckets(height=1, width=2, num_prefix=0))
         tensor([[[24., 23.],
@@ -236,6 +258,8 @@ def relative_bias(
 
     Source: iRPE, arXiv 2107.14222, equation 11; as in the published code it is added to scaled scores.
     """
+    if table.ndim != 2:
+        raise ValueError(f"a table {tuple(table.shape)} has not one number per head and bucket")
     return table[:, buckets].movedim(0, -3)
 
 
