@@ -141,12 +141,13 @@ class Classifier(nn.Module):
         """Return one vector per image. Without noise no path is dropped."""
         encoder, patches = self.encoder, patchify(self.normalise(images), patch=self.encoder.patch)
         positions, drop_path = encoder.positions, noise.get("drop_path")
+        relative: dict[str, Any] = {}
         if self.select is not None:
             seen = self.select(patches, noise["select"])
-            patches, positions = take(patches, seen), positions[seen]
+            patches, positions, relative["buckets"] = take(patches, seen), positions[seen], encoder.buckets_of(seen)
         if self.pool == "class":
-            return encoder(patches, positions, drop_path)[:, 0]
-        tokens = encoder.unnormalised(patches, positions, drop_path)
+            return encoder(patches, positions, drop_path, **relative)[:, 0]
+        tokens = encoder.unnormalised(patches, positions, drop_path, **relative)
         return self.fc_norm(tokens[:, encoder.num_prefix :].mean(dim=1))
 
     def forward(self, batch: tuple[Tensor, Tensor], noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
