@@ -36,6 +36,7 @@ from mimkit.tokens import patchify, put, split, take, unpatchify
 
 import beyond_masking as beyond_masking_tasks
 import beyond_masking_integrated as beyond_masking
+import checks_lomar  # noqa: F401 (its checks)
 import checks_lut  # noqa: F401 (its checks)
 import checks_simmim  # noqa: F401 (its checks)
 import hard_and_dropped  # noqa: F401 (its checks)
