@@ -2,7 +2,7 @@
 
 import re
 
-from mimkit.tokens import patchify, put, split, take, unpatchify
+from mimkit.tokens import patchify, put, split, take, take_patches, unpatchify
 
 import pytest
 import torch
@@ -28,6 +28,16 @@ def tokens_and_indices(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     tokens = draw(uniforms(n, d))
     order = seeded(*tokens.shape[:-1], seed=draw(st.integers(0, 99))).argsort(dim=-1)
     return tokens, order[..., : draw(st.integers(0, n))]
+
+
+@st.composite
+def patches_to_take(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
+    """Images of some dtype, indices of up to 5 of their patches, repeated ones among them, and the patch."""
+    pictures, height, width, patch = draw(images_to_cut())
+    dtype = draw(st.sampled_from([torch.uint8, torch.int64, torch.bool, torch.float32, torch.bfloat16, torch.float64]))
+    count = draw(st.integers(0, 5 if height * width else 0))
+    indices = seeded(*pictures.shape[:-3], count, seed=draw(st.integers(0, 99))) * height * width
+    return (255 * pictures).to(dtype), indices.long(), patch
 
 
 @fast
@@ -132,6 +142,40 @@ def test_take_may_repeat_a_token():
     assert take(torch.tensor([[1], [2]]), torch.tensor([1, 1, 0])).tolist() == [[2], [2], [1]]
 
 
+@fast
+@given(patches_to_take())
+def test_patches_taken_from_images_are_those_taken_from_all_of_them(arguments):
+    pictures, indices, patch = arguments
+    patches = take_patches(pictures, indices, patch=patch)
+    assert patches.dtype == pictures.dtype
+    assert patches.equal(take(patchify(pictures, patch=patch), indices))
+
+
+@fast
+@given(images_to_cut())
+def test_all_patches_taken_in_raster_order_are_the_image_cut_into_patches(arguments):
+    pictures, height, width, patch = arguments
+    everywhere = torch.arange(height * width).expand(*pictures.shape[:-3], -1)
+    assert take_patches(pictures, everywhere, patch=patch).equal(patchify(pictures, patch=patch))
+
+
+@fast
+@given(patches_to_take())
+def test_pixels_of_patches_that_are_not_taken_do_not_matter_and_get_no_gradient(arguments):
+    pictures, indices, patch = arguments
+    pictures = pictures.float()
+    (H, W), n = pictures.shape[-2:], pictures.shape[-2:].numel() // patch**2
+    taken = (indices.unsqueeze(-1) == torch.arange(n)).sum(dim=-2)  # how often
+    values = taken.unsqueeze(-1).expand(*taken.shape, patch**2 * pictures.shape[-3])
+    times = unpatchify(values, height=H // patch, width=W // patch, patch=patch)
+    broken = pictures.masked_fill(times == 0, torch.nan).requires_grad_()
+    patches = take_patches(broken, indices, patch=patch)
+    assert patches.equal(take_patches(pictures, indices, patch=patch))
+    patches.sum().backward()
+    assert broken.grad is not None
+    assert broken.grad.equal(times.float())
+
+
 def test_gradients_of_take_and_put_reach_only_their_tokens():
     tokens, into = seeded(3, 2).requires_grad_(), seeded(4, 2).requires_grad_()
     put(take(tokens, torch.tensor([2, 0])), torch.tensor([3, 1]), into).sum().backward()
@@ -193,6 +237,24 @@ def places(*shape: int) -> Tensor:
             {},
             "tokens (2, 3, 4) and indices (1,) have different leading axes",
         ),
+        *[
+            (
+                "take_patches",
+                [zeros(1, *size), places(3)],
+                {"patch": patch},
+                f"images of {size[0]} × {size[1]} pixels cannot be cut into patches of {patch} × {patch}",
+            )
+            for size, patch in (((3, 4), 2), ((4, 3), 2), ((4, 4), 0), ((4, 4), -2))
+        ],
+        *[
+            (
+                "take_patches",
+                [zeros(2, 1, 4, 4), places(*shape)],
+                {"patch": 2},
+                f"images (2, 1, 4, 4) and indices {shape} have different leading axes",
+            )
+            for shape in ((3, 1), (1,))
+        ],
         (
             "put",
             [zeros(2, 1, 4), places(3, 1), zeros(3, 3, 4)],
