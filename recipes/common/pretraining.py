@@ -408,8 +408,6 @@ def load_encoder(
         table = resize_positions(weights["pos_embed"], **sizes)
         # a class token that the file does not have is new, and its position is zero
         weights["pos_embed"] = nn.functional.pad(table, (0, 0, vit.pos_embed.shape[1] - table.shape[1], 0))
-    elif contextual:
-        weights.pop("pos_embed", None)  # stored by the published code of LoMaR, which never reads it
     if vit.relative == "each":
         weights = own_tables(weights, depth=vit.depth, **sizes)
     if scratch:
