@@ -94,8 +94,8 @@ class LoMaR(nn.Module):
         if size < 1 or places < 1:
             raise ValueError(f"--window-size {size} does not fit into a grid of {self.height} × {self.width} patches")
         if count < 1 or (config.anchors == "distinct" and count > places):
-            raise ValueError(f"--windows {count}: {places} have a first row and a first column of their own")
-        masked = int(size**2 * config.mask_ratio)
+            raise ValueError(f"--windows {count}: 1 to {places} have a first row and a first column of their own")
+        masked = int(size**2 * config.mask_ratio) if 0 < config.mask_ratio < 1 else 0
         if not 0 < masked < size**2:
             raise ValueError(f"--mask-ratio {config.mask_ratio} of {size**2} patches does not leave both kinds")
         return count, size, masked
