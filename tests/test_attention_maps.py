@@ -31,7 +31,14 @@ def small(**more) -> ViT:
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"class_token": False}, {"key_bias": False, "relative": "each"}, {"relative": "shared"}]
+    "more",
+    [
+        {},
+        {"class_token": False},
+        {"key_bias": False, "relative": "each"},
+        {"relative": "shared"},
+        {"relative": "contextual", "table": None},
+    ],
 )
 def test_the_attention_times_the_values_is_what_the_last_block_computes(more):
     vit, patches, seen = small(**more), patchify(seeded(2, 3, 8, 12), patch=4), []

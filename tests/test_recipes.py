@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from common.pretraining import pretrain
 import beyond_masking_integrated
 import droppos
 import hpm
+import lomar
 import mae
 import numpy as np
 import pytest
@@ -40,6 +42,7 @@ RECIPES = {
     "simmim": [],
     "lut": ["--head-width", "64"],
     "lut_simmim": ["--head-width", "64"],
+    "lomar": ["--window-size", "2", "--windows", "2"],
 }
 
 
@@ -74,7 +77,7 @@ def kept(folder: Path) -> dict[str, torch.Tensor]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, str]]:
     """Run a recipe as a user does, once for all tests; its folder and what it printed."""
     wanted = {"mae": ["finetune", "linear", "knn", "nonlinear"]}
-    wanted |= {name: ["finetune"] for name in ("beyond_masking", "lut", "hpm", "droppos")}
+    wanted |= {name: ["finetune"] for name in ("beyond_masking", "lut", "hpm", "droppos", "lomar")}
     wanted |= {"simmim": ["finetune", "scratch", "linear", "knn", "nonlinear"]}
 
     @functools.cache
@@ -186,14 +189,15 @@ def test_a_run_that_was_killed_is_resumed_bit_for_bit(tmp_path: Path) -> None:
     assert [r["loss"] for r in metrics(tmp_path / "whole")] == [r["loss"] for r in metrics(tmp_path / "cut")]
 
 
-@pytest.mark.parametrize("name", ["mae", "hpm"])
+@pytest.mark.parametrize("name", ["mae", "hpm", "lomar"])
 def test_two_processes_equal_one(name: str, finished: Any, tmp_path: Path) -> None:
-    """Also of HPM, though its ranking loss is a quotient: all pieces have as many pairs. DropPos divides by the weights
-    of a piece, and these differ, as in the published code; see `test_hard_and_dropped.py`."""
+    """Also of HPM, though its ranking loss is a quotient: all pieces have as many pairs. Images of LoMaR have windows of
+    their own. DropPos divides by the weights of a piece, and these differ, as in the published code; see
+    `test_hard_and_dropped.py`."""
     one, _ = finished(name)
-    args = [*SMALL, "--evaluate", "--device", "cpu", "--runs", tmp_path]
+    args = [*RECIPES[name], *SMALL, "--evaluate", "--device", "cpu", "--runs", tmp_path]
     torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone")
-    for run, cut in {"mae": [("two", []), ("pieces", [65])], "hpm": [("pieces", [65])]}[name]:
+    for run, cut in {"mae": [("two", []), ("pieces", [65])]}.get(name, [("pieces", [65])]):
         recipe(name, *args, "--name", run, *(["--device-batch", *cut] if cut else []), before=torchrun)
         for key, tensor in weights(one).items():
             torch.testing.assert_close(weights(tmp_path / run)[key], tensor, rtol=1e-4, atol=1e-5)
@@ -204,11 +208,11 @@ def test_two_processes_equal_one(name: str, finished: Any, tmp_path: Path) -> No
                 torch.testing.assert_close(kept(tmp_path / run)[key], tensor, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["mae", "beyond_masking_integrated", "simmim", "hpm", "droppos"])
+@pytest.mark.parametrize("name", ["mae", "beyond_masking_integrated", "simmim", "hpm", "droppos", "lomar"])
 def test_compiled_equals_eager_in_one_graph_for_the_whole_training(name: str, finished: Any, tmp_path: Path) -> None:
     eager, _ = finished(name)
     strict = "import torch, sys, runpy; torch._dynamo.config.error_on_recompile = True; del sys.argv[0]; "
-    if name in ("hpm", "droppos"):  # the graphs are large: captured here, lowered in `forms_of_tasks.py`
+    if name in ("hpm", "droppos", "lomar"):  # the graphs are large: captured here, lowered in `forms_of_….py`
         strict += "import functools; torch.compile = functools.partial(torch.compile, backend='eager'); "
     strict += "sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0]); runpy.run_path(sys.argv[0], run_name='__main__')"
     args = [*RECIPES[name], *SMALL, "--evaluate", "--device", "cpu", "--runs", tmp_path]
@@ -241,6 +245,8 @@ def test_every_form_of_a_task_is_one_graph_that_waits_for_nothing() -> None:
         (beyond_masking_integrated.Integrated, beyond_masking_integrated.DIGITS),
         (hpm.HPM, hpm.DIGITS),
         (droppos.DropPos, droppos.DIGITS),
+        (lomar.LoMaR, lomar.DIGITS),
+        (mae.MAE, replace(mae.DIGITS, positions="relative")),
     ],
 )
 def test_a_step_never_waits_for_the_device(make: Any, digits: Any) -> None:
