@@ -184,6 +184,24 @@ def test_a_window_knows_nothing_of_the_others():
         close(one, together[window::3])
 
 
+@pytest.mark.parametrize("normalise_target", [True, False])
+def test_the_loss_is_the_squared_error_of_the_masked_patches_of_all_windows(normalise_target: bool):
+    made = method(normalise_target=normalise_target)
+    images, noise = pictures_for(made, 3), noise_of(made, 3)
+    loss, predicted = predictions(made, images, noise)
+    errors = []
+    for row, (image, window) in enumerate((i, j) for i in range(3) for j in range(2)):
+        top, left = made.anchors(noise)[image, window].tolist()
+        mask = random_tokens(noise["mask"][image, window], num_masked=made.num_masked)
+        for guess, place in zip(predicted[row], mask.nonzero().flatten().tolist(), strict=True):
+            H, W = (top + place // SIDE) * PATCH, (left + place % SIDE) * PATCH
+            patch = (images[image, :, H : H + PATCH, W : W + PATCH].movedim(0, -1).flatten() - 0.4) / 0.2
+            if normalise_target:
+                patch = (patch - patch.mean()) / (patch.var() + 1e-6).sqrt()
+            errors.append((guess - patch).square().mean())
+    close(loss, torch.stack(errors).mean())
+
+
 @pytest.mark.parametrize("positions", ["relative", "absolute"])
 def test_masked_pixels_do_not_leak_into_what_is_predicted(positions: Any):
     made = method(windows=1, positions=positions)

@@ -191,8 +191,8 @@ def test_a_run_that_was_killed_is_resumed_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["mae", "hpm", "lomar"])
 def test_two_processes_equal_one(name: str, finished: Any, tmp_path: Path) -> None:
-    """Also of HPM, though its ranking loss is a quotient: all pieces have as many pairs. Images of LoMaR have windows of
-    their own. DropPos divides by the weights of a piece, and these differ, as in the published code; see
+    """Also of HPM, though its ranking loss is a quotient: all pieces have as many pairs. Each image of LoMaR has
+    windows of its own. DropPos divides by the weights of a piece, and these differ, as in the published code; see
     `test_hard_and_dropped.py`."""
     one, _ = finished(name)
     args = [*RECIPES[name], *SMALL, "--evaluate", "--device", "cpu", "--runs", tmp_path]
