@@ -7,6 +7,7 @@ A run that has its result is not run again, and one that was interrupted is resu
 """
 
 import json
+import re
 import shlex
 import statistics
 import subprocess
@@ -92,7 +93,7 @@ def line(title: str, accuracies: list[float], loss: str) -> str:
 
 
 def folder(row: str, seed: int, study: Study) -> Path:
-    return study.runs / f"{row.replace(', ', '_')}-{seed}"
+    return study.runs / f"{re.sub(r'\W+', '_', row)}-{seed}"
 
 
 def run(row: str, seed: int, study: Study) -> None:
