@@ -133,6 +133,15 @@ def test_with_absolute_positions_a_shift_changes_what_is_predicted(arguments):
     assert same == (shift == (0, 0))
 
 
+def test_offsets_in_a_window_are_those_of_its_patches_in_the_whole_grid():
+    made = method(windows=4)
+    windows = made.patches_of(made.anchors(noise_of(made)))
+    in_the_grid = made.encoder.buckets_of(windows)
+    assert in_the_grid is not None
+    assert isinstance(made.buckets, Tensor)
+    assert in_the_grid.equal(made.buckets.expand(2, 4, -1, -1))
+
+
 def test_the_place_of_a_patch_within_its_window_does_matter():
     made = method()
     images, noise = pictures_for(made), noise_of(made)
