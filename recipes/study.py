@@ -93,7 +93,7 @@ def line(title: str, accuracies: list[float], loss: str) -> str:
 
 
 def folder(row: str, seed: int, study: Study) -> Path:
-    return study.runs / f"{re.sub(r'\W+', '_', row)}-{seed}"
+    return study.runs / f"{re.sub('[ ,]+', '_', row)}-{seed}"
 
 
 def run(row: str, seed: int, study: Study) -> None:
