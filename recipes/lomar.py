@@ -28,7 +28,6 @@ from mimkit.tokens import put, split, take, take_patches, unpatchify
 from mimkit.windows import distinct_anchors, random_anchors, released_pairs, window_patches
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -165,18 +164,15 @@ class LoMaR(nn.Module):
             )
         filled = self.normalise.undo_patches(put(prediction.to(patches.dtype), masked, patches))
 
-        def enlarged(crop: Tensor) -> Tensor:
-            return F.interpolate(crop, size=image.shape[-2:], mode="nearest")
-
         window = unpatchify(pixels, **side)
         place = {"patch": self.patch, "rows": self.size, "columns": self.size}
         columns = {
             "image": torch.stack(
                 [framed(one, *anchor, **place) for one, anchor in zip(image, anchors.tolist(), strict=True)]
             ),
-            "window": enlarged(window),
-            "seen": enlarged(grey_out(window, mask, **side)),
-            "reconstruction": enlarged(unpatchify(filled, **side)),
+            "window": window,
+            "seen": grey_out(window, mask, **side),
+            "reconstruction": unpatchify(filled, **side),
         }
         return Pictures(columns, note)
 

@@ -518,11 +518,6 @@ def test_mae_with_relative_positions_learns_all_its_weights_and_can_be_drawn():
 # Pictures
 
 
-def twice(crop: Tensor) -> Tensor:
-    """A window of 3 × 3 in an image of 6 × 9 patches, enlarged to it."""
-    return crop.repeat_interleave(2, dim=-2).repeat_interleave(3, dim=-1)
-
-
 @pytest.mark.parametrize("normalise_target", [True, False])
 def test_a_picture_shows_image_window_what_is_seen_and_a_reconstruction(normalise_target: bool):
     made = method(normalise_target=normalise_target)
@@ -534,8 +529,8 @@ def test_a_picture_shows_image_window_what_is_seen_and_a_reconstruction(normalis
     mask = random_tokens(noise["mask"][:, 0], num_masked=made.num_masked)
     for i, (top, left) in enumerate(made.anchors(noise)[:, 0].tolist()):
         rows, columns = (slice(first * PATCH, (first + SIDE) * PATCH) for first in (top, left))
-        window = twice(images[i, :, rows, columns])
-        hidden = twice(mask[i].view(1, SIDE, SIDE).repeat_interleave(PATCH, -2).repeat_interleave(PATCH, -1))
+        window = images[i, :, rows, columns]
+        hidden = mask[i].view(1, SIDE, SIDE).repeat_interleave(PATCH, -2).repeat_interleave(PATCH, -1)
         close(drawn.columns["window"][i], window)
         close(drawn.columns["seen"][i], window.masked_fill(hidden, 0.5))
         reconstruction = drawn.columns["reconstruction"][i]
