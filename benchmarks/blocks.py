@@ -25,11 +25,9 @@ what is kept for the backward pass, which is part of the row then. Another one i
 
 import math
 import os
-import platform
 import random
 import statistics
 import sys
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -65,6 +63,7 @@ import scipy.ndimage
 import torch
 import torch.nn.functional as F
 import tyro
+from measuring import chosen_device, in_rounds, print_circumstances, seconds_of
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -282,6 +281,7 @@ class Pair:
     theirs: Callable[[], Tensor | tuple[Tensor, ...]]
     inputs: tuple[Tensor, ...]
     backward: bool = False
+    tolerance: float = 1e-5  # of the greatest value
 
 
 def pairs() -> Iterator[Pair]:
@@ -342,9 +342,9 @@ def ranked(loss: Callable[[Tensor, Tensor], Tensor], prediction: Tensor, target:
     return with_gradient(loss(prediction, target), prediction)
 
 
-def with_gradient(result: Tensor, leaf: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, ...]:
+def with_gradient(result: Tensor, leaves: Tensor | tuple[Tensor, ...], upstream: Any = None) -> tuple[Tensor, ...]:
     """Run the backward pass too."""
-    return result.detach(), *torch.autograd.grad(result, leaf, upstream)
+    return result.detach(), *torch.autograd.grad(result, leaves, upstream)
 
 
 def easy_to_hard_loop(difficulty: Tensor, noise: Tensor, *, num_masked: int, num_hard: int) -> Tensor:
@@ -425,31 +425,34 @@ def memory(function: Callable[[], Any], inputs: tuple[Tensor, ...]) -> tuple[int
     return alive.most - sum(given.values()), sum(kept[place].nbytes() for place in kept.keys() - given.keys())
 
 
-def seconds_of(function: Callable[[], Any], repeats: int) -> float:
-    begin = time.process_time()
-    for _ in range(repeats):
-        function()
-    return (time.process_time() - begin) / repeats
+def check_pair(pair: Pair) -> None:
+    for ours, theirs in zip(tree_leaves(pair.ours()), tree_leaves(pair.theirs()), strict=True):
+        worst = float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max())
+        if ours.shape != theirs.shape or not worst <= pair.tolerance:
+            raise SystemExit(f"{pair.name} and {pair.peer} differ by {worst:.1e} of the greatest value")
 
 
 def measure_pair(pair: Pair, rounds: int, order: random.Random) -> None:
-    for ours, theirs in zip(tree_leaves(pair.ours()), tree_leaves(pair.theirs()), strict=True):
-        worst = float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max())
-        if ours.shape != theirs.shape or not worst <= 1e-5:
-            raise SystemExit(f"{pair.name} and {pair.peer} differ by {worst:.1e} of the greatest value")
-    sides = {"ours": pair.ours, "theirs": pair.theirs}
-    times: dict[str, list[float]] = {side: [] for side in sides}
-    repeats = {side: max(1, int(0.02 / seconds_of(function, 1))) for side, function in sides.items()}
-    for _ in range(rounds):
-        for side in order.sample(list(sides), len(sides)):
-            times[side].append(seconds_of(sides[side], repeats[side]))
+    check_pair(pair)
+    sides, device = {"ours": pair.ours, "theirs": pair.theirs}, pair.inputs[0].device
+    least = 1 if device.type == "cpu" else 20
+    repeats = {side: max(least, int(0.02 / seconds_of(function, 1, device))) for side, function in sides.items()}
+    clocks = {side: partial(seconds_of, function, repeats[side], device) for side, function in sides.items()}
+    times = in_rounds(clocks, rounds, order)
     ratios = [theirs / ours for ours, theirs in zip(times["ours"], times["theirs"], strict=True)]
     ours, theirs = (statistics.median(values) * 1e3 for values in times.values())
     line = f"{pair.name:<26}{pair.peer:<28}{ours:>8.2f}{theirs:>9.2f}"
-    line += f"{statistics.median(ratios):>8.1f}{min(ratios):>8.1f}{max(ratios):>8.1f}"
+    line += "".join(f"{ratio:>8.2f}" for ratio in (statistics.median(ratios), min(ratios), max(ratios)))
     most, kept = zip(*(memory(function, pair.inputs) for function in sides.values()), strict=True)
     line += "".join(f"{size / 1e6:>10.2f}" for size in most)
     print(line + ("".join(f"{size / 1e6:>10.2f}" for size in kept) if pair.backward else ""), flush=True)
+
+
+def print_pair_header() -> None:
+    print(
+        f"\n{'block':<26}{'obvious form':<28}{'ours ms':>8}{'form ms':>9}{'ratio':>8}{'min':>8}{'max':>8}"
+        f"{'most MB':>10}{'form':>10}{'kept MB':>10}{'form':>10}"
+    )
 
 
 # Checks and times
@@ -482,19 +485,14 @@ def reads_nothing_back(row: Comparison) -> bool:
     return answer.is_meta
 
 
-def seconds(function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> float:
-    begin = time.process_time()
-    function(*tensors)
-    return time.process_time() - begin
-
-
 def measure(row: Comparison, rounds: int, order: random.Random) -> None:
     check_parity(row)
     sides = {"ours": row.ours, "theirs": row.theirs}
-    times: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(rounds):
-        for side in order.sample(list(sides), len(sides)):
-            times[side].append(seconds(sides[side], row.tensors))
+    clocks = {
+        side: partial(seconds_of, partial(function, *row.tensors), 1, torch.device("cpu"))
+        for side, function in sides.items()
+    }
+    times = in_rounds(clocks, rounds, order)
     ratios = [theirs / ours for ours, theirs in zip(times["ours"], times["theirs"], strict=True)]
     ours, theirs = (statistics.median(values) * 1e3 for values in times.values())
     line = f"{row.name:<20}{row.peer:<24}{ours:>8.1f}{theirs:>10.1f}"
@@ -506,21 +504,10 @@ def yes(answer: bool) -> str:
     return "yes" if answer else "NO"
 
 
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 @torch.no_grad()
 def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
-    torch.set_num_threads(1)  # two threads that wait for each other in turns measure the waiting
-    print("python", *sys.argv)
-    print(f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}")
-    print(f"{cpu_name()}, 1 thread, load average {' '.join(f'{load:.1f}' for load in os.getloadavg())}")
+    print_circumstances(chosen_device("cpu"), "torch", "numpy")
     H, W = settings.size
     pages = f"THP_MEM_ALLOC_ENABLE={os.environ['THP_MEM_ALLOC_ENABLE']}"
     print(f"{settings.images} images of 3 × {H} × {W}, float32, {settings.rounds} rounds, {pages}\n")
@@ -534,10 +521,7 @@ def main() -> None:
             measure(row, settings.rounds, order)
     chosen = [pair for pair in pairs() if not settings.only or any(word in pair.name for word in settings.only)]
     if chosen:
-        print(
-            f"\n{'block':<26}{'obvious form':<28}{'ours ms':>8}{'form ms':>9}{'ratio':>8}{'min':>8}{'max':>8}"
-            f"{'most MB':>10}{'form':>10}{'kept MB':>10}{'form':>10}"
-        )
+        print_pair_header()
     with torch.enable_grad():
         for pair in chosen:
             measure_pair(pair, settings.rounds, order)

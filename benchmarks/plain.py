@@ -1,4 +1,4 @@
-"""Training steps as one wrote them in 2021 to 2023: MAE, HPM and DropPos, literally from the formulas of their papers.
+"""Training steps as one wrote them in 2021 to 2023: MAE, HPM, DropPos, LoMaR, literally from the papers' formulas.
 
 All patches of an image are convolved and those needed are gathered, attention is three operations, heads predict all
 tokens, a teacher is a copy of everything. Where a paper leaves a choice, the faster plain form is taken.
@@ -9,6 +9,7 @@ done without changing the algorithm: another call for attention, and no pixels f
 """
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -21,37 +22,71 @@ GRID = SIDE // PATCH
 NUM_PATCHES = GRID**2
 NUM_VISIBLE = int(NUM_PATCHES * (1 - 0.75))
 NUM_MASKED = NUM_PATCHES - NUM_VISIBLE
+WINDOW, NUM_WINDOWS = 7, 4  # patches along a side of a window; windows of an image
+NUM_MASKED_OF_WINDOW = int(WINDOW**2 * 0.8)
 NUM_ANCHORS = int(NUM_VISIBLE * (1 - 0.75))  # visible patches that keep their position
 PIXELS = PATCH**2 * 3  # values of a patch
 CLIP = 5.0
 
 
 class Block(nn.Module):
-    def __init__(self, dim: int, heads: int, *, fused_attention: bool) -> None:
+    def __init__(self, dim: int, heads: int, *, fused_attention: bool, relative: bool = False) -> None:
         super().__init__()
         self.heads, self.fused_attention = heads, fused_attention
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
+        if relative:
+            self.attn["rpe_k"] = RelativePositions(dim // heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.attn["qkv"](self.norm1(x))
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        bias = self.attn["rpe_k"](q) if "rpe_k" in self.attn else None
         if self.fused_attention:
-            branch = F.scaled_dot_product_attention(q, k, v)
+            branch = F.scaled_dot_product_attention(q, k, v, bias)
         else:
-            branch = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
+            scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+            scores = scores if bias is None else scores + bias
+            branch = scores.softmax(dim=-1) @ v
         x = x + self.attn["proj"](rearrange(branch, "b h n d -> b n (h d)"))
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+
+
+class RelativePositions(nn.Module):
+    """iRPE as LoMaR has it: products of the keys' positions with the query, which is not scaled; for all heads."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        buckets = window_buckets()
+        count = int(buckets.max()) + 1
+        self.lookup_table_weight = nn.Parameter(torch.zeros(1, dim, count))
+        self.index: Tensor  # of each pair among the products of all queries
+        self.register_buffer("index", buckets + count * torch.arange(len(buckets))[:, None], persistent=False)
+
+    def forward(self, q: Tensor) -> Tensor:
+        products = q @ self.lookup_table_weight
+        return products.flatten(2)[:, :, self.index.flatten()].unflatten(2, self.index.shape)
+
+
+def window_buckets() -> Tensor:
+    """Number the offsets of each two patches of a window, query minus key; the class token is another one."""
+    place = torch.arange(WINDOW**2)
+    offsets = (line[:, None] - line for line in (place // WINDOW, place % WINDOW))
+    # 1.9, 3.8 and 15.2: up to where an offset counts by itself, the largest number, where it would be reached
+    far = {size: min(round(1.9 + 1.9 * math.log(size / 1.9) / math.log(8)), 3.8) for size in range(2, WINDOW)}
+    number = torch.tensor([0, 1, *map(int, far.values())])
+    down, across = (offset.sign() * number[offset.abs()] + 3 for offset in offsets)
+    return F.pad(down * 7 + across, (1, 0, 1, 0), value=49)
 
 
 class Blocks(nn.Module):
     """What encoders and decoders share."""
 
-    def __init__(self, dim: int, depth: int, heads: int, *, fused_attention: bool) -> None:
+    def __init__(self, dim: int, depth: int, heads: int, **options: bool) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*(Block(dim, heads, fused_attention=fused_attention) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(dim, heads, **options) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -284,3 +319,43 @@ def smoothed_targets(sigma: float, *, side: int) -> Tensor:
     squared = (rows[:, None] - rows).square() + (columns[:, None] - columns).square()
     weights = (-squared / sigma**2).exp()
     return weights / weights.sum(dim=1, keepdim=True)
+
+
+class WindowEncoder(Encoder):
+    """The encoder of LoMaR. Its table of positions is there and stays zero."""
+
+    def __init__(self, dim: int, depth: int, heads: int, **options: Any) -> None:
+        super().__init__(dim, depth, heads, relative=True, **options)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+
+
+class LoMaR(Plain):
+    def __init__(self, encoder: dict[str, int], *, fused_attention: bool = False) -> None:
+        super().__init__()
+        self.encoder = WindowEncoder(**encoder, fused_attention=fused_attention)
+        self.head = nn.Linear(encoder["dim"], PIXELS)
+
+    def forward(self, images: Tensor, noise: dict[str, Tensor]) -> Tensor:
+        encoder, device = self.encoder, images.device
+        # 1. Embed all patches.
+        x = encoder.embed(images).float()
+        # 2. Gather those of each window; from here on a window is a row.
+        top, left = (noise[side].argsort(dim=1)[:, :NUM_WINDOWS, None] for side in ("rows", "columns"))
+        inside = torch.arange(WINDOW, device=device)
+        places = (top * GRID + left + (inside[:, None] * GRID + inside).flatten()).flatten(1)
+        x = x.gather(1, places[..., None].expand(-1, -1, x.shape[-1])).reshape(-1, WINDOW**2, x.shape[-1])
+        # 3. Put the mask token in the place of those with the largest noise.
+        chance = noise["mask"].flatten(0, 1)
+        mask = torch.zeros_like(chance)
+        mask[:, -NUM_MASKED_OF_WINDOW:] = 1
+        mask = mask.gather(1, chance.argsort(dim=1).argsort(dim=1))
+        x = torch.where(mask[..., None] > 0, encoder.mask_token, x)
+        # 4. Encode each window behind the class token, and predict all its patches.
+        prediction = self.head(encoder(x))[:, 1:]
+        # 5. Compare with their normalised pixels, then leave out the visible ones.
+        target = cut(images)
+        target = target.gather(1, places[..., None].expand(-1, -1, PIXELS)).reshape(-1, WINDOW**2, PIXELS)
+        mean, variance = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
+        target = (target - mean) / (variance + 1e-6).sqrt()
+        error = (prediction - target).square().mean(dim=-1)
+        return (error * mask).sum() / mask.sum()

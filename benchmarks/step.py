@@ -1,4 +1,4 @@
-"""One training step of MAE, HPM or DropPos, side by side in one process: ours, peers, and a plain step.
+"""One training step of MAE, HPM, DropPos or LoMaR, side by side in one process: ours, peers, and a plain step.
 
     pip install -e .[recipes,benchmarks]
     python benchmarks/step.py
@@ -29,15 +29,14 @@ processor time, so that other programs disturb little. On a GPU: CUDA events aro
 """
 
 import os
-import platform
 import random
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -46,15 +45,18 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))  # recipes are scripts beside this folder, not a package
 
+from common.config import Optimisation
 from common.engine import clip, parameter_groups
 from common.images import IMAGENET_MEAN, IMAGENET_STD, Normalise
 from common.vit import SIZES
 
 import droppos
 import hpm
+import lomar
 import mae
 import plain
-from plain import NUM_MASKED, NUM_PATCHES, NUM_VISIBLE, PATCH, PIXELS, SIDE
+from measuring import chosen_device, in_rounds, print_circumstances, seconds_of
+from plain import GRID, NUM_MASKED, NUM_PATCHES, NUM_VISIBLE, NUM_WINDOWS, PATCH, PIXELS, SIDE, WINDOW
 
 PROGRESS = 0.25  # of the training: HPM's teacher chooses some patches, DropPos' targets are smoothed
 
@@ -73,6 +75,8 @@ GOALS = {  # least ratio to ours, by method, device and precision
     ("hpm", "cuda", "bf16"): {"plain": 1.7},
     ("droppos", "cpu", "fp32"): {"plain": 1.15},
     ("droppos", "cpu", "bf16"): {"plain": 1.15},
+    ("lomar", "cpu", "fp32"): {"plain": 1.0},
+    ("lomar", "cpu", "bf16"): {"plain": 1.0},
 }
 
 Name = Literal["transformers", "transformers-best", "lightly", "lightly-best", "plain", "plain-best"]
@@ -80,14 +84,16 @@ VARIANTS: dict[str, tuple[Name, ...]] = {
     "mae": ("transformers", "transformers-best", "lightly", "lightly-best", "plain"),
     "hpm": ("plain", "plain-best"),
     "droppos": ("plain", "plain-best"),
+    "lomar": ("plain", "plain-best"),
 }
+RECIPES: dict[str, Any] = {"mae": mae, "hpm": hpm, "droppos": droppos, "lomar": lomar}
 # a constant added to all of HPM's predictions changes nothing, so these have no gradient but rounding noise
 WITHOUT_GRADIENT = {"predictor.norm.bias", "predictor.head.bias"}
 
 
 @dataclass(frozen=True)
 class Settings:
-    method: Literal["mae", "hpm", "droppos"] = "mae"
+    method: Literal["mae", "hpm", "droppos", "lomar"] = "mae"
     """what to train"""
     size: tuple[Literal["small", "base", "large"], ...] = ("small", "base")
     """encoders to measure"""
@@ -209,6 +215,14 @@ def plain_names(name: str) -> list[str]:
     return [name if name.startswith("teacher.") else f"student.{name}"]
 
 
+def nothing() -> None:
+    """Peers clip nothing and have no teacher."""
+
+
+def unchanged(name: str) -> list[str]:
+    return [name]
+
+
 @dataclass(frozen=True)
 class Batch:
     pixels: Tensor  # uint8, for ours
@@ -253,29 +267,36 @@ class Variant:
         return loss.detach()
 
 
-def make_batch(size: int, device: torch.device) -> Batch:
-    generator = torch.Generator().manual_seed(0)
-    # Smooth pictures of the grey levels 0…255. Pure noise would make all targets alike.
+def make_pixels(size: int, side: int, generator: torch.Generator) -> Tensor:
+    """Draw smooth pictures of the grey levels 0…255. Pure noise would make all targets alike."""
     coarse = torch.rand(size, 3, 12, 12, generator=generator)
-    fine = F.interpolate(coarse, (SIDE, SIDE), mode="bicubic") + 0.1 * torch.rand(
-        size, 3, SIDE, SIDE, generator=generator
-    )
-    pixels = (fine.clamp(0, 1) * 255).to(torch.uint8).to(device)
+    fine = F.interpolate(coarse, (side, side), mode="bicubic")
+    return ((fine + 0.1 * torch.rand(fine.shape, generator=generator)).clamp(0, 1) * 255).to(torch.uint8)
 
-    def noise(count: int) -> Tensor:
+
+def make_batch(method: str, size: int, device: torch.device) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    pixels = make_pixels(size, SIDE, generator).to(device)
+
+    def noise(*shape: int) -> Tensor:
         # No two equal values: sorting then has one answer, stable or not.
-        return torch.rand(size, count, generator=generator).argsort(dim=1) / count
+        return torch.rand(size, *shape, generator=generator).argsort(dim=-1) / shape[-1]
 
-    mask, drop = noise(NUM_PATCHES), noise(NUM_VISIBLE)
-    # Ours has the visible patches in raster order, a plain step in the order of the noise.
-    shuffled = drop.gather(1, mask.argsort(dim=1)[:, :NUM_VISIBLE].argsort(dim=1).argsort(dim=1))
-    chance = {"mask": mask.to(device), "drop": drop.to(device), "drop, shuffled": shuffled.to(device)}
+    if method == "lomar":
+        places = GRID - WINDOW + 1
+        chance = {"rows": noise(places), "columns": noise(places), "mask": noise(NUM_WINDOWS, WINDOW**2)}
+    else:
+        mask, drop = noise(NUM_PATCHES), noise(NUM_VISIBLE)
+        # Ours has the visible patches in raster order, a plain step in the order of the noise.
+        shuffled = drop.gather(1, mask.argsort(dim=1)[:, :NUM_VISIBLE].argsort(dim=1).argsort(dim=1))
+        chance = {"mask": mask, "drop": drop, "drop, shuffled": shuffled}
+    chance = {name: values.to(device) for name, values in chance.items()}
     return Batch(pixels, Normalise(IMAGENET_MEAN, IMAGENET_STD).to(device)(pixels), chance)
 
 
 def config_of(method: str, size: str) -> Any:
     """The settings of the paper with an encoder of this size."""
-    preset = {"mae": mae.IMAGENET, "hpm": hpm.IMAGENET, "droppos": droppos.IMAGENET}[method]
+    preset = RECIPES[method].PRESETS["imagenet"]
     return replace(preset, network=replace(preset.network, size=size))
 
 
@@ -285,16 +306,61 @@ def shapes_of(config: Any) -> tuple[dict[str, int], dict[str, int]]:
     return SIZES[network.size], decoder
 
 
+def variant_of(
+    name: str,
+    module: nn.Module,
+    loss: Callable[[nn.Module, Batch], Tensor],
+    optimisation: Optimisation,
+    device: torch.device,
+    *,
+    bf16: bool,
+    fused: bool,
+    clip: Callable[[], None] = nothing,
+    after_step: Callable[[], None] = nothing,
+    names: Callable[[str], list[str]] = unchanged,
+    compiled: bool = False,
+    **options: Any,
+) -> Variant:
+    groups = parameter_groups(module.to(device).train(), optimisation)
+    optimiser = torch.optim.AdamW(
+        groups, lr=optimisation.base_lr, betas=optimisation.betas, fused=True if fused else None
+    )
+    called: Any = torch.compile(module, dynamic=False, **options) if compiled else module
+    return Variant(name, module, loss, called, clip, optimiser, after_step, names, bf16)
+
+
+def recipe_variant(
+    name: str, module: nn.Module, optimisation: Optimisation, device: torch.device, *, bf16: bool, compiled: bool
+) -> Variant:
+    """Run a recipe's module as the engine does."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    progress = torch.tensor(PROGRESS, dtype=torch.float64, device=device)
+
+    def loss(module: nn.Module, batch: Batch) -> Tensor:
+        return module(batch.pixels, batch.noise, progress)["loss"]
+
+    def clip_ours() -> None:
+        if optimisation.clip is not None:
+            clip(trained, optimisation.clip, each=optimisation.clip_each)
+
+    def after_step() -> None:
+        if hasattr(module, "after_step"):
+            with torch.no_grad():
+                cast(Any, module).after_step(progress)
+
+    options: dict[str, Any] = {"clip": clip_ours, "after_step": after_step, "compiled": compiled, "fullgraph": True}
+    return variant_of(name, module, loss, optimisation, device, bf16=bf16, fused=True, **options)
+
+
 def make_variants(size: str, precision: str, device: torch.device, settings: Settings) -> list[Variant]:
     """Build all variants with the weights of the first, which is ours."""
     config: Any = config_of(settings.method, size)
     optimisation, shapes = config.optimisation, shapes_of(config)
     epochs = {"epoch": int(PROGRESS * optimisation.epochs), "epochs": optimisation.epochs}
     on_cpu, bf16 = device.type == "cpu", precision == "bf16"
-    # Explicit attention has the faster backward pass in bf16 on a CPU, at these lengths; everywhere else the fused one.
-    fused_attention = not (on_cpu and bf16)
-    progress = torch.tensor(PROGRESS, dtype=torch.float64, device=device)
-    recipe: Any = {"mae": mae.MAE, "hpm": hpm.HPM, "droppos": droppos.DropPos}[settings.method]
+    # Explicit attention has the faster backward pass on a CPU in bf16, at these lengths, and where a bias is trained.
+    fused_attention = not (on_cpu and (bf16 or settings.method == "lomar"))
+    recipe: Any = RECIPES[settings.method].METHOD
     torch.manual_seed(0)
     method = recipe(config, Normalise(IMAGENET_MEAN, IMAGENET_STD))
     with torch.no_grad():
@@ -302,73 +368,45 @@ def make_variants(size: str, precision: str, device: torch.device, settings: Set
             parameter.add_(0.02 * torch.randn_like(parameter) * parameter.requires_grad)
     method.to(device)
     weights = {name: tensor for name, tensor in method.state_dict().items() if not name.startswith("normalise.")}
-    if settings.method != "droppos":
+    if settings.method in ("mae", "hpm"):
         weights["decoder.pos_embed"] = F.pad(method.decoder.pos_embed, (0, 0, 1, 0))[None]  # the class token's is zero
+    if settings.method == "lomar":
+        weights["encoder.pos_embed"] = torch.zeros(1, 1 + NUM_PATCHES, method.encoder.dim)  # there, and not read
     if settings.method == "hpm":  # the teacher of a plain step is complete
         more = {name: tensor for name, tensor in weights.items() if name.startswith("decoder.")}
         weights |= {f"teacher.{name}": tensor for name, tensor in more.items() if ".embed." not in name}
 
-    def variant(
-        name: str,
-        module: nn.Module,
-        loss: Callable[[nn.Module, Batch], Tensor],
-        names: Callable[[str], list[str]],
-        clip: Callable[[], None],
-        after_step: Callable[[], None],
-        *,
-        fused: bool,
-        compiled: bool = False,
-        **options: Any,
-    ) -> Variant:
-        groups = parameter_groups(module.to(device).train(), optimisation)
-        optimiser = torch.optim.AdamW(
-            groups, lr=optimisation.base_lr, betas=optimisation.betas, fused=True if fused else None
-        )
-        called: Any = torch.compile(module, dynamic=False, **options) if compiled else module
-        return Variant(name, module, loss, called, clip, optimiser, after_step, names, bf16)
-
     def ours(name: str, *, compiled: bool) -> Variant:
         module = method if name == "ours" else recipe(config, Normalise(IMAGENET_MEAN, IMAGENET_STD)).to(device)
         module.load_state_dict(method.state_dict())
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-        def loss(module: nn.Module, batch: Batch) -> Tensor:
-            return module(batch.pixels, batch.noise, progress)["loss"]
-
-        def clip_ours() -> None:
-            if optimisation.clip is not None:
-                clip(trained, optimisation.clip, each=optimisation.clip_each)
-
-        def after_step() -> None:
-            if hasattr(module, "after_step"):
-                with torch.no_grad():
-                    module.after_step(progress)
-
-        after = (clip_ours, after_step)
-        return variant(name, module, loss, lambda name: [name], *after, fused=True, compiled=compiled, fullgraph=True)
+        return recipe_variant(name, module, optimisation, device, bf16=bf16, compiled=compiled)
 
     def other(name: str) -> Variant:
         best, compiled = name.endswith(("-best", "-compiled")), name.endswith("-compiled")
         if not name.startswith("plain") and settings.method != "mae":
             raise SystemExit(f"{name} knows MAE only, not {settings.method}")
+        names: Callable[[str], list[str]] = unchanged
         if name.startswith("transformers"):
             attention = ("sdpa" if fused_attention else "eager") if best else None
             module, names = Transformers(*shapes, attention=attention), Transformers.names
         elif name.startswith("lightly"):
             module, names = Lightly(*shapes, fused_attention=fused_attention or not best), Lightly.names
+        elif settings.method == "lomar":
+            module = plain.LoMaR(shapes[0], fused_attention=fused_attention and best)
         else:
             options: dict[str, Any] = {"fused_attention": fused_attention and best}
             options |= {"lean": best} if settings.method == "hpm" else {}
             options |= epochs if settings.method != "mae" else {}
-            names = plain_names if settings.method == "hpm" else lambda name: [name]
+            names = plain_names if settings.method == "hpm" else unchanged
             module = {"mae": plain.MAE, "hpm": plain.HPM, "droppos": plain.DropPos}[settings.method](*shapes, **options)
         load(module, weights, names)
 
         def loss(module: nn.Module, batch: Batch) -> Tensor:
             return module(batch.images, batch.noise)
 
-        after = (module.clip, module.after_step) if isinstance(module, plain.Plain) else (nothing, nothing)
-        return variant(name, module, loss, names, *after, fused=best, compiled=compiled)
+        after: dict[str, Any] = {"names": names, "compiled": compiled}
+        after |= {"clip": module.clip, "after_step": module.after_step} if isinstance(module, plain.Plain) else {}
+        return variant_of(name, module, loss, optimisation, device, bf16=bf16, fused=best, **after)
 
     others = settings.variants or VARIANTS[settings.method]
     variants = [ours("ours", compiled=not on_cpu), *map(other, others)]  # compiled as the engine does
@@ -376,10 +414,6 @@ def make_variants(size: str, precision: str, device: torch.device, settings: Set
         variants += [ours("ours-compiled", compiled=True)] if on_cpu else []
         variants += [other("transformers-compiled"), other("lightly-compiled")] if settings.method == "mae" else []
     return variants
-
-
-def nothing() -> None:
-    """Peers clip nothing and have no teacher."""
 
 
 def load(module: nn.Module, weights: dict[str, Tensor], names: Callable[[str], list[str]]) -> None:
@@ -480,19 +514,16 @@ def saved_bytes(variant: Variant, batch: Batch) -> int:
     return total(2) - total(1)
 
 
+def step_bytes(variant: Variant, batch: Batch) -> int:
+    """Most bytes that a step needs on a GPU besides what was there before it."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    variant.step(batch)
+    return torch.cuda.max_memory_allocated() - before
+
+
 def seconds_per_step(variant: Variant, batch: Batch, steps: int) -> float:
-    if batch.device.type == "cpu":
-        begin = time.process_time()
-        for _ in range(steps):
-            variant.step(batch)
-        return (time.process_time() - begin) / steps
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    for _ in range(steps):
-        variant.step(batch)
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / steps
+    return seconds_of(partial(variant.step, batch), steps, batch.device)
 
 
 def flops_per_image(method: str, size: str) -> float:
@@ -507,6 +538,10 @@ def flops_per_image(method: str, size: str) -> float:
 
     seen, whole = 1 + NUM_VISIBLE, 1 + NUM_PATCHES
     encode = blocks(seen, **encoder) + embed(NUM_VISIBLE, **encoder)
+    if method == "lomar":  # of each patch of a window the pixels are either embedded or predicted
+        relative = encoder["depth"] * 2 * encoder["dim"] * 50 * (1 + WINDOW**2)
+        pixels = 2 * encoder["dim"] * PIXELS * WINDOW**2
+        return 3 * NUM_WINDOWS * (blocks(1 + WINDOW**2, **encoder) + relative + pixels)
     if method == "droppos":
         locate = blocks(seen, **decoder) + 2 * decoder["dim"] * NUM_PATCHES * NUM_VISIBLE
         return 3 * (encode + locate) + blocks(whole, **encoder) + 2 * encoder["dim"] * NUM_PATCHES * PIXELS
@@ -534,7 +569,7 @@ def measure(size: str, precision: str, device: torch.device, settings: Settings,
     count = settings.batch or (4 if device.type == "cpu" else 256)
     title = f"{settings.method}, ViT-{size[0].upper()}/{PATCH}, {precision}, batch {count}, {settings.rounds} rounds"
     print(f"\n{title}; load average {os.getloadavg()[0]:.1f}")
-    batch = make_batch(count, device)
+    batch = make_batch(settings.method, count, device)
     variants = make_variants(size, precision, device, settings)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         check_parity(variants, batch.first(2))
@@ -546,15 +581,9 @@ def measure(size: str, precision: str, device: torch.device, settings: Settings,
     for variant in variants:
         seconds_per_step(variant, batch, warmup)
         if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            variant.step(batch)
-            memory[variant.name] = torch.cuda.max_memory_allocated() - before
-    times: dict[str, list[float]] = {variant.name: [] for variant in variants}
-    order = random.Random(0)
-    for _ in range(settings.rounds):
-        for variant in order.sample(variants, len(variants)):
-            times[variant.name].append(seconds_per_step(variant, batch, steps))
+            memory[variant.name] = step_bytes(variant, batch)
+    clocks = {variant.name: partial(seconds_per_step, variant, batch, steps) for variant in variants}
+    times = in_rounds(clocks, settings.rounds, random.Random(0))
 
     goals = GOALS.get((settings.method, device.type, precision), {})
     header = f"{'variant':<22}{'ms per step':>12}{'ratio':>8}{'min':>7}{'max':>7}{'goal':>8}{'saved MB/image':>16}"
@@ -578,36 +607,10 @@ def measure(size: str, precision: str, device: torch.device, settings: Settings,
         print(f"saved for the backward pass, ours ÷ plain: {saved['ours'] / saved['plain']:.2f}")
 
 
-def versions() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = []
-    for package in ("torch", "transformers", "lightly", "timm"):
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            found.append(f"{package} –")
-    return ", ".join([f"Python {platform.python_version()}", *found])
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
-    name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name if settings.device == "auto" else settings.device)
-    if device.type == "cpu":
-        torch.set_num_threads(1)  # two threads that wait for each other in turns measure the waiting
-    print("python", *sys.argv)
-    print(versions())
-    print(torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(), end="")
-    print(f", {torch.get_num_threads()} thread(s), load average {' '.join(f'{x:.1f}' for x in os.getloadavg())}")
+    device = chosen_device(settings.device)
+    print_circumstances(device, "torch", "transformers", "lightly", "timm")
     peak = measured_peak(device) if device.type == "cuda" else None
     if peak:
         print(f"measured peak: {peak / 1e12:.0f} TFLOP/s (bf16 product of 8192 × 8192 matrices)")
