@@ -767,9 +767,11 @@ class Normalise(nn.Module):
         return (self.unit(images) - self.mean) / self.std
 
     def patches(self, patches: Tensor) -> Tensor:
-        """Return the same of patches as `mimkit.tokens` cuts them, uint8 or in [0, 1]."""
-        pixels = self.unit(patches).unflatten(-1, (-1, len(self.mean)))  # the channel is fastest
-        return ((pixels - self.mean.flatten()) / self.std.flatten()).flatten(-2)
+        """Return the same of patches as `mimkit.tokens` cuts them, uint8 or in [0, 1], in one pass over them."""
+        pixels = patches.shape[-1] // len(self.mean)
+        scale = 1 / self.std if patches.is_floating_point() else 1 / (255 * self.std)
+        shift = -self.mean / self.std
+        return torch.addcmul(shift.flatten().repeat(pixels), patches, scale.flatten().repeat(pixels))  # channel fastest
 
     def undo_patches(self, patches: Tensor) -> Tensor:
         """Return normalised patches in [0, 1] again."""
