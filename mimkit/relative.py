@@ -195,11 +195,11 @@ def contextual_bias(
         raise ValueError(f"buckets {tuple(buckets.shape)} are not those of queries {tuple(queries.shape)}")
     # Few keys: a vector for each pair, as one product per query, whose gradient gathers the table's and scatters
     # nothing of the batch. Many keys: that would be more products than buckets.
-    table = table.to(queries.dtype)
     with _no_autocast(queries):
         if buckets.ndim == 2 and len(table) == 1 and buckets.shape[-1] <= table.shape[-1]:
-            return torch.einsum("...id,dij->...ij", queries, table[0][:, buckets])
-        scores = queries @ table
+            vectors = table[0].index_select(1, buckets.flatten()).unflatten(1, buckets.shape)
+            return torch.einsum("...id,dij->...ij", queries, vectors.to(queries.dtype))
+        scores = queries @ table.to(queries.dtype)
     return scores.gather(-1, _per_head(buckets, scores))
 
 
