@@ -68,7 +68,12 @@ def num_buckets(*, method: Method = "product", ratio: float = 1.9, num_prefix: i
 
     Source: iRPE, arXiv 2107.14222.
     """
-    _check(method, ratio, num_prefix)
+    if method not in ("product", "rows", "columns", "euclidean", "quantised"):
+        raise ValueError(f"method={method} is none of product, rows, columns, euclidean and quantised")
+    if not ratio > 0:
+        raise ValueError(f"ratio={ratio} is not above 0")
+    if num_prefix < 0:
+        raise ValueError(f"num_prefix={num_prefix} is negative")
     side = 2 * int(2 * ratio) + 1
     return (side**2 if method == "product" else side) + (num_prefix > 0)
 
@@ -114,7 +119,7 @@ def relative_buckets(
 
     Source: iRPE, arXiv 2107.14222, section 3.2; "quantised" is the published code's, which ranks no distances.
     """
-    _check(method, ratio, num_prefix)
+    last = num_buckets(method=method, ratio=ratio, num_prefix=num_prefix) - 1
     if min(height, width) < 0:
         raise ValueError(f"a grid of {height} × {width} has a negative side")
 
@@ -131,7 +136,6 @@ def relative_buckets(
     else:
         squared = down**2 + across**2
         buckets = number(squared.double().sqrt().round() if method == "euclidean" else squared)
-    last = num_buckets(method=method, ratio=ratio, num_prefix=num_prefix) - 1
     return F.pad(buckets, (num_prefix, 0, num_prefix, 0), value=last)
 
 
@@ -190,7 +194,9 @@ def contextual_bias(
 
     Source: iRPE, arXiv 2107.14222, equation 13; LoMaR, arXiv 2206.00790 (published code).
     """
-    _check_table(table, heads=queries.shape[-3], features=(1, queries.shape[-1]))
+    _check_heads(table, queries)
+    if table.shape[1] != queries.shape[-1]:
+        raise ValueError(f"a table {tuple(table.shape)} has not vectors of {queries.shape[-1]} features")
     if queries.shape[-2] != buckets.shape[-2] or (buckets.ndim > 2 and buckets.shape[:-2] != queries.shape[:-3]):
         raise ValueError(f"buckets {tuple(buckets.shape)} are not those of queries {tuple(queries.shape)}")
     # Few keys: a vector for each pair, as one product per query, whose gradient gathers the table's and scatters
@@ -229,7 +235,7 @@ def contextual_values(
 
     Source: iRPE, arXiv 2107.14222, equation 14.
     """
-    _check_table(table, heads=weights.shape[-3], features=None)
+    _check_heads(table, weights)
     if weights.shape[-2:] != buckets.shape[-2:] or (buckets.ndim > 2 and buckets.shape[:-2] != weights.shape[:-3]):
         raise ValueError(f"buckets {tuple(buckets.shape)} are not those of weights {tuple(weights.shape)}")
     sums = weights.new_zeros(*weights.shape[:-1], table.shape[-2])
@@ -276,17 +282,6 @@ def _per_head(buckets: Tensor, like: Tensor) -> Tensor:
     return buckets.expand(*like.shape[:-1], buckets.shape[-1])
 
 
-def _check(method: str, ratio: float, num_prefix: int) -> None:
-    if method not in ("product", "rows", "columns", "euclidean", "quantised"):
-        raise ValueError(f"method={method} is none of product, rows, columns, euclidean and quantised")
-    if not ratio > 0:
-        raise ValueError(f"ratio={ratio} is not above 0")
-    if num_prefix < 0:
-        raise ValueError(f"num_prefix={num_prefix} is negative")
-
-
-def _check_table(table: Tensor, *, heads: int, features: tuple[int, int] | None) -> None:
-    if len(table) not in (1, heads):
-        raise ValueError(f"a table {tuple(table.shape)} is not for {heads} heads, nor for all alike")
-    if features is not None and table.shape[features[0]] != features[1]:
-        raise ValueError(f"a table {tuple(table.shape)} has not vectors of {features[1]} features")
+def _check_heads(table: Tensor, per_head: Tensor) -> None:
+    if len(table) not in (1, per_head.shape[-3]):
+        raise ValueError(f"a table {tuple(table.shape)} is not for {per_head.shape[-3]} heads, nor for all alike")

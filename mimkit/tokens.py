@@ -31,9 +31,7 @@ def patchify(images: Shaped[Tensor, "*batch c H W"], *, patch: int) -> Shaped[Te
 
     Source: MAE, arXiv 2111.06377.
     """
-    height, width = images.shape[-2:]
-    if patch < 1 or height % patch or width % patch:
-        raise ValueError(f"images of {height} × {width} pixels cannot be cut into patches of {patch} × {patch}")
+    _check_cut(images, patch)
     return rearrange(images, "... c (h p) (w q) -> ... (h w) (p q c)", p=patch, q=patch)
 
 
@@ -137,11 +135,10 @@ def take_patches(
         >>> take_patches(torch.arange(8).view(1, 2, 4), torch.tensor([1]), patch=2)
         tensor([[2, 3, 6, 7]])
     """
-    height, width = images.shape[-2:]
-    if patch < 1 or height % patch or width % patch:
-        raise ValueError(f"images of {height} × {width} pixels cannot be cut into patches of {patch} × {patch}")
+    _check_cut(images, patch)
     if images.shape[:-3] != indices.shape[:-1]:
         raise ValueError(f"images {tuple(images.shape)} and indices {tuple(indices.shape)} have different leading axes")
+    width = images.shape[-1]
     columns = width // patch
     inside = torch.arange(patch, device=indices.device)
     rows = (indices // max(columns, 1) * patch).unsqueeze(-1) + inside
@@ -181,3 +178,9 @@ def put(
 def _check_batches(tokens: Tensor, indices: Tensor) -> None:
     if tokens.shape[:-2] != indices.shape[:-1]:
         raise ValueError(f"tokens {tuple(tokens.shape)} and indices {tuple(indices.shape)} have different leading axes")
+
+
+def _check_cut(images: Tensor, patch: int) -> None:
+    height, width = images.shape[-2:]
+    if patch < 1 or height % patch or width % patch:
+        raise ValueError(f"images of {height} × {width} pixels cannot be cut into patches of {patch} × {patch}")

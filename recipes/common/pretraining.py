@@ -375,10 +375,11 @@ def load_encoder(
     """
     content = read_foreign(path)
     about = read_tensors(path)[1] if path.suffix == ".safetensors" else {}
-    exported = "timm" in about or "mimkit" in about
+    written = about.get("timm", about.get("mimkit"))
+    exported = written is not None
     prefix = "encoder." if "encoder.patch_embed.proj.weight" in content else ""  # beside the head of its pre-training
     weights = {name.removeprefix(prefix): tensor for name, tensor in content.items() if name.startswith(prefix)}
-    arguments = about.get("timm", about.get("mimkit")) or timm_arguments_of(weights, path)
+    arguments = written or timm_arguments_of(weights, path)
     patch, (H, W) = arguments["patch_size"], image_size or arguments["img_size"]
     if H % patch or W % patch:
         raise ValueError(f"images of {H} × {W} pixels are not made of patches of {patch} × {patch}")

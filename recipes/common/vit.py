@@ -115,6 +115,11 @@ class ContextualTable(nn.Module):
         return contextual_bias(queries, self.lookup_table_weight, buckets)
 
 
+def buckets_behind(prefix: int, buckets: Int[Tensor, "n n"], patches: Int[Tensor, "*b k"]) -> Int[Tensor, "*b m m"]:
+    """Return the buckets of the `prefix` first tokens of a grid and, behind them, of some patches."""
+    return buckets_of(buckets, F.pad(patches + prefix, (prefix, 0)))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention.
 
@@ -310,8 +315,7 @@ class ViT(nn.Module):
             self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
         self.rel_pos_bias = RelativeBias(height, width, heads) if relative == "shared" else None
         self.buckets: Tensor | None
-        contextual = relative == "contextual"
-        prefix = self.num_prefix
+        contextual, prefix = relative == "contextual", self.num_prefix
         buckets = relative_buckets(height=height, width=width, num_prefix=prefix) if contextual else None
         self.register_buffer("buckets", buckets, persistent=False)
         drops = torch.linspace(0, drop, depth, device="cpu").tolist()  # numbers, also of a network on the meta device
@@ -335,9 +339,7 @@ class ViT(nn.Module):
 
     def buckets_of(self, indices: Int[Tensor, "*b k"]) -> Int[Tensor, "*b prefix+k prefix+k"] | None:
         """The relative positions of some patches, behind the class token; None if there are none in this encoder."""
-        if self.buckets is None:
-            return None
-        return buckets_of(self.buckets, F.pad(indices + self.num_prefix, (self.num_prefix, 0)))
+        return None if self.buckets is None else buckets_behind(self.num_prefix, self.buckets, indices)
 
     def embed(
         self, patches: Float[Tensor, "b k values"], mask: Bool[Tensor, "b n"] | None = None
@@ -473,16 +475,16 @@ class Decoder(Predictor):
         embed_bias: bool = True,
         table: Callable[..., Float[Tensor, "n d"]] | None = sincos,
     ) -> None:
-        count = num_buckets(num_prefix=int(class_token)) if table is None else 0
+        prefix = int(class_token)
+        count = num_buckets(num_prefix=prefix) if table is None else 0
         super().__init__(dim, depth, heads, outputs, key_bias=key_bias, buckets=count)
-        self.num_prefix = int(class_token)
+        self.num_prefix = prefix
         self.embed = nn.Linear(encoder_dim, dim, bias=embed_bias)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed: Tensor
         self.buckets: Tensor | None
         positions = torch.zeros(height * width, dim) if table is None else table(height=height, width=width, dim=dim)
         self.register_buffer("pos_embed", positions, persistent=False)
-        prefix = self.num_prefix
         buckets = relative_buckets(height=height, width=width, num_prefix=prefix) if table is None else None
         self.register_buffer("buckets", buckets, persistent=False)
 
@@ -508,8 +510,7 @@ class Decoder(Predictor):
         """Predict the masked tokens, in the order of `masked`; with `visible_too` the visible ones before them."""
         x, buckets = self.sequence(latent, visible, masked), None
         if self.buckets is not None:
-            order = torch.cat([visible, masked], dim=1) + self.num_prefix
-            buckets = buckets_of(self.buckets, F.pad(order, (self.num_prefix, 0)))
+            buckets = buckets_behind(self.num_prefix, self.buckets, torch.cat([visible, masked], dim=1))
         return self.predict(x, masked.shape[1] + (visible.shape[1] if visible_too else 0), buckets)
 
 
