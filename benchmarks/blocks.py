@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))  # recipes are sc
 import common  # noqa: F401  it says where torch, not loaded yet, gets its memory
 from mimkit.degrade import (
     convolve_each,
-    decolorise,
+    decolorize,
     fisheye,
     mirror_fill,
     paste,
@@ -156,9 +156,9 @@ def comparisons(settings: Settings) -> Iterator[Comparison]:
     for k in (5, 9):
         kernels = random_kernels(noise(c * c, k, k), mean=k**-2, std=0.02)
         yield Comparison(f"blur, mix {k} × {k}", "conv2d", convolve_each, mix_one, (images, kernels), 1e-4)
-    for peer, one in {"max, lerp": decolorise_one, "matplotlib HSV": decolorise_hsv}.items():
+    for peer, one in {"max, lerp": decolorize_one, "matplotlib HSV": decolorize_hsv}.items():
         yield Comparison(
-            "decolorise", peer, partial(decolorise, saturation=0.3), partial(one, saturation=0.3), (images,)
+            "decolorize", peer, partial(decolorize, saturation=0.3), partial(one, saturation=0.3), (images,)
         )
 
 
@@ -260,11 +260,11 @@ def blur_any_size_one(image: Tensor, noise: Tensor, size: Tensor, *, sizes: tupl
     return blur_one(image, k**-2 + std * torch.special.ndtri(own))
 
 
-def decolorise_one(image: Tensor, *, saturation: float) -> Tensor:
+def decolorize_one(image: Tensor, *, saturation: float) -> Tensor:
     return torch.lerp(image.amax(dim=0), image, saturation)
 
 
-def decolorise_hsv(image: Tensor, *, saturation: float) -> Tensor:
+def decolorize_hsv(image: Tensor, *, saturation: float) -> Tensor:
     hsv = matplotlib.colors.rgb_to_hsv(image.permute(1, 2, 0).numpy())
     hsv[..., 1] *= saturation
     return torch.from_numpy(matplotlib.colors.hsv_to_rgb(hsv)).permute(2, 0, 1)

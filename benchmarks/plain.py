@@ -3,7 +3,7 @@
 All patches of an image are convolved and those needed are gathered, attention is three operations, heads predict all
 tokens, a teacher is a copy of everything. Where a paper leaves a choice, the faster plain form is taken.
 
-Each class offers `forward(images, noise)`, the loss of normalised images; `clip()` and `after_step()`, as far as the
+Each class offers `forward(images, noise)`, the loss of normalized images; `clip()` and `after_step()`, as far as the
 method has them. The names of the parameters are those of the recipes. `fused_attention` and `lean` are what could be
 done without changing the algorithm: another call for attention, and no pixels from a teacher that nobody looks at.
 """
@@ -130,10 +130,10 @@ class Decoder(Predictor):
 
 class Plain(nn.Module):
     def clip(self) -> None:
-        """Clip gradients, before the optimiser."""
+        """Clip gradients, before the optimizer."""
 
     def after_step(self) -> None:
-        """Whatever follows the optimiser."""
+        """Whatever follows the optimizer."""
 
 
 def cut(images: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class MAE(Plain):
         patches = torch.cat([x[:, 1:], masked.to(x.dtype)], dim=1)
         patches = patches.gather(1, restore[..., None].expand_as(patches))
         prediction = decoder(torch.cat([x[:, :1], patches], dim=1) + decoder.pos_embed)
-        # 5. Compare all patches with their normalised pixels, then leave out the visible ones.
+        # 5. Compare all patches with their normalized pixels, then leave out the visible ones.
         target = cut(images)
         mean, variance = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
         target = (target - mean) / (variance + 1e-6).sqrt()
@@ -352,7 +352,7 @@ class LoMaR(Plain):
         x = torch.where(mask[..., None] > 0, encoder.mask_token, x)
         # 4. Encode each window behind the class token, and predict all its patches.
         prediction = self.head(encoder(x))[:, 1:]
-        # 5. Compare with their normalised pixels, then leave out the visible ones.
+        # 5. Compare with their normalized pixels, then leave out the visible ones.
         target = cut(images)
         target = target.gather(1, places[..., None].expand(-1, -1, PIXELS)).reshape(-1, WINDOW**2, PIXELS)
         mean, variance = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)

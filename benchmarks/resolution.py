@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))  # recipes are sc
 
 import common  # noqa: F401  it says where torch, not loaded yet, gets its memory
 from common.config import Network
-from common.images import IMAGENET_MEAN, IMAGENET_STD, Normalise
+from common.images import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from common.vit import SIZES, attend, explicit
 from mimkit.masking import random_tokens
 from mimkit.relative import buckets_of, contextual_bias, num_buckets, relative_buckets
@@ -97,14 +97,14 @@ def config_of(method: str, side: int, network: Network) -> Any:
 
 
 def module_of(config: Any, method: str, device: torch.device) -> Any:
-    return step.RECIPES[method].METHOD(config, Normalise(IMAGENET_MEAN, IMAGENET_STD)).to(device)
+    return step.RECIPES[method].METHOD(config, Normalize(IMAGENET_MEAN, IMAGENET_STD)).to(device)
 
 
 def batch_of(module: Any, side: int, images: int, device: torch.device) -> step.Batch:
     generator = torch.Generator().manual_seed(0)
     pixels = step.make_pixels(images, side, generator).to(device)
     noise = {name: values.to(device) for name, values in module.noise(partial(rand, generator), images).items()}
-    return step.Batch(pixels, module.normalise(pixels), noise)
+    return step.Batch(pixels, module.normalize(pixels), noise)
 
 
 def rand(generator: torch.Generator, *shape: int) -> Tensor:
@@ -149,7 +149,7 @@ def measure_steps(settings: Settings, network: Network, device: torch.device) ->
             config, name = config_of(method, side, network), f"{method} {side}"
             module = module_of(config, method, device)
             variant = step.recipe_variant(
-                name, module, config.optimisation, device, bf16=settings.bf16, compiled=not on_cpu
+                name, module, config.optimization, device, bf16=settings.bf16, compiled=not on_cpu
             )
             variants[method, side] = variant, batch_of(module, side, settings.batch, device)
     warmup, steps = (1, 1) if on_cpu else (10, 20)
@@ -206,14 +206,14 @@ def rows(patches: Tensor) -> Tensor:
 def read_windows(method: Any, batch: step.Batch) -> tuple[Tensor, Tensor]:
     """Return tokens and targets as LoMaR's recipe makes them."""
     windows, mask, visible, masked = windows_and_mask(method, batch.noise)
-    patches = rows(method.normalise.patches(take_patches(batch.pixels, windows, patch=PATCH)))
+    patches = rows(method.normalize.patches(take_patches(batch.pixels, windows, patch=PATCH)))
     return method.encoder.embed(take(patches, visible), mask), take(patches, masked)
 
 
 def read_all(method: Any, batch: step.Batch) -> tuple[Tensor, Tensor]:
-    """Return the same out of the whole image: normalise and embed it, then gather."""
+    """Return the same out of the whole image: normalize and embed it, then gather."""
     windows, mask, _, masked = windows_and_mask(method, batch.noise)
-    images = method.normalise(batch.pixels)
+    images = method.normalize(batch.pixels)
     tokens = rows(take(method.encoder.patch_embed.proj(images).flatten(2).transpose(1, 2), windows))
     tokens = torch.where(mask.unsqueeze(-1), method.encoder.mask_token, tokens)
     return tokens, take(rows(take(patchify(images, patch=PATCH), windows)), masked)

@@ -5,7 +5,7 @@
     python benchmarks/step.py --size base --precision fp32 --rounds 15 --variants transformers plain
     python benchmarks/step.py --method hpm --size small --rounds 11
 
-A step is forward, backward, clipping, optimiser and whatever follows it, with the settings of the paper and the shapes
+A step is forward, backward, clipping, optimizer and whatever follows it, with the settings of the paper and the shapes
 of ViT-S/16 or ViT-B/16 at 224 × 224 pixels, after a quarter of the training. The variants:
 
     ours               the recipe as the engine runs it: fused AdamW; compiled on a GPU
@@ -20,8 +20,8 @@ of ViT-S/16 or ViT-B/16 at 224 × 224 pixels, after a quarter of the training. T
     …-compiled         with --compile (minutes): ours (on a CPU) and the two peers at their best, through torch.compile
 
 The two peers know MAE only. All start from the same weights, somewhat away from the first ones, and sort them into the
-same two groups of weight decay. All get the same noise, made before. Ours gets uint8 images and normalises them inside
-the step; the others get the same images as normalised floats, made before. Loss (1e-5) and gradients (1e-4, relative,
+same two groups of weight decay. All get the same noise, made before. Ours gets uint8 images and normalizes them inside
+the step; the others get the same images as normalized floats, made before. Loss (1e-5) and gradients (1e-4, relative,
 each parameter) are compared in fp32 before anything is timed, and after one step how far HPM's teacher has moved.
 
 Each round runs every variant once, in random order; a ratio is that of two times of one round. On a CPU: one thread and
@@ -45,9 +45,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))  # recipes are scripts beside this folder, not a package
 
-from common.config import Optimisation
+from common.config import Optimization
 from common.engine import clip, parameter_groups
-from common.images import IMAGENET_MEAN, IMAGENET_STD, Normalise
+from common.images import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from common.vit import SIZES
 
 import droppos
@@ -226,7 +226,7 @@ def unchanged(name: str) -> list[str]:
 @dataclass(frozen=True)
 class Batch:
     pixels: Tensor  # uint8, for ours
-    images: Tensor  # the same, normalised, for the others
+    images: Tensor  # the same, normalized, for the others
     noise: dict[str, Tensor]
 
     @property
@@ -245,7 +245,7 @@ class Variant:
     loss: Callable[[nn.Module, Batch], Tensor]
     called: nn.Module  # the module, or what the compiler made of it
     clip: Callable[[], None]
-    optimiser: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer
     after_step: Callable[[], None]
     names: Callable[[str], list[str]]  # names of one of our parameters in this module
     autocast: bool
@@ -256,8 +256,8 @@ class Variant:
 
     def update(self) -> None:
         self.clip()
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         self.after_step()
 
     def step(self, batch: Batch) -> Tensor:
@@ -268,7 +268,7 @@ class Variant:
 
 
 def make_pixels(size: int, side: int, generator: torch.Generator) -> Tensor:
-    """Draw smooth pictures of the grey levels 0…255. Pure noise would make all targets alike."""
+    """Draw smooth pictures of the gray levels 0…255. Pure noise would make all targets alike."""
     coarse = torch.rand(size, 3, 12, 12, generator=generator)
     fine = F.interpolate(coarse, (side, side), mode="bicubic")
     return ((fine + 0.1 * torch.rand(fine.shape, generator=generator)).clamp(0, 1) * 255).to(torch.uint8)
@@ -291,7 +291,7 @@ def make_batch(method: str, size: int, device: torch.device) -> Batch:
         shuffled = drop.gather(1, mask.argsort(dim=1)[:, :NUM_VISIBLE].argsort(dim=1).argsort(dim=1))
         chance = {"mask": mask, "drop": drop, "drop, shuffled": shuffled}
     chance = {name: values.to(device) for name, values in chance.items()}
-    return Batch(pixels, Normalise(IMAGENET_MEAN, IMAGENET_STD).to(device)(pixels), chance)
+    return Batch(pixels, Normalize(IMAGENET_MEAN, IMAGENET_STD).to(device)(pixels), chance)
 
 
 def config_of(method: str, size: str) -> Any:
@@ -310,7 +310,7 @@ def variant_of(
     name: str,
     module: nn.Module,
     loss: Callable[[nn.Module, Batch], Tensor],
-    optimisation: Optimisation,
+    optimization: Optimization,
     device: torch.device,
     *,
     bf16: bool,
@@ -321,16 +321,16 @@ def variant_of(
     compiled: bool = False,
     **options: Any,
 ) -> Variant:
-    groups = parameter_groups(module.to(device).train(), optimisation)
-    optimiser = torch.optim.AdamW(
-        groups, lr=optimisation.base_lr, betas=optimisation.betas, fused=True if fused else None
+    groups = parameter_groups(module.to(device).train(), optimization)
+    optimizer = torch.optim.AdamW(
+        groups, lr=optimization.base_lr, betas=optimization.betas, fused=True if fused else None
     )
     called: Any = torch.compile(module, dynamic=False, **options) if compiled else module
-    return Variant(name, module, loss, called, clip, optimiser, after_step, names, bf16)
+    return Variant(name, module, loss, called, clip, optimizer, after_step, names, bf16)
 
 
 def recipe_variant(
-    name: str, module: nn.Module, optimisation: Optimisation, device: torch.device, *, bf16: bool, compiled: bool
+    name: str, module: nn.Module, optimization: Optimization, device: torch.device, *, bf16: bool, compiled: bool
 ) -> Variant:
     """Run a recipe's module as the engine does."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -340,8 +340,8 @@ def recipe_variant(
         return module(batch.pixels, batch.noise, progress)["loss"]
 
     def clip_ours() -> None:
-        if optimisation.clip is not None:
-            clip(trained, optimisation.clip, each=optimisation.clip_each)
+        if optimization.clip is not None:
+            clip(trained, optimization.clip, each=optimization.clip_each)
 
     def after_step() -> None:
         if hasattr(module, "after_step"):
@@ -349,25 +349,25 @@ def recipe_variant(
                 cast(Any, module).after_step(progress)
 
     options: dict[str, Any] = {"clip": clip_ours, "after_step": after_step, "compiled": compiled, "fullgraph": True}
-    return variant_of(name, module, loss, optimisation, device, bf16=bf16, fused=True, **options)
+    return variant_of(name, module, loss, optimization, device, bf16=bf16, fused=True, **options)
 
 
 def make_variants(size: str, precision: str, device: torch.device, settings: Settings) -> list[Variant]:
     """Build all variants with the weights of the first, which is ours."""
     config: Any = config_of(settings.method, size)
-    optimisation, shapes = config.optimisation, shapes_of(config)
-    epochs = {"epoch": int(PROGRESS * optimisation.epochs), "epochs": optimisation.epochs}
+    optimization, shapes = config.optimization, shapes_of(config)
+    epochs = {"epoch": int(PROGRESS * optimization.epochs), "epochs": optimization.epochs}
     on_cpu, bf16 = device.type == "cpu", precision == "bf16"
     # Explicit attention has the faster backward pass on a CPU in bf16, at these lengths, and where a bias is trained.
     fused_attention = not (on_cpu and (bf16 or settings.method == "lomar"))
     recipe: Any = RECIPES[settings.method].METHOD
     torch.manual_seed(0)
-    method = recipe(config, Normalise(IMAGENET_MEAN, IMAGENET_STD))
+    method = recipe(config, Normalize(IMAGENET_MEAN, IMAGENET_STD))
     with torch.no_grad():
         for parameter in method.parameters():  # no bias is zero then, and a student is not its teacher
             parameter.add_(0.02 * torch.randn_like(parameter) * parameter.requires_grad)
     method.to(device)
-    weights = {name: tensor for name, tensor in method.state_dict().items() if not name.startswith("normalise.")}
+    weights = {name: tensor for name, tensor in method.state_dict().items() if not name.startswith("normalize.")}
     if settings.method in ("mae", "hpm"):
         weights["decoder.pos_embed"] = F.pad(method.decoder.pos_embed, (0, 0, 1, 0))[None]  # the class token's is zero
     if settings.method == "lomar":
@@ -377,9 +377,9 @@ def make_variants(size: str, precision: str, device: torch.device, settings: Set
         weights |= {f"teacher.{name}": tensor for name, tensor in more.items() if ".embed." not in name}
 
     def ours(name: str, *, compiled: bool) -> Variant:
-        module = method if name == "ours" else recipe(config, Normalise(IMAGENET_MEAN, IMAGENET_STD)).to(device)
+        module = method if name == "ours" else recipe(config, Normalize(IMAGENET_MEAN, IMAGENET_STD)).to(device)
         module.load_state_dict(method.state_dict())
-        return recipe_variant(name, module, optimisation, device, bf16=bf16, compiled=compiled)
+        return recipe_variant(name, module, optimization, device, bf16=bf16, compiled=compiled)
 
     def other(name: str) -> Variant:
         best, compiled = name.endswith(("-best", "-compiled")), name.endswith("-compiled")
@@ -406,7 +406,7 @@ def make_variants(size: str, precision: str, device: torch.device, settings: Set
 
         after: dict[str, Any] = {"names": names, "compiled": compiled}
         after |= {"clip": module.clip, "after_step": module.after_step} if isinstance(module, plain.Plain) else {}
-        return variant_of(name, module, loss, optimisation, device, bf16=bf16, fused=best, **after)
+        return variant_of(name, module, loss, optimization, device, bf16=bf16, fused=best, **after)
 
     others = settings.variants or VARIANTS[settings.method]
     variants = [ours("ours", compiled=not on_cpu), *map(other, others)]  # compiled as the engine does
@@ -434,7 +434,7 @@ def loss_and_gradients(variant: Variant, batch: Batch) -> tuple[float, dict[str,
     (100 * loss).backward()  # so that there is something to clip
     variant.clip()
     gradients = {name: p.grad for name, p in variant.module.named_parameters() if p.grad is not None}
-    variant.optimiser.zero_grad(set_to_none=True)
+    variant.optimizer.zero_grad(set_to_none=True)
     return float(loss.detach()), gradients
 
 

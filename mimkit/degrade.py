@@ -16,7 +16,7 @@ def area_resize(images: Float[Tensor, "*batch c H0 W0"], *, H: int, W: int) -> F
     """Resize images by plain averages: each new pixel is the mean of the old pixels it touches.
 
     New pixel i of an axis averages the old ones from floor(i · old / new) to ceil((i + 1) · old / new) − 1. Up-scaling
-    therefore mixes nearest neighbour and averages of two.
+    therefore mixes nearest neighbor and averages of two.
 
     Args:
         images: channels first.
@@ -39,7 +39,7 @@ def area_resize(images: Float[Tensor, "*batch c H0 W0"], *, H: int, W: int) -> F
 
 
 def central_crop(images: Shaped[Tensor, "*batch c H0 W0"], *, H: int, W: int) -> Shaped[Tensor, "*batch c {H} {W}"]:
-    """Cut out the centre of images, pixels untouched: the input of the integrated task, whose target is the whole view.
+    """Cut out the center of images, pixels untouched: the input of the integrated task, whose target is the whole view.
 
     Args:
         images: any dtype, channels first.
@@ -47,7 +47,7 @@ def central_crop(images: Shaped[Tensor, "*batch c H0 W0"], *, H: int, W: int) ->
         W: width of the crop in pixels; likewise.
 
     Raises:
-        ValueError: if the crop does not fit, or has no centre on the pixel grid.
+        ValueError: if the crop does not fit, or has no center on the pixel grid.
 
     Example:
         >>> central_crop(torch.arange(12).view(1, 3, 4), H=1, W=2)
@@ -58,7 +58,7 @@ def central_crop(images: Shaped[Tensor, "*batch c H0 W0"], *, H: int, W: int) ->
     top, left = _margins(images, H, W)
     if (images.shape[-2] - H) % 2 or (images.shape[-1] - W) % 2:
         raise ValueError(
-            f"a crop of {H} × {W} has no centre in {images.shape[-2]} × {images.shape[-1]} pixels: margins must be even"
+            f"a crop of {H} × {W} has no center in {images.shape[-2]} × {images.shape[-1]} pixels: margins must be even"
         )
     return images[..., top : top + H, left : left + W]
 
@@ -72,7 +72,7 @@ def zoom_in(images: Float[Tensor, "*batch c H W"], *, window_H: int, window_W: i
         window_W: width of the window in pixels; likewise.
 
     Raises:
-        ValueError: if the window does not fit, is empty, or has no centre on the pixel grid.
+        ValueError: if the window does not fit, is empty, or has no center on the pixel grid.
 
     Example:
         >>> zoom_in(torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]), window_H=1, window_W=2)
@@ -86,7 +86,7 @@ def zoom_in(images: Float[Tensor, "*batch c H W"], *, window_H: int, window_W: i
 def zoom_in_anywhere(
     images: Float[Tensor, "*batch c H W"], noise: Float[Tensor, "*batch 2"], *, window_H: int, window_W: int
 ) -> Float[Tensor, "*batch c H W"]:
-    """Enlarge a window at a random place of each image to its full size (an ablation; the centre does better).
+    """Enlarge a window at a random place of each image to its full size (an ablation; the center does better).
 
     Args:
         images: channels first.
@@ -149,7 +149,7 @@ def paste(
 ) -> Float[Tensor, "*batch c H W"]:
     """Put images at random places of larger ones: the ablations of the mirror image around a shrunken image.
 
-    For black give `black.expand(...)` of one value per channel (−mean / std, once images are normalised), for foreign
+    For black give `black.expand(...)` of one value per channel (−mean / std, once images are normalized), for foreign
     images `images.roll(1, dims=0)`. The same noise means the same places as in `mirror_fill`.
 
     Args:
@@ -261,7 +261,7 @@ def fisheye(
 
     Args:
         images: channels first.
-        noise: uniform in [0, 1); row and column of the centre, anywhere in the image, then the twist.
+        noise: uniform in [0, 1); row and column of the center, anywhere in the image, then the twist.
         least_twist: smallest twist (best 0.20; 0.15 in the published code).
         most_twist: largest twist (0.25). Up to 0.30 nothing outside the image is ever read.
 
@@ -284,16 +284,16 @@ def fisheye(
 
 
 def fisheye_at(
-    images: Float[Tensor, "*batch c H W"], centres: Float[Tensor, "*batch 2"], twists: Float[Tensor, "*batch"]
+    images: Float[Tensor, "*batch c H W"], centers: Float[Tensor, "*batch 2"], twists: Float[Tensor, "*batch"]
 ) -> Float[Tensor, "*batch c H W"]:
     """Bend each image towards a given point: a pixel at distance d from it shows what is `twist` · d² nearer.
 
-    Rows and columns run from −1 to 1, from the centre of the first pixel to that of the last; d is measured in them.
+    Rows and columns run from −1 to 1, from the center of the first pixel to that of the last; d is measured in them.
     The image is read with bilinear weights, 0 where a point lies outside (only for twists above 0.35).
 
     Args:
         images: channels first.
-        centres: row and column in [−1, 1] (the published code has them the other way round).
+        centers: row and column in [−1, 1] (the published code has them the other way round).
         twists: from 0, the image as it is. Above 1 / (2 d) the picture folds back.
 
     Raises:
@@ -306,14 +306,14 @@ def fisheye_at(
 
     Source: Beyond Masking, arXiv 2203.14313, task (c).
     """
-    if centres.shape != (*images.shape[:-3], 2) or twists.shape != images.shape[:-3]:
+    if centers.shape != (*images.shape[:-3], 2) or twists.shape != images.shape[:-3]:
         raise ValueError(
-            f"centres {tuple(centres.shape)} and twists {tuple(twists.shape)} are not one of each for images "
+            f"centers {tuple(centers.shape)} and twists {tuple(twists.shape)} are not one of each for images "
             f"{tuple(images.shape)}"
         )
     rows, columns = _coordinates(images)
     rows, twists = rows.unsqueeze(-1), twists[..., None, None].float()
-    down, right = centres[..., 0, None, None].float() - rows, centres[..., 1, None, None].float() - columns
+    down, right = centers[..., 0, None, None].float() - rows, centers[..., 1, None, None].float() - columns
     distance = (down.square() + right.square()).sqrt()
     rows, columns = torch.addcmul(rows, distance, twists * down), torch.addcmul(columns, distance, twists * right)
     return _sample(images, rows, columns, outside="zeros")
@@ -354,7 +354,7 @@ def random_kernels(noise: Float[Tensor, "*batch k k"], *, mean: float, std: floa
 
     Args:
         noise: uniform in [0, 1), one value per weight.
-        mean: of the weights: 1 / k², a box filter (0 for the initialisations that do worse than no pre-training).
+        mean: of the weights: 1 / k², a box filter (0 for the initializations that do worse than no pre-training).
         std: of the weights: 0.02. The sum of a kernel has a standard deviation of k · `std`.
 
     Returns:
@@ -429,7 +429,7 @@ def convolve_each(
     """Convolve each image with kernels of its own, zeros around it: with random kernels, the blur.
 
     Like every convolution of a network it is a cross-correlation: kernels are not turned round. Zeros are the mean
-    colour if the images are normalised by the mean and std of the data set.
+    color if the images are normalized by the mean and std of the data set.
 
     Args:
         images: channels first.
@@ -467,23 +467,23 @@ def convolve_each(
     return result.reshape(images.shape).to(images.dtype)
 
 
-def decolorise(
+def decolorize(
     images: Float[Tensor, "*batch c H W"], *, saturation: float | Float[Tensor, "*batch"]
 ) -> Float[Tensor, "*batch c H W"]:
     """Reduce the saturation of images: every channel approaches the largest of its pixel.
 
-    It is RGB to HSV, S times `saturation`, and back, in closed form. At 0 the image is grey, of the largest channel
-    and not of the luma. One channel has no colour and stays as it is.
+    It is RGB to HSV, S times `saturation`, and back, in closed form. At 0 the image is gray, of the largest channel
+    and not of the luma. One channel has no color and stays as it is.
 
     Args:
         images: channels first, in [0, 1]: before mean and std of the data set are taken off.
-        saturation: from 0, grey, to 1, the image as it is; a number, or one per image.
+        saturation: from 0, gray, to 1, the image as it is; a number, or one per image.
 
     Raises:
         ValueError: if `saturation` is a number outside 0…1, or not one per image.
 
     Example:
-        >>> decolorise(torch.tensor([1.0, 0.5, 0.0]).view(3, 1, 1), saturation=0.5).flatten()
+        >>> decolorize(torch.tensor([1.0, 0.5, 0.0]).view(3, 1, 1), saturation=0.5).flatten()
         tensor([1.0000, 0.7500, 0.5000])
 
     Source: Beyond Masking, arXiv 2203.14313, task (e). The published code truncates to 8 bits, uses the result as the

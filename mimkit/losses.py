@@ -10,14 +10,14 @@ from torch import Tensor
 rearrange(torch.empty(0), "n -> n")
 
 
-def normalised_patches(patches: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch n d"]:
+def normalized_patches(patches: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch n d"]:
     """Bring each patch to mean 0 and variance 1 over all its values together: the target of MAE.
 
     `(t − mean) / sqrt(var + 1e-6)` with the unbiased variance. A constant patch becomes 0. Raw pixels need no
     function: use the patches as they are.
 
     Args:
-        patches: as from `patchify`, of images normalised by the mean and std of the data set.
+        patches: as from `patchify`, of images normalized by the mean and std of the data set.
 
     Returns:
         float32.
@@ -26,11 +26,11 @@ def normalised_patches(patches: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*
         ValueError: if a patch has fewer than two values.
 
     Example:
-        >>> normalised_patches(torch.tensor([[1.0, 2.0, 3.0], [5.0, 5.0, 5.0]]))
+        >>> normalized_patches(torch.tensor([[1.0, 2.0, 3.0], [5.0, 5.0, 5.0]]))
         tensor([[-1.0000,  0.0000,  1.0000],
                 [ 0.0000,  0.0000,  0.0000]])
 
-    Source: MAE, arXiv 2111.06377, section 3 (normalised pixels).
+    Source: MAE, arXiv 2111.06377, section 3 (normalized pixels).
     """
     if patches.shape[-1] < 2:
         raise ValueError(f"patches of {patches.shape[-1]} value have no variance")
@@ -39,7 +39,7 @@ def normalised_patches(patches: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*
     return (patches - mean) / (variance + 1e-6).sqrt()
 
 
-def channel_normalised_patches(patches: Float[Tensor, "*batch n d"], *, channels: int) -> Float[Tensor, "*batch n d"]:
+def channel_normalized_patches(patches: Float[Tensor, "*batch n d"], *, channels: int) -> Float[Tensor, "*batch n d"]:
     """Bring each channel of each patch to mean 0 and variance 1: the target of Beyond Masking.
 
     `(v − mean) / (sqrt(var) + 1e-6)` with the unbiased variance over the pixels of one channel of one patch. The
@@ -57,7 +57,7 @@ def channel_normalised_patches(patches: Float[Tensor, "*batch n d"], *, channels
         ValueError: if d is not a multiple of `channels`, or a patch has fewer than two pixels.
 
     Example:
-        >>> channel_normalised_patches(torch.tensor([[1.0, 10.0, 2.0, 20.0, 3.0, 30.0]]), channels=2)
+        >>> channel_normalized_patches(torch.tensor([[1.0, 10.0, 2.0, 20.0, 3.0, 30.0]]), channels=2)
         tensor([[-1.0000, -1.0000,  0.0000,  0.0000,  1.0000,  1.0000]])
 
     Source: Beyond Masking, arXiv 2203.14313 (published code).
@@ -69,14 +69,14 @@ def channel_normalised_patches(patches: Float[Tensor, "*batch n d"], *, channels
     return ((pixels - mean) / (variance.sqrt() + 1e-6)).flatten(-2)
 
 
-def window_normalised(images: Float[Tensor, "*batch c H W"], *, window: int) -> Float[Tensor, "*batch c H W"]:
+def window_normalized(images: Float[Tensor, "*batch c H W"], *, window: int) -> Float[Tensor, "*batch c H W"]:
     """Bring each pixel to the mean 0 and variance 1 of the window around it, per channel: a target of SimMIM.
 
     `(t − mean) / sqrt(var + 1e-6)` with the unbiased variance over those pixels of the window that lie in the image.
     Flat areas become rounding noise: their variance is a difference of nearly equal numbers.
 
     Args:
-        images: normalised by the mean and std of the data set; any scale.
+        images: normalized by the mean and std of the data set; any scale.
         window: side in pixels, odd, at least 3; may be larger than the image. The published value is 47.
 
     Returns:
@@ -86,7 +86,7 @@ def window_normalised(images: Float[Tensor, "*batch c H W"], *, window: int) -> 
         ValueError: if the window is even or below 3, or an image has fewer than two pixels.
 
     Example:
-        >>> window_normalised(torch.tensor([[[1.0, 2.0, 3.0, 3.0]]]), window=3)
+        >>> window_normalized(torch.tensor([[[1.0, 2.0, 3.0, 3.0]]]), window=3)
         tensor([[[-0.7071,  0.0000,  0.5773,  0.0000]]])
 
     Source: SimMIM, arXiv 2111.09886, as its authors train Swin Transformer V2, arXiv 2111.09883 (published code).
@@ -152,7 +152,7 @@ def squared_error(
 def band_error(
     prediction: Float[Tensor, "*batch c H W"], target: Float[Tensor, "*batch c H W"], *, inner_H: int, inner_W: int
 ) -> Float[Tensor, "*batch 4"]:
-    """Give each of the four strips around the centre its mean squared error, in float32.
+    """Give each of the four strips around the center its mean squared error, in float32.
 
     The outer term of the integrated task is the *sum* of the four, averaged over the batch. Top and bottom run over
     the full width, left and right over the rows between them.
@@ -160,14 +160,14 @@ def band_error(
     Args:
         prediction: a picture of the whole view.
         target: likewise.
-        inner_H: height of the centre in pixels, smaller than H by an even number.
-        inner_W: width of the centre in pixels, smaller than W by an even number.
+        inner_H: height of the center in pixels, smaller than H by an even number.
+        inner_W: width of the center in pixels, smaller than W by an even number.
 
     Returns:
         top, bottom, left, right.
 
     Raises:
-        ValueError: if the shapes differ, or the centre leaves no band of equal margins on each side.
+        ValueError: if the shapes differ, or the center leaves no band of equal margins on each side.
 
     Example:
         >>> view = torch.zeros(1, 4, 4)
@@ -182,7 +182,7 @@ def band_error(
     H, W = prediction.shape[-2:]
     rows, columns = (H - inner_H) // 2, (W - inner_W) // 2
     if not (0 < inner_H < H and 0 < inner_W < W) or (H - inner_H) % 2 or (W - inner_W) % 2:
-        raise ValueError(f"a centre of {inner_H} × {inner_W} leaves no even band in a view of {H} × {W} pixels")
+        raise ValueError(f"a center of {inner_H} × {inner_W} leaves no even band in a view of {H} × {W} pixels")
     error = (prediction.float() - target.float()).square()
     between = error[..., rows : H - rows, :]
     strips = error[..., :rows, :], error[..., H - rows :, :], between[..., :columns], between[..., W - columns :]

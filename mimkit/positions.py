@@ -204,7 +204,7 @@ def shuffle(noise: Float[Tensor, "*batch k"]) -> tuple[Int[Tensor, "*batch k"], 
 def smoothed_targets(
     sigma: Float[Tensor, "*batch"], *, height: int, width: int
 ) -> Float[Tensor, "*batch {height}*{width} {height}*{width}"]:
-    """Spread each position of the grid over its neighbours: row i is the target of a patch that belongs at i.
+    """Spread each position of the grid over its neighbors: row i is the target of a patch that belongs at i.
 
     `exp(−distance² / sigma²)`, the squared Euclidean distance in patches and no factor 2, divided by the sum of its
     row: a distribution. The published code divides by the sum of the column instead: that is the transpose, `.mT`.

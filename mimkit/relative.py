@@ -48,7 +48,7 @@ def piecewise_index(
     return (torch.where(far <= alpha, far.round(), logarithmic) * distance.sign()).long()
 
 
-Method = Literal["product", "rows", "columns", "euclidean", "quantised"]
+Method = Literal["product", "rows", "columns", "euclidean", "quantized"]
 
 
 def num_buckets(*, method: Method = "product", ratio: float = 1.9, num_prefix: int = 1) -> int:
@@ -68,8 +68,8 @@ def num_buckets(*, method: Method = "product", ratio: float = 1.9, num_prefix: i
 
     Source: iRPE, arXiv 2107.14222.
     """
-    if method not in ("product", "rows", "columns", "euclidean", "quantised"):
-        raise ValueError(f"method={method} is none of product, rows, columns, euclidean and quantised")
+    if method not in ("product", "rows", "columns", "euclidean", "quantized"):
+        raise ValueError(f"method={method} is none of product, rows, columns, euclidean and quantized")
     if not ratio > 0:
         raise ValueError(f"ratio={ratio} is not above 0")
     if num_prefix < 0:
@@ -95,7 +95,7 @@ def relative_buckets(
     - product: rows and columns apart, a bucket for each pair of numbers (the rows' number is the high digit);
     - rows, columns: one of the two; the method "cross" of iRPE is a table for each, whose biases are added;
     - euclidean: the distance, rounded; direction does not matter;
-    - quantised: the squared distance; direction does not matter.
+    - quantized: the squared distance; direction does not matter.
 
     Args:
         height: rows of the grid, in patches.
@@ -117,7 +117,7 @@ def relative_buckets(
                 [49, 24, 23],
                 [49, 25, 24]])
 
-    Source: iRPE, arXiv 2107.14222, section 3.2; "quantised" is the published code's, which ranks no distances.
+    Source: iRPE, arXiv 2107.14222, section 3.2; "quantized" is the published code's, which ranks no distances.
     """
     last = num_buckets(method=method, ratio=ratio, num_prefix=num_prefix) - 1
     if min(height, width) < 0:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Images
-from common.images import CentreCrop, Loader, Normalise, Source, Views, decode
+from common.images import CenterCrop, Loader, Normalize, Source, Views, decode
 from common.pretraining import images_to_look_at, load_encoder
 from common.probing import load_timm
 from common.report import Pictures, draw_pictures, framed, maps
@@ -70,7 +70,7 @@ def last_attention(encoder: ViT, patches: Tensor) -> Tensor:
     queries and keys, say, whosever block it is.
 
     Args:
-        patches: all of each image, (b, n, values), normalised.
+        patches: all of each image, (b, n, values), normalized.
 
     Returns:
         (b, heads, prefix + n, prefix + n): the row of a query sums to one.
@@ -139,35 +139,35 @@ class _File:
         return str(self.path)
 
 
-def load(config: Config) -> tuple[ViT, Normalise, Source]:
+def load(config: Config) -> tuple[ViT, Normalize, Source]:
     """Open the encoder and the images."""
     if config.timm:
-        encoder, normalise = load_timm(config.encoder, config.timm, image_size=config.image_size)
+        encoder, normalize = load_timm(config.encoder, config.timm, image_size=config.image_size)
     else:
-        encoder, normalise = load_encoder(config.encoder, image_size=config.image_size)
+        encoder, normalize = load_encoder(config.encoder, image_size=config.image_size)
     channels = encoder.channels
     if config.data is not None and config.data.is_file():
-        return encoder.eval(), normalise, _File(config.data, channels)
-    return encoder.eval(), normalise, images_to_look_at(Images(channels=channels), config.data)  # pyright: ignore
+        return encoder.eval(), normalize, _File(config.data, channels)
+    return encoder.eval(), normalize, images_to_look_at(Images(channels=channels), config.data)  # pyright: ignore
 
 
 def main(config: Config) -> None:
-    encoder, normalise, source = load(config)
+    encoder, normalize, source = load(config)
     grid = {"height": encoder.height, "width": encoder.width}
     sizes = {**grid, "patch": encoder.patch}
     queries = parse_queries(config.queries, **grid)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder.to(device)
-    normalise.to(device)
+    normalize.to(device)
     views = Views(
-        source, CentreCrop((encoder.height * encoder.patch, encoder.width * encoder.patch), crop_fraction=1.0)
+        source, CenterCrop((encoder.height * encoder.patch, encoder.width * encoder.patch), crop_fraction=1.0)
     )
 
     def attend(count: int, at_a_time: int = 32) -> Any:
         chosen = [(0, index * len(source) // count) for index in range(count)]
         for images in Loader(views, [chosen[i : i + at_a_time] for i in range(0, count, at_a_time)]):
-            attention = last_attention(encoder, patchify(normalise(images.to(device)), patch=encoder.patch))
-            yield normalise.unit(images), attention[..., encoder.num_prefix :, encoder.num_prefix :].cpu()
+            attention = last_attention(encoder, patchify(normalize(images.to(device)), patch=encoder.patch))
+            yield normalize.unit(images), attention[..., encoder.num_prefix :, encoder.num_prefix :].cpu()
 
     # 1. How far each head looks
     count = min(config.measured, len(source))

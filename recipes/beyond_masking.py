@@ -12,17 +12,17 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from common import finetuning
-from common.config import Flat, Images, Network, Optimisation, Run
+from common.config import Flat, Images, Network, Optimization, Run
 from common.finetuning import Finetuning
-from common.images import Normalise
+from common.images import Normalize
 from common.pretraining import Evaluation, count_masked, encoder_and_decoder, pretrain
-from common.report import Pictures, grey_out, shown
-from common.vit import initialise_truncated
+from common.report import Pictures, gray_out, shown
+from common.vit import initialize_truncated
 from mimkit.degrade import (
     area_resize,
     central_crop,
     convolve_each,
-    decolorise,
+    decolorize,
     fisheye,
     paste,
     random_kernels_any_size,
@@ -32,7 +32,7 @@ from mimkit.degrade import (
     zoom_out,
     zoom_out_any_size,
 )
-from mimkit.losses import channel_normalised_patches, squared_error
+from mimkit.losses import channel_normalized_patches, squared_error
 from mimkit.masking import all_but_block, random_tokens
 from mimkit.positions import sinusoid
 from mimkit.tokens import patchify, put, split, take, unpatchify
@@ -51,8 +51,8 @@ class Config:
     """masked: share of the patches that is masked"""
     mask: Literal["random", "block"] = "random"
     """masked: random patches, or all but one block at a random place"""
-    zoom: Literal["centre", "anywhere", "view", "inner"] = "centre"
-    """zoom_in: enlarge the central window; one at a random place; see the centre of a larger view as it is and predict
+    zoom: Literal["center", "anywhere", "view", "inner"] = "center"
+    """zoom_in: enlarge the central window; one at a random place; see the center of a larger view as it is and predict
     the view; see the central window as it is and predict what lies outside"""
     window: float = 160 / 224
     """zoom_in: side of the window, as a share of the image's"""
@@ -77,17 +77,17 @@ class Config:
     run: Flat[Run] = field(default_factory=Run)
     images: Flat[Images] = field(default_factory=Images)
     network: Flat[Network] = field(default_factory=Network)
-    optimisation: Flat[Optimisation] = field(default_factory=Optimisation)
+    optimization: Flat[Optimization] = field(default_factory=Optimization)
     finetune: Finetuning = field(default_factory=Finetuning)
 
 
 class Task(nn.Module):
-    def __init__(self, config: Config, normalise: Normalise) -> None:
+    def __init__(self, config: Config, normalize: Normalize) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder_and_decoder(
             config.images, config.network, class_token=False, key_bias=False, embed_bias=False, table=sinusoid
         )
-        self.config, self.normalise, self.channels = config, normalise, config.images.channels
+        self.config, self.normalize, self.channels = config, normalize, config.images.channels
         self.height, self.width, self.patch = self.encoder.height, self.encoder.width, self.encoder.patch
         self.image_size = config.images.image_size
         part = {"view": 7 / 10, "lossless": 7 / 9}.get(self.variant, 1.0)  # of the view that the image takes
@@ -100,7 +100,7 @@ class Task(nn.Module):
         self.num_masked = tokens - self.inner[0] * self.inner[1]
         if self.variant == "random":
             self.num_masked = count_masked(tokens, config.mask_ratio)
-        initialise_truncated(self)
+        initialize_truncated(self)
 
     @property
     def variant(self) -> str:
@@ -118,25 +118,25 @@ class Task(nn.Module):
 
     def forward(self, images: Tensor, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
         # 1. Degrade the images; what is asked for is the original, in [0, 1].
-        degraded, original = self.degrade(self.normalise.unit(images), noise)
+        degraded, original = self.degrade(self.normalize.unit(images), noise)
         # 2. Encode their patches, or those of them that are visible.
         visible, masked = split(self.mask(noise), num_masked=self.num_masked)
         latent = self.encode(degraded, visible)
-        # 3. Predict all patches of the original, or those that were masked, normalised per patch and channel.
+        # 3. Predict all patches of the original, or those that were masked, normalized per patch and channel.
         target = patchify(original, patch=self.patch)
         if self.config.task == "masked" or self.variant == "inner":
             prediction, target = self.decoder(latent, visible, masked), take(target, masked)
         else:
             prediction = self.decoder(latent, visible, masked, visible_too=True)
             target = take(target, torch.cat([visible, masked], dim=-1))
-        return {"loss": squared_error(prediction, channel_normalised_patches(target, channels=self.channels)).mean()}
+        return {"loss": squared_error(prediction, channel_normalized_patches(target, channels=self.channels)).mean()}
 
     def degrade(self, view: Tensor, noise: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return what the encoder may see, normalised, and the original, in [0, 1]."""
+        """Return what the encoder may see, normalized, and the original, in [0, 1]."""
         c, (H, W), place = self.config, self.image_size, noise["place"]
-        x = self.normalise(view)
+        x = self.normalize(view)
         match self.variant:
-            case "centre":
+            case "center":
                 return zoom_in(x, window_H=_window(H, c.window), window_W=_window(W, c.window)), view
             case "anywhere":
                 window = {"window_H": _window(H, c.window), "window_W": _window(W, c.window)}
@@ -151,7 +151,7 @@ class Task(nn.Module):
                 return zoom_out(x, place[:, :2], **small), view
             case "black" | "foreign":
                 small = area_resize(x, H=round(H * min(c.shrunken)), W=round(W * min(c.shrunken)))
-                black = self.normalise(torch.zeros_like(view))
+                black = self.normalize(torch.zeros_like(view))
                 return paste(small, black if self.variant == "black" else x.roll(1, dims=0), place[:, :2]), view
             case "none":
                 return area_resize(x, H=self.inner[0] * self.patch, W=self.inner[1] * self.patch), view
@@ -166,7 +166,7 @@ class Task(nn.Module):
                 kernels = random_kernels_any_size(noise["kernels"], place[:, 0], sizes=c.kernels, std=0.02)
                 return convolve_each(x, kernels), view
             case "decolorized":
-                return self.normalise(decolorise(view, saturation=c.saturation)), view
+                return self.normalize(decolorize(view, saturation=c.saturation)), view
             case _:  # only patches are hidden
                 return x, view
 
@@ -187,16 +187,16 @@ class Task(nn.Module):
 
     def pictures(self, images: Tensor, noise: dict[str, Tensor]) -> Pictures:
         sizes = {"height": self.height, "width": self.width, "patch": self.patch}
-        degraded, original = self.degrade(self.normalise.unit(images), noise)
+        degraded, original = self.degrade(self.normalize.unit(images), noise)
         mask = self.mask(noise)
         visible, masked = split(mask, num_masked=self.num_masked)
         prediction = self.decoder(self.encode(degraded, visible), visible, masked, visible_too=True)
         order = torch.cat([visible, masked], dim=-1)
         patches = put(prediction.float(), order, into=torch.zeros_like(prediction.float()))
-        seen = self.normalise.undo(degraded)
+        seen = self.normalize.undo(degraded)
         if self.num_masked and self.variant != "none":
-            seen = grey_out(seen, mask, **sizes)
-        target = channel_normalised_patches(patchify(original, patch=self.patch), channels=self.channels)
+            seen = gray_out(seen, mask, **sizes)
+        target = channel_normalized_patches(patchify(original, patch=self.patch), channels=self.channels)
         return Pictures(
             {
                 "input": original,
@@ -204,7 +204,7 @@ class Task(nn.Module):
                 "prediction": shown(unpatchify(patches, **sizes)),
                 "target": shown(unpatchify(target, **sizes)),
             },
-            "prediction and target are normalised per patch and channel: its brightness and contrast are not in them",
+            "prediction and target are normalized per patch and channel: its brightness and contrast are not in them",
         )
 
 
@@ -218,7 +218,7 @@ NAMES = {r"mask_token": "decoder.mask_token", r"encoder_to_decoder\.": "decoder.
 
 IMAGENET = Config(
     network=Network(decoder_dim=384, decoder_depth=4, decoder_heads=6),
-    optimisation=Optimisation(
+    optimization=Optimization(
         epochs=300, batch_size=2048, warmup_epochs=20, min_lr=1e-5, schedule="step", undecayed=("mask_token",)
     ),
     finetune=finetuning.BEYOND_MASKING,
@@ -227,7 +227,7 @@ FOLDER = replace(
     IMAGENET,
     evaluate=("finetune", "scratch"),
     network=replace(IMAGENET.network, size="small"),
-    optimisation=replace(IMAGENET.optimisation, batch_size=256),
+    optimization=replace(IMAGENET.optimization, batch_size=256),
     finetune=finetuning.FOLDER,
 )
 DIGITS = Config(
@@ -235,7 +235,7 @@ DIGITS = Config(
     kernels=(5,),  # of 32 pixels; the paper's 9 are of 224
     images=Images(image_size=(32, 32), channels=1, crop_scale=(0.6, 1.0), flip=0.0),
     network=Network(size="nano", patch=4, decoder_dim=48, decoder_depth=1, decoder_heads=3),
-    optimisation=replace(IMAGENET.optimisation, epochs=40, batch_size=64, base_lr=4e-3, warmup_epochs=4),
+    optimization=replace(IMAGENET.optimization, epochs=40, batch_size=64, base_lr=4e-3, warmup_epochs=4),
     finetune=finetuning.DIGITS,
 )
 

@@ -45,7 +45,7 @@ def measured_difficulty(method: Any, patches: Tensor, noise: Tensor) -> Tensor:
     """Measure how badly each patch is reconstructed when it is masked.
 
     Args:
-        patches: (b, n, values), normalised.
+        patches: (b, n, values), normalized.
         noise: (masks, b, n), uniform in [0, 1).
 
     Returns:
@@ -71,12 +71,12 @@ def main(config: Config) -> None:
     source = images_to_look_at(trained.images, config.data)
     images = next(central_views(source, method, trained, batch_size=config.count))
     generator = torch.Generator().manual_seed(config.seed)
-    patches = patchify(method.normalise(images), patch=method.patch)
+    patches = patchify(method.normalize(images), patch=method.patch)
     predicted, _ = method.ask_teacher(patches)
     measured = measured_difficulty(method, patches, torch.rand(config.masks, *predicted.shape, generator=generator))
     _, right, pairs = ranking_loss(predicted, measured)
     sizes = {"height": method.height, "width": method.width, "patch": method.patch}
-    unit = method.normalise.unit(images)
+    unit = method.normalize.unit(images)
     columns = {"input": unit, "predicted": heat_maps(unit, predicted, **sizes)}
     columns["measured"] = heat_maps(unit, measured, **sizes)
     share = f"{100 * float(right.sum() / pairs.sum()):.1f} % of the pairs of patches are in the right order (chance 50)"

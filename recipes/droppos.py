@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from common import finetuning
-from common.config import Flat, Images, Network, Optimisation, Run
+from common.config import Flat, Images, Network, Optimization, Run
 from common.engine import epoch_of
 from common.finetuning import Finetuning
-from common.images import Normalise
+from common.images import Normalize
 from common.pretraining import Evaluation, grid, pretrain
-from common.report import Pictures, grey_out
-from common.vit import SIZES, Predictor, ViT, initialise_mae
+from common.report import Pictures, gray_out
+from common.vit import SIZES, Predictor, ViT, initialize_mae
 from mimkit.losses import soft_cross_entropy
 from mimkit.masking import random_tokens
 from mimkit.positions import attentive_weights, drop_positions, permute_positions, shuffle, smoothed_targets
@@ -55,14 +55,14 @@ class Config:
     run: Flat[Run] = field(default_factory=Run)
     images: Flat[Images] = field(default_factory=Images)
     network: Flat[Network] = field(default_factory=Network)
-    optimisation: Flat[Optimisation] = field(default_factory=Optimisation)
+    optimization: Flat[Optimization] = field(default_factory=Optimization)
     finetune: Finetuning = field(default_factory=Finetuning)
 
 
 class DropPos(nn.Module):
-    def __init__(self, config: Config, normalise: Normalise) -> None:
+    def __init__(self, config: Config, normalize: Normalize) -> None:
         super().__init__()
-        network, self.config, self.normalise = config.network, config, normalise
+        network, self.config, self.normalize = config.network, config, normalize
         self.view_size, self.patch, channels = config.images.image_size, network.patch, config.images.channels
         self.height, self.width = grid(config.images, network)
         sizes = {"height": self.height, "width": self.width, "patch": self.patch, "channels": channels}
@@ -76,7 +76,7 @@ class DropPos(nn.Module):
         if config.smoothing == "released" and places > self.patch**2:
             raise ValueError(f"--smoothing released has targets for {self.patch**2} patches (--patch²), not {places}")
         self.num_masked, self.num_dropped = self.count(config.mask_ratio, config.drop_ratio)
-        initialise_mae(self)
+        initialize_mae(self)
 
     def count(self, mask_ratio: float, drop_ratio: float) -> tuple[int, int]:
         """Count the patches to mask and the positions to drop of these shares."""
@@ -90,13 +90,13 @@ class DropPos(nn.Module):
 
     def forward(self, images: Tensor, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
         # 1. Mask most patches at random, and drop the positions of most of those that stay visible.
-        patches = patchify(self.normalise(images), patch=self.patch)
+        patches = patchify(self.normalize(images), patch=self.patch)
         mask = random_tokens(noise["mask"], num_masked=self.num_masked)
         visible, masked = split(mask, num_masked=self.num_masked)
         dropped = random_tokens(noise["drop"], num_masked=self.num_dropped)
         # 2. Encode the visible ones, and say of each at which position of the grid it belongs.
         logits = self.locate(take(patches, visible), visible, dropped, noise)
-        # 3. The target of a position spreads over its neighbours, less and less so from epoch to epoch.
+        # 3. The target of a position spreads over its neighbors, less and less so from epoch to epoch.
         target = self.targets(self.sigma(progress))[visible]
         # 4. Patches weigh more that resemble the class token, when the whole image is seen with all positions.
         weights = dropped * self.attention(patches, visible, masked)
@@ -131,7 +131,7 @@ class DropPos(nn.Module):
 
     def sigma(self, progress: Tensor) -> Tensor:
         """Return the width of the targets, constant within an epoch."""
-        (start, end), epochs = self.config.sigma, self.config.optimisation.epochs
+        (start, end), epochs = self.config.sigma, self.config.optimization.epochs
         return start + (end - start) * epoch_of(progress, epochs) / epochs
 
     def targets(self, sigma: Tensor) -> Tensor:
@@ -156,18 +156,18 @@ class DropPos(nn.Module):
 
     def pictures(self, images: Tensor, noise: dict[str, Tensor]) -> Pictures:
         sizes = {"height": self.height, "width": self.width, "patch": self.patch}
-        patches = patchify(self.normalise(images), patch=self.patch)
+        patches = patchify(self.normalize(images), patch=self.patch)
         mask = random_tokens(noise["mask"], num_masked=self.num_masked)
         visible, _ = split(mask, num_masked=self.num_masked)
         dropped = random_tokens(noise["drop"], num_masked=self.num_dropped)
         logits = self.locate(take(patches, visible), visible, dropped, noise)
-        image = self.normalise.unit(images)
-        seen, grey = take(patchify(image, patch=self.patch), visible), torch.full_like(patches, 0.5)
-        anchored = put(torch.where(dropped[..., None], 0.5, seen), visible, grey)
+        image = self.normalize.unit(images)
+        seen, gray = take(patchify(image, patch=self.patch), visible), torch.full_like(patches, 0.5)
+        anchored = put(torch.where(dropped[..., None], 0.5, seen), visible, gray)
         found = torch.where(dropped, logits.argmax(dim=-1), visible)
-        columns = {"input": image, "visible": grey_out(image, mask, **sizes)}
+        columns = {"input": image, "visible": gray_out(image, mask, **sizes)}
         columns["with a position"] = unpatchify(anchored, **sizes)
-        columns["put back"] = unpatchify(put(seen, found, grey), **sizes)
+        columns["put back"] = unpatchify(put(seen, found, gray), **sizes)
         return Pictures(
             columns, "put back: every patch where it was thought to belong; of several at a place one is seen"
         )
@@ -202,21 +202,21 @@ NAMES = {
 
 IMAGENET = Config(
     network=Network(decoder_depth=2),
-    optimisation=Optimisation(epochs=200, warmup_epochs=10, clip=5.0, clip_each=True),
+    optimization=Optimization(epochs=200, warmup_epochs=10, clip=5.0, clip_each=True),
     finetune=finetuning.DROPPOS,
 )
 FOLDER = replace(
     IMAGENET,
     evaluate=("finetune", "scratch"),
     network=replace(IMAGENET.network, size="small"),
-    optimisation=replace(IMAGENET.optimisation, epochs=300, batch_size=256, warmup_epochs=20),
+    optimization=replace(IMAGENET.optimization, epochs=300, batch_size=256, warmup_epochs=20),
     finetune=finetuning.FOLDER,
 )
 DIGITS = Config(
     evaluate=("finetune", "scratch"),
     images=Images(image_size=(32, 32), channels=1, crop_scale=(0.6, 1.0), flip=0.0),
     network=Network(size="nano", patch=4, decoder_dim=48, decoder_depth=1, decoder_heads=3),
-    optimisation=Optimisation(epochs=40, batch_size=64, base_lr=4e-3, warmup_epochs=4, clip=5.0, clip_each=True),
+    optimization=Optimization(epochs=40, batch_size=64, base_lr=4e-3, warmup_epochs=4, clip=5.0, clip_each=True),
     finetune=finetuning.DIGITS,
 )
 

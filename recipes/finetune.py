@@ -1,4 +1,4 @@
-"""Fine-tune an encoder on labelled images and measure its accuracy.
+"""Fine-tune an encoder on labeled images and measure its accuracy.
 
     python recipes/finetune.py --encoder runs/mae/encoder.safetensors                     the embedded digits
     python recipes/finetune.py --encoder runs/mae/encoder.safetensors --data DIR          images of your own
@@ -33,7 +33,7 @@ class Config:
     flip: float = 0.5
     """probability of a horizontal flip"""
     labels_per_class: int = 10
-    """of the embedded digits: labelled images per class"""
+    """of the embedded digits: labeled images per class"""
     run: Flat[Run] = field(default_factory=Run)
     finetune: Flat[Finetuning] = field(default_factory=Finetuning)
 
@@ -57,7 +57,7 @@ def main(config: Config) -> None:
     run = config.run
     folder = run.runs / (run.name or "finetune")
     with world(run.device) as place:
-        encoder, normalise = load_encoder(
+        encoder, normalize = load_encoder(
             config.encoder,
             image_size=config.image_size,
             class_token=config.finetune.pool == "class",
@@ -76,7 +76,7 @@ def main(config: Config) -> None:
         title = report.TITLES["scratch" if config.scratch else "finetune"]
         result = finetune(
             encoder,
-            normalise,
+            normalize,
             settings=config.finetune,
             images=images,
             run=run,

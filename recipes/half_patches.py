@@ -45,7 +45,7 @@ class Config:
     epochs: int | None = None
     """of each training; none: as many as in the run's fine-tuning"""
     labels_per_class: int = 100
-    """of the embedded digits: labelled images per class"""
+    """of the embedded digits: labeled images per class"""
     workers: int = -1
     """processes that load images; -1: one per free core, at most 16"""
 
@@ -75,16 +75,16 @@ def main(config: Config) -> None:
     if not hasattr(method, "ask_teacher"):
         raise ValueError(f"{config.run} is no run of hpm.py: nothing in it predicts how hard patches are")
     images = replace(trained.images, data=config.data or trained.images.data, labels_per_class=config.labels_per_class)
-    settings = replace(trained.finetune, optimisation=replace(trained.finetune.optimisation, layer_decay=1.0))
+    settings = replace(trained.finetune, optimization=replace(trained.finetune.optimization, layer_decay=1.0))
     if config.epochs is not None:
-        settings = replace(settings, optimisation=replace(settings.optimisation, epochs=config.epochs))
+        settings = replace(settings, optimization=replace(settings.optimization, epochs=config.epochs))
     accuracies: dict[str, list[float]] = {part: [] for part in config.parts}
     with world(trained.run.device) as place:
         for seed in config.seeds:
             for part in config.parts:
                 run = replace(trained.run, seed=seed, resume=True, workers=config.workers)
                 folder = config.run / "half_patches" / f"{part}-{seed}"
-                encoder, normalise = load_encoder(
+                encoder, normalize = load_encoder(
                     config.run / "encoder.safetensors",
                     class_token=settings.pool == "class",
                     drop=settings.drop_path,
@@ -93,7 +93,7 @@ def main(config: Config) -> None:
                 )
                 result = finetune(
                     encoder,
-                    normalise,
+                    normalize,
                     settings=settings,
                     images=images,
                     run=run,

@@ -12,15 +12,15 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from common import finetuning
-from common.config import Flat, Images, Network, Optimisation, Run
+from common.config import Flat, Images, Network, Optimization, Run
 from common.engine import epoch_of
 from common.finetuning import Finetuning
-from common.images import Normalise
+from common.images import Normalize
 from common.pretraining import Evaluation, count_masked, encoder_and_decoder, pretrain
-from common.report import Pictures, grey_out, heat_maps, shown
+from common.report import Pictures, gray_out, heat_maps, shown
 from common.teacher import follow, teacher_of
-from common.vit import Predictor, initialise_mae
-from mimkit.losses import cosine_distance, normalised_patches, ranking_loss, squared_error
+from common.vit import Predictor, initialize_mae
+from mimkit.losses import cosine_distance, normalized_patches, ranking_loss, squared_error
 from mimkit.masking import easy_to_hard
 from mimkit.tokens import patchify, put, split, take, unpatchify
 
@@ -42,8 +42,8 @@ class Config:
     """which patches the teacher chooses"""
     objective: Literal["relative", "absolute"] = "relative"
     """what the predictor learns: which of two patches is harder, or how hard each is"""
-    target: Literal["pixels", "normalised", "features"] = "pixels"
-    """what is reconstructed: pixels, as in all published commands; normalised per patch; the teacher's features"""
+    target: Literal["pixels", "normalized", "features"] = "pixels"
+    """what is reconstructed: pixels, as in all published commands; normalized per patch; the teacher's features"""
     momentum: tuple[float, float] = (0.999, 0.9999)
     """of the teacher, in the first epoch and after --momentum-epochs"""
     momentum_epochs: float = 100.0
@@ -53,12 +53,12 @@ class Config:
     run: Flat[Run] = field(default_factory=Run)
     images: Flat[Images] = field(default_factory=Images)
     network: Flat[Network] = field(default_factory=Network)
-    optimisation: Flat[Optimisation] = field(default_factory=Optimisation)
+    optimization: Flat[Optimization] = field(default_factory=Optimization)
     finetune: Finetuning = field(default_factory=Finetuning)
 
 
 class HPM(nn.Module):
-    def __init__(self, config: Config, normalise: Normalise) -> None:
+    def __init__(self, config: Config, normalize: Normalize) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder_and_decoder(config.images, config.network)
         self.height, self.width, self.patch = self.encoder.height, self.encoder.width, self.encoder.patch
@@ -67,11 +67,11 @@ class HPM(nn.Module):
             self.decoder.head = nn.Linear(network.decoder_dim, self.encoder.dim)
         # The published head predicts as many values as a patch has, and what counts is their mean
         self.predictor = Predictor(network.decoder_dim, network.decoder_depth, network.decoder_heads, outputs)
-        self.config, self.normalise, self.view_size = config, normalise, config.images.image_size
+        self.config, self.normalize, self.view_size = config, normalize, config.images.image_size
         self.num_masked = count_masked(self.height * self.width, config.mask_ratio)
         if not config.momentum_epochs > 0:
             raise ValueError(f"--momentum-epochs {config.momentum_epochs} is not above 0")
-        initialise_mae(self)
+        initialize_mae(self)
         self.teacher = teacher_of(self.student())
 
     def student(self) -> nn.ModuleList:
@@ -83,7 +83,7 @@ class HPM(nn.Module):
 
     def forward(self, images: Tensor, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
         # 1. The teacher sees the whole image and predicts how hard each patch is to reconstruct.
-        patches = patchify(self.normalise(images), patch=self.patch)
+        patches = patchify(self.normalize(images), patch=self.patch)
         difficulty, features = self.ask_teacher(patches)
         # 2. Mask the hardest ones, more of them as training goes on, and others at random.
         visible, masked = split(self.mask(difficulty, noise, progress), num_masked=self.num_masked)
@@ -99,7 +99,7 @@ class HPM(nn.Module):
         loss, right, pairs = ranking_loss(predicted, errors)
         prediction = loss.sum() / pairs.sum().clamp(min=1)
         if self.config.objective == "absolute":
-            prediction = squared_error(predicted, normalised_patches(errors.detach())).mean()
+            prediction = squared_error(predicted, normalized_patches(errors.detach())).mean()
         reconstruction, accuracy = errors.mean(), right.sum() / pairs.sum().clamp(min=1)
         losses = {"loss": reconstruction + prediction, "reconstruction": reconstruction, "prediction": prediction}
         return losses | {"pair_accuracy": accuracy}
@@ -114,7 +114,7 @@ class HPM(nn.Module):
 
     def mask(self, difficulty: Tensor, noise: dict[str, Tensor], progress: Tensor) -> Tensor:
         """Mask hard patches, as many as it is time for, and others at random."""
-        (start, end), epochs = self.config.hard, self.config.optimisation.epochs
+        (start, end), epochs = self.config.hard, self.config.optimization.epochs
         share = start + (end - start) * ((epoch_of(progress, epochs) + 1) / epochs)
         count = {"num_masked": self.num_masked, "num_hard": (self.num_masked * share).long()}
         return easy_to_hard(difficulty if self.config.choose == "hardest" else -difficulty, noise["mask"], **count)
@@ -124,33 +124,33 @@ class HPM(nn.Module):
         match self.config.target:
             case "pixels":
                 return squared_error(prediction, patches)
-            case "normalised":
-                return squared_error(prediction, normalised_patches(patches))
+            case "normalized":
+                return squared_error(prediction, normalized_patches(patches))
             case "features":
                 return cosine_distance(prediction, features)
 
     def after_step(self, progress: Tensor) -> None:
         """Let the teacher follow."""
-        (start, end), epoch = self.config.momentum, epoch_of(progress, self.config.optimisation.epochs)
+        (start, end), epoch = self.config.momentum, epoch_of(progress, self.config.optimization.epochs)
         follow(self.teacher, self.student(), start + (end - start) * (epoch / self.config.momentum_epochs).clamp(max=1))
 
     def pictures(self, images: Tensor, noise: dict[str, Tensor]) -> Pictures:
         sizes = {"height": self.height, "width": self.width, "patch": self.patch}
-        patches = patchify(self.normalise(images), patch=self.patch)
+        patches = patchify(self.normalize(images), patch=self.patch)
         difficulty, _ = self.ask_teacher(patches)
-        last = torch.tensor(1 - 1 / self.config.optimisation.epochs, dtype=torch.float64)
+        last = torch.tensor(1 - 1 / self.config.optimization.epochs, dtype=torch.float64)
         mask = self.mask(difficulty, noise, last.to(images.device))
-        image = self.normalise.unit(images)
+        image = self.normalize.unit(images)
         columns = {"input": image, "hard (red) and easy": heat_maps(image, difficulty, **sizes)}
-        columns["seen"] = grey_out(image, mask, **sizes)
+        columns["seen"] = gray_out(image, mask, **sizes)
         note = "masks are those of the last epoch"
         if self.config.target == "features":
             return Pictures(columns, note)
         visible, masked = split(mask, num_masked=self.num_masked)
         latent = self.encoder(take(patches, visible), self.encoder.positions[visible])
-        target = patches if self.config.target == "pixels" else normalised_patches(patches)
+        target = patches if self.config.target == "pixels" else normalized_patches(patches)
         prediction = put(self.decoder(latent, visible, masked), masked, target)
-        show = self.normalise.undo if self.config.target == "pixels" else shown
+        show = self.normalize.undo if self.config.target == "pixels" else shown
         columns |= {"prediction": show(unpatchify(prediction, **sizes)), "target": show(unpatchify(target, **sizes))}
         return Pictures(columns, note + "; prediction: visible patches are the input's")
 
@@ -166,14 +166,14 @@ NAMES = {
 }
 
 IMAGENET = Config(
-    optimisation=Optimisation(epochs=200, warmup_epochs=10, clip=5.0),
+    optimization=Optimization(epochs=200, warmup_epochs=10, clip=5.0),
     finetune=finetuning.HPM,
 )
 FOLDER = replace(
     IMAGENET,
     evaluate=("finetune", "scratch"),
     network=Network(size="small"),
-    optimisation=replace(IMAGENET.optimisation, epochs=300, batch_size=256, warmup_epochs=20),
+    optimization=replace(IMAGENET.optimization, epochs=300, batch_size=256, warmup_epochs=20),
     finetune=finetuning.FOLDER,
 )
 DIGITS = Config(
@@ -181,7 +181,7 @@ DIGITS = Config(
     momentum=(0.99, 0.99),  # of some hundred steps; the paper's are of 100,000
     images=Images(image_size=(32, 32), channels=1, crop_scale=(0.6, 1.0), flip=0.0),
     network=Network(size="nano", patch=4, decoder_dim=48, decoder_depth=1, decoder_heads=3),
-    optimisation=Optimisation(epochs=40, batch_size=64, base_lr=4e-3, warmup_epochs=4, clip=5.0),
+    optimization=Optimization(epochs=40, batch_size=64, base_lr=4e-3, warmup_epochs=4, clip=5.0),
     finetune=finetuning.DIGITS,
 )
 

@@ -1,28 +1,28 @@
-"""Classify images by their nearest neighbours among the features of a frozen encoder; nothing is trained.
+"""Classify images by their nearest neighbors among the features of a frozen encoder; nothing is trained.
 
     python recipes/knn.py --encoder runs/mae/encoder.safetensors                 the embedded digits
     python recipes/knn.py --encoder runs/mae/encoder.safetensors --data DIR      images of your own
     python recipes/knn.py --timm vit_base_patch16_224.dino --encoder dino.pth --data DIR
 
-Each neighbour votes with exp(cosine similarity / 0.07).
+Each neighbor votes with exp(cosine similarity / 0.07).
 """
 
 from dataclasses import dataclass, field
 
 from common.config import Flat, Run
-from common.probing import Neighbours, Probed, knn, probe
+from common.probing import Neighbors, Probed, knn, probe
 
 
 @dataclass(frozen=True)
 class Config:
-    """Neighbours are sought among the features of the frozen encoder."""
+    """Neighbors are sought among the features of the frozen encoder."""
 
     probed: Flat[Probed] = field(default_factory=Probed)
     run: Flat[Run] = field(default_factory=Run)
-    settings: Flat[Neighbours] = field(default_factory=Neighbours)
+    settings: Flat[Neighbors] = field(default_factory=Neighbors)
 
 
-PRESETS = {"digits": Config(settings=Neighbours(crop_fraction=1.0)), "folder": Config()}
+PRESETS = {"digits": Config(settings=Neighbors(crop_fraction=1.0)), "folder": Config()}
 
 if __name__ == "__main__":
     probe(knn, PRESETS, name="knn", title="k-NN", description=__doc__)

@@ -26,7 +26,7 @@ class Config:
     settings: Flat[Linear] = field(default_factory=Linear)
 
 
-HPM = replace(Linear(), optimiser="sgd", base_lrs=(1e-3,), batch_size=4096, epochs=100, pool="mean")
+HPM = replace(Linear(), optimizer="sgd", base_lrs=(1e-3,), batch_size=4096, epochs=100, pool="mean")
 PRESETS = {
     "digits": Config(flip=0.0, settings=DIGITS),
     "folder": Config(settings=FOLDER),

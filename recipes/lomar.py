@@ -14,13 +14,13 @@ from typing import Literal
 
 from common import finetuning
 from common.checkpoint import load_weights, read_foreign
-from common.config import Flat, Images, Network, Optimisation, Run
+from common.config import Flat, Images, Network, Optimization, Run
 from common.finetuning import Finetuning
-from common.images import Normalise
+from common.images import Normalize
 from common.pretraining import Evaluation, grid, pretrain
-from common.report import Pictures, framed, grey_out
-from common.vit import SIZES, ViT, initialise_mae
-from mimkit.losses import normalised_patches, squared_error
+from common.report import Pictures, framed, gray_out
+from common.vit import SIZES, ViT, initialize_mae
+from mimkit.losses import normalized_patches, squared_error
 from mimkit.masking import random_tokens
 from mimkit.positions import sincos
 from mimkit.relative import relative_buckets
@@ -48,8 +48,8 @@ class Config:
     windows_of: Literal["image", "batch", "release"] = "image"
     """image: each image has windows of its own; batch: all images at a time share them, as in the published code;
     release: and they are paired as there, so that with 4 windows and 256 images each image has one, four times"""
-    normalise_target: bool = True
-    """predict pixels normalised per patch, better for accuracy"""
+    normalize_target: bool = True
+    """predict pixels normalized per patch, better for accuracy"""
     weights: Path | None = None
     """start from a published checkpoint of LoMaR"""
     evaluate: tuple[Evaluation, ...] = ("finetune",)
@@ -57,15 +57,15 @@ class Config:
     run: Flat[Run] = field(default_factory=Run)
     images: Flat[Images] = field(default_factory=Images)
     network: Flat[Network] = field(default_factory=Network)
-    optimisation: Flat[Optimisation] = field(default_factory=Optimisation)
+    optimization: Flat[Optimization] = field(default_factory=Optimization)
     finetune: Finetuning = field(default_factory=Finetuning)
 
 
 class LoMaR(nn.Module):
-    def __init__(self, config: Config, normalise: Normalise) -> None:
+    def __init__(self, config: Config, normalize: Normalize) -> None:
         super().__init__()
         images, network = config.images, config.network
-        self.config, self.normalise, self.view_size, self.patch = config, normalise, images.image_size, network.patch
+        self.config, self.normalize, self.view_size, self.patch = config, normalize, images.image_size, network.patch
         self.height, self.width = grid(images, network)
         self.count, self.size, self.num_masked = self.check(config)
         relative = config.positions == "relative"
@@ -82,9 +82,9 @@ class LoMaR(nn.Module):
         self.head = nn.Linear(self.encoder.dim, network.patch**2 * images.channels)
         buckets = relative_buckets(height=self.size, width=self.size) if relative else None  # alike in all windows
         self.register_buffer("buckets", buckets, persistent=False)
-        initialise_mae(self)
+        initialize_mae(self)
         if config.weights is not None:
-            report = load_weights(self, read_foreign(config.weights), renames=NAMES, optional=(r"normalise\.",))
+            report = load_weights(self, read_foreign(config.weights), renames=NAMES, optional=(r"normalize\.",))
             print(f"{config.weights}:\n{report}")
 
     def check(self, config: Config) -> tuple[int, int, int]:
@@ -111,7 +111,7 @@ class LoMaR(nn.Module):
         windows = self.patches_of(self.anchors(noise))
         # 2. Read the pixels of their patches: nothing else of the image is looked at.
         patches = take_patches(images, windows.flatten(1), patch=self.patch)
-        patches = self.normalise.patches(patches).unflatten(1, (self.count, -1)).flatten(0, 1)
+        patches = self.normalize.patches(patches).unflatten(1, (self.count, -1)).flatten(0, 1)
         # 3. Mask most patches of each window at random.
         mask = random_tokens(noise["mask"].flatten(0, 1), num_masked=self.num_masked)
         visible, masked = split(mask, num_masked=self.num_masked)
@@ -119,10 +119,10 @@ class LoMaR(nn.Module):
         tokens = self.encode(take(patches, visible), mask, windows.flatten(0, 1))
         # 5. Predict the pixels of those that are masked by one linear layer.
         prediction = self.head(take(tokens, masked))
-        # 6. Compare with the pixels, normalised per patch.
+        # 6. Compare with the pixels, normalized per patch.
         target = take(patches, masked)
-        if self.config.normalise_target:
-            target = normalised_patches(target)
+        if self.config.normalize_target:
+            target = normalized_patches(target)
         return {"loss": squared_error(prediction, target).mean()}
 
     def anchors(self, noise: dict[str, Tensor]) -> Tensor:
@@ -147,22 +147,22 @@ class LoMaR(nn.Module):
         return self.encoder(patches, places, mask=mask, buckets=self.buckets)[:, 1:]
 
     def pictures(self, images: Tensor, noise: dict[str, Tensor]) -> Pictures:
-        image, side = self.normalise.unit(images), {"height": self.size, "width": self.size, "patch": self.patch}
+        image, side = self.normalize.unit(images), {"height": self.size, "width": self.size, "patch": self.patch}
         anchors = self.anchors(noise)[:, 0]  # of the first window of each image
         windows, mask = self.patches_of(anchors), random_tokens(noise["mask"][:, 0], num_masked=self.num_masked)
         visible, masked = split(mask, num_masked=self.num_masked)
         pixels = take_patches(image, windows, patch=self.patch)
-        patches = self.normalise.patches(pixels)
+        patches = self.normalize.patches(pixels)
         prediction = self.head(take(self.encode(take(patches, visible), mask, windows), masked))
         note = "the window is the first of its image, enlarged; reconstruction: its visible patches are the image's"
-        if self.config.normalise_target:  # undo what `normalised_patches` did
+        if self.config.normalize_target:  # undo what `normalized_patches` did
             hidden = take(patches, masked)
             scale = (hidden.var(dim=-1, keepdim=True) + 1e-6).sqrt()
             prediction = prediction * scale + hidden.mean(dim=-1, keepdim=True)
             note += (
                 ", and the others have the brightness and contrast of the true ones, which the network does not predict"
             )
-        filled = self.normalise.undo_patches(put(prediction.to(patches.dtype), masked, patches))
+        filled = self.normalize.undo_patches(put(prediction.to(patches.dtype), masked, patches))
 
         window = unpatchify(pixels, **side)
         place = {"patch": self.patch, "rows": self.size, "columns": self.size}
@@ -171,7 +171,7 @@ class LoMaR(nn.Module):
                 [framed(one, *anchor, **place) for one, anchor in zip(image, anchors.tolist(), strict=True)]
             ),
             "window": window,
-            "seen": grey_out(window, mask, **side),
+            "seen": gray_out(window, mask, **side),
             "reconstruction": unpatchify(filled, **side),
         }
         return Pictures(columns, note)
@@ -180,12 +180,12 @@ class LoMaR(nn.Module):
 # Names of the published checkpoints, for `common.checkpoint.load_weights`; their position table is never read
 NAMES = {r"encoder_pred\.": "head.", r"(?=cls_token|mask_token|patch_embed|blocks|norm)": "encoder."}
 
-IMAGENET = Config(optimisation=Optimisation(epochs=1600, warmup_epochs=80))
+IMAGENET = Config(optimization=Optimization(epochs=1600, warmup_epochs=80))
 FOLDER = replace(
     IMAGENET,
     evaluate=("finetune", "scratch"),
     network=Network(size="small"),
-    optimisation=Optimisation(epochs=300, batch_size=256, warmup_epochs=20),
+    optimization=Optimization(epochs=300, batch_size=256, warmup_epochs=20),
     finetune=finetuning.FOLDER,
 )
 DIGITS = Config(
@@ -193,7 +193,7 @@ DIGITS = Config(
     evaluate=("finetune", "scratch"),
     images=Images(image_size=(32, 32), channels=1, crop_scale=(0.6, 1.0), flip=0.0),
     network=Network(size="nano", patch=4),
-    optimisation=Optimisation(epochs=40, batch_size=64, base_lr=4e-3, warmup_epochs=4),
+    optimization=Optimization(epochs=40, batch_size=64, base_lr=4e-3, warmup_epochs=4),
     finetune=finetuning.DIGITS,
 )
 

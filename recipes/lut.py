@@ -12,15 +12,15 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from common import finetuning
-from common.config import Flat, Images, Network, Optimisation, Run
+from common.config import Flat, Images, Network, Optimization, Run
 from common.finetuning import Finetuning
 from common.heads import HeadNorm, mlp, refuse_single_images, share_statistics
-from common.images import Normalise, WeakStrong
+from common.images import Normalize, WeakStrong
 from common.pretraining import Evaluation, count_masked, encoder_and_decoder, pretrain
-from common.report import Pictures, grey_out, shown
+from common.report import Pictures, gray_out, shown
 from common.teacher import cosine_momentum, follow, teacher_of
-from common.vit import initialise_mae
-from mimkit.losses import cosine_distance, normalised_patches, squared_error
+from common.vit import initialize_mae
+from mimkit.losses import cosine_distance, normalized_patches, squared_error
 from mimkit.masking import disjoint_views
 from mimkit.tokens import patchify, put, split, take, unpatchify
 
@@ -41,8 +41,8 @@ class Config:
     """both: the pixels of masked patches and the context of visible ones; context: the latter alone, without decoder"""
     context_weight: float = 0.25
     """of the context's loss beside that of the pixels; 0: MAE on the first views"""
-    normalise_target: bool = True
-    """predict pixels normalised per patch"""
+    normalize_target: bool = True
+    """predict pixels normalized per patch"""
     momentum: float = 0.996
     """of the teacher in the first step; it rises to 1 as half a cosine"""
     head_depth: tuple[int, int] = (2, 2)
@@ -52,30 +52,30 @@ class Config:
     head_norm: HeadNorm = "batch"
     """between the layers of a head; batch norm wants some 64 images at a time, and sees one piece of a batch"""
     sync_norm: bool = True
-    """synchronised batch norm, over all devices; without, each has its own, and running statistics are averaged"""
+    """synchronized batch norm, over all devices; without, each has its own, and running statistics are averaged"""
     evaluate: tuple[Evaluation, ...] = ("finetune",)
     """fine-tune the encoder; the same network from scratch for as many epochs, for as much time; judge it frozen"""
     run: Flat[Run] = field(default_factory=Run)
     images: Flat[Images] = field(default_factory=Images)
     network: Flat[Network] = field(default_factory=Network)
-    optimisation: Flat[Optimisation] = field(default_factory=Optimisation)
+    optimization: Flat[Optimization] = field(default_factory=Optimization)
     finetune: Finetuning = field(default_factory=Finetuning)
 
 
 class LUT(nn.Module):
-    def __init__(self, config: Config, normalise: Normalise) -> None:
+    def __init__(self, config: Config, normalize: Normalize) -> None:
         super().__init__()
         self.encoder, decoder = encoder_and_decoder(config.images, config.network)
         self.decoder = decoder if config.loss == "both" else None
         self.height, self.width, self.patch = self.encoder.height, self.encoder.width, self.encoder.patch
         head = {"width": config.head_width, "norm": config.head_norm, "together": config.sync_norm}
         self.projector, self.predictor = (mlp(self.encoder.dim, depth=depth, **head) for depth in config.head_depth)
-        self.config, self.normalise, self.view_size = config, normalise, config.images.image_size
+        self.config, self.normalize, self.view_size = config, normalize, config.images.image_size
         self.views = WeakStrong(self.view_size, flip=config.images.flip)
         tokens = self.height * self.width
         self.num_masked = count_masked(tokens, config.mask_ratio)
         self.num_visible = tokens - self.num_masked
-        initialise_mae(self)
+        initialize_mae(self)
         self.teacher = teacher_of(self.student()).eval()
 
     def student(self) -> nn.ModuleList:
@@ -93,8 +93,8 @@ class LUT(nn.Module):
         return {"mask": rand(batch, self.height * self.width)}
 
     def forward(self, images: Views, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
-        # 1. Cut two views of each image into patches; the second has other colours, and the picture is shifted.
-        views = [patchify(self.normalise(view), patch=self.patch) for view in images]
+        # 1. Cut two views of each image into patches; the second has other colors, and the picture is shifted.
+        views = [patchify(self.normalize(view), patch=self.patch) for view in images]
         # 2. Mask most of both, so that no place of the grid is visible twice.
         (visible, masked), (others, _) = self.split(noise)
         # 3. Encode what is visible of each.
@@ -134,7 +134,7 @@ class LUT(nn.Module):
         return projector(self.pool(encoder(patches, encoder.positions)))  # pyright: ignore
 
     def pixel_target(self, patches: Tensor) -> Tensor:
-        return normalised_patches(patches) if self.config.normalise_target else patches
+        return normalized_patches(patches) if self.config.normalize_target else patches
 
     def after_step(self, progress: Tensor) -> None:
         """Let the teacher follow, with the running statistics of batch norm."""
@@ -143,20 +143,20 @@ class LUT(nn.Module):
 
     def pictures(self, images: Views, noise: dict[str, Tensor]) -> Pictures:
         sizes = {"height": self.height, "width": self.width, "patch": self.patch}
-        first, second = (self.normalise.unit(view) for view in images)
+        first, second = (self.normalize.unit(view) for view in images)
         masks = disjoint_views(noise["mask"], num_visible=self.num_visible)
-        columns = {"first view": first, "seen": grey_out(first, masks[0], **sizes)}
+        columns = {"first view": first, "seen": gray_out(first, masks[0], **sizes)}
         note = "the second view is seen in part by the student, whole by the teacher"
         if self.decoder is not None:
-            patches, (visible, masked) = patchify(self.normalise(first), patch=self.patch), self.split(noise)[0]
+            patches, (visible, masked) = patchify(self.normalize(first), patch=self.patch), self.split(noise)[0]
             latent = self.encoder(take(patches, visible), self.encoder.positions[visible])
             target = self.pixel_target(patches)
             prediction = put(self.decoder(latent, visible, masked), masked, target)
-            show = shown if self.config.normalise_target else self.normalise.undo
+            show = shown if self.config.normalize_target else self.normalize.undo
             columns["prediction"] = show(unpatchify(prediction, **sizes))
             columns["target"] = show(unpatchify(target, **sizes))
             note = "prediction: visible patches are the input's; " + note
-        columns |= {"second view": second, "seen of it": grey_out(second, masks[1], **sizes)}
+        columns |= {"second view": second, "seen of it": gray_out(second, masks[1], **sizes)}
         return Pictures(columns, note)
 
 
@@ -170,7 +170,7 @@ NAMES = {
 }
 
 IMAGENET = Config(
-    optimisation=Optimisation(epochs=1600, sqrt_rule_at=4096),
+    optimization=Optimization(epochs=1600, sqrt_rule_at=4096),
     finetune=finetuning.LUT,
 )
 FOLDER = replace(
@@ -178,7 +178,7 @@ FOLDER = replace(
     evaluate=("finetune", "scratch"),
     head_width=2048,
     network=Network(size="small"),
-    optimisation=Optimisation(epochs=300, batch_size=256, warmup_epochs=20),
+    optimization=Optimization(epochs=300, batch_size=256, warmup_epochs=20),
     finetune=finetuning.FOLDER,
 )
 DIGITS = Config(
@@ -187,7 +187,7 @@ DIGITS = Config(
     head_width=384,
     images=Images(image_size=(32, 32), channels=1, flip=0.0),
     network=Network(size="nano", patch=4, decoder_dim=48, decoder_depth=1, decoder_heads=3),
-    optimisation=Optimisation(epochs=40, batch_size=64, base_lr=4e-3, warmup_epochs=4),
+    optimization=Optimization(epochs=40, batch_size=64, base_lr=4e-3, warmup_epochs=4),
     finetune=finetuning.DIGITS,
 )
 

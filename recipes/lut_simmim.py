@@ -13,14 +13,14 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from common import finetuning
-from common.config import Flat, Images, Network, Optimisation, Run
+from common.config import Flat, Images, Network, Optimization, Run
 from common.finetuning import Finetuning
 from common.heads import HeadNorm, mlp, refuse_single_images, share_statistics
-from common.images import Normalise, WeakStrong
+from common.images import Normalize, WeakStrong
 from common.pretraining import Evaluation, masking_encoder, pretrain, whole_cells
-from common.report import Pictures, grey_out
+from common.report import Pictures, gray_out
 from common.teacher import cosine_momentum, follow, teacher_of
-from common.vit import PixelHead, initialise_mae
+from common.vit import PixelHead, initialize_mae
 from mimkit.losses import absolute_error, cosine_distance
 from mimkit.masking import disjoint_views, random_cells
 from mimkit.tokens import patchify, put, split, take, unpatchify
@@ -53,7 +53,7 @@ class Config:
     head_norm: HeadNorm = "batch"
     """between the layers of a head; batch norm wants some 64 images at a time, and sees one piece of a batch"""
     sync_norm: bool = True
-    """synchronised batch norm, over all devices; without, each has its own, and running statistics are averaged"""
+    """synchronized batch norm, over all devices; without, each has its own, and running statistics are averaged"""
     drop_path: float = 0.1
     """drop path of the last block, rising linearly from 0, in pre-training"""
     evaluate: tuple[Evaluation, ...] = ("finetune",)
@@ -61,14 +61,14 @@ class Config:
     run: Flat[Run] = field(default_factory=Run)
     images: Flat[Images] = field(default_factory=Images)
     network: Flat[Network] = field(default_factory=Network)
-    optimisation: Flat[Optimisation] = field(default_factory=Optimisation)
+    optimization: Flat[Optimization] = field(default_factory=Optimization)
     finetune: Finetuning = field(default_factory=Finetuning)
 
 
 class LUTSimMIM(nn.Module):
-    def __init__(self, config: Config, normalise: Normalise) -> None:
+    def __init__(self, config: Config, normalize: Normalize) -> None:
         super().__init__()
-        self.config, self.normalise, self.view_size = config, normalise, config.images.image_size
+        self.config, self.normalize, self.view_size = config, normalize, config.images.image_size
         self.views = WeakStrong(self.view_size, flip=config.images.flip)
         self.encoder = masking_encoder(config.images, config.network, drop=config.drop_path)
         self.height, self.width, self.patch = self.encoder.height, self.encoder.width, self.encoder.patch
@@ -76,8 +76,8 @@ class LUTSimMIM(nn.Module):
         self.head = pixels if config.loss == "both" else None
         head = {"width": config.head_width, "norm": config.head_norm, "together": config.sync_norm}
         self.projector, self.predictor = (mlp(self.encoder.dim, depth=depth, **head) for depth in config.head_depth)
-        initialise_mae(self.projector)
-        initialise_mae(self.predictor)
+        initialize_mae(self.projector)
+        initialize_mae(self.predictor)
         self.num_cells, self.cells = whole_cells(config.images, config.network, config.cell, config.mask_ratio)
         self.num_visible = self.num_cells - self.cells["num_masked"] // (self.height * self.width // self.num_cells)
         self.teacher = teacher_of(self.student()).eval()
@@ -99,8 +99,8 @@ class LUTSimMIM(nn.Module):
         return noise | paths if self.config.drop_path else noise
 
     def forward(self, images: Views, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
-        # 1. Cut two views of each image into patches; the second has other colours, and the picture is shifted.
-        views = [patchify(self.normalise(view), patch=self.patch) for view in images]
+        # 1. Cut two views of each image into patches; the second has other colors, and the picture is shifted.
+        views = [patchify(self.normalize(view), patch=self.patch) for view in images]
         # 2. Mask large cells of both, so that no cell is visible twice (as long as there are enough).
         (mask, visible, masked), (other_mask, others, _) = self.masks(noise)
         # 3. Encode all patches of each, with one learned vector in the place of each that is masked.
@@ -149,22 +149,22 @@ class LUTSimMIM(nn.Module):
 
     def pictures(self, images: Views, noise: dict[str, Tensor]) -> Pictures:
         sizes = {"height": self.height, "width": self.width, "patch": self.patch}
-        first, second = (self.normalise.unit(view) for view in images)
+        first, second = (self.normalize.unit(view) for view in images)
         (mask, _, masked), (other_mask, _, _) = self.masks(noise)
-        columns = {"first view": first, "seen": grey_out(first, mask, **sizes)}
+        columns = {"first view": first, "seen": gray_out(first, mask, **sizes)}
         note = "the second view is seen in part by the student, whole by the teacher"
         if self.head is not None:
-            patches = patchify(self.normalise(images[0]), patch=self.patch)
+            patches = patchify(self.normalize(images[0]), patch=self.patch)
             tokens = self.encoder(patches, self.encoder.positions, mask=mask)[:, 1:]
             prediction = put(self.head(take(tokens, masked)), masked, patches)
-            columns["prediction"] = self.normalise.undo(unpatchify(prediction, **sizes))
+            columns["prediction"] = self.normalize.undo(unpatchify(prediction, **sizes))
             note = "prediction: visible patches are the input's; " + note
-        columns |= {"second view": second, "seen of it": grey_out(second, other_mask, **sizes)}
+        columns |= {"second view": second, "seen of it": gray_out(second, other_mask, **sizes)}
         return Pictures(columns, note)
 
 
 IMAGENET = Config(
-    optimisation=Optimisation(
+    optimization=Optimization(
         epochs=100,
         batch_size=2048,
         base_lr=1e-4,  # SimMIM's of 100 epochs, see simmim.py
@@ -183,8 +183,8 @@ FOLDER = replace(
     evaluate=("finetune", "scratch"),
     head_width=2048,
     network=Network(size="small"),
-    optimisation=replace(
-        IMAGENET.optimisation, epochs=300, batch_size=256, base_lr=2e-4, warmup_epochs=20, min_lr=5e-6
+    optimization=replace(
+        IMAGENET.optimization, epochs=300, batch_size=256, base_lr=2e-4, warmup_epochs=20, min_lr=5e-6
     ),
     finetune=finetuning.FOLDER,
 )
@@ -195,8 +195,8 @@ DIGITS = Config(
     evaluate=("finetune", "scratch"),
     images=Images(image_size=(32, 32), channels=1, flip=0.0),
     network=Network(size="nano", patch=4),
-    optimisation=replace(
-        IMAGENET.optimisation, epochs=40, batch_size=64, base_lr=4e-3, warmup_epochs=4, warmup_lr=0.0, min_lr=0.0
+    optimization=replace(
+        IMAGENET.optimization, epochs=40, batch_size=64, base_lr=4e-3, warmup_epochs=4, warmup_lr=0.0, min_lr=0.0
     ),
     finetune=finetuning.DIGITS,
 )

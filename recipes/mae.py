@@ -14,13 +14,13 @@ from typing import Literal
 
 from common import finetuning
 from common.checkpoint import load_weights, read_foreign
-from common.config import Flat, Images, Network, Optimisation, Run
+from common.config import Flat, Images, Network, Optimization, Run
 from common.finetuning import Finetuning
-from common.images import Normalise
+from common.images import Normalize
 from common.pretraining import Evaluation, count_masked, encoder_and_decoder, pretrain
-from common.report import Pictures, grey_out, shown
-from common.vit import initialise_mae
-from mimkit.losses import normalised_patches, squared_error
+from common.report import Pictures, gray_out, shown
+from common.vit import initialize_mae
+from mimkit.losses import normalized_patches, squared_error
 from mimkit.masking import random_tokens
 from mimkit.positions import sincos
 from mimkit.tokens import patchify, put, split, take, unpatchify
@@ -38,30 +38,30 @@ class Config:
     """added to the patches; or said to attention by the offsets of each two (iRPE), as LoMaR's paper compares them"""
     weights: Path | None = None
     """start from a published checkpoint of MAE, with or without its decoder"""
-    normalise_target: bool = True
-    """predict pixels normalised per patch, better for accuracy; without, pictures are easier on the eye"""
+    normalize_target: bool = True
+    """predict pixels normalized per patch, better for accuracy; without, pictures are easier on the eye"""
     evaluate: tuple[Evaluation, ...] = ("finetune",)
     """fine-tune the encoder; the same network from scratch for as many epochs, for as much time; judge it frozen"""
     run: Flat[Run] = field(default_factory=Run)
     images: Flat[Images] = field(default_factory=Images)
     network: Flat[Network] = field(default_factory=Network)
-    optimisation: Flat[Optimisation] = field(default_factory=Optimisation)
+    optimization: Flat[Optimization] = field(default_factory=Optimization)
     finetune: Finetuning = field(default_factory=Finetuning)
 
 
 class MAE(nn.Module):
-    def __init__(self, config: Config, normalise: Normalise) -> None:
+    def __init__(self, config: Config, normalize: Normalize) -> None:
         super().__init__()
         table = sincos if config.positions == "absolute" else None
         self.encoder, self.decoder = encoder_and_decoder(config.images, config.network, table=table)
         self.height, self.width, self.patch = self.encoder.height, self.encoder.width, self.encoder.patch
-        self.view_size, self.normalise_target = config.images.image_size, config.normalise_target
+        self.view_size, self.normalize_target = config.images.image_size, config.normalize_target
         self.num_masked = count_masked(self.height * self.width, config.mask_ratio)
-        self.normalise = normalise
-        initialise_mae(self)
+        self.normalize = normalize
+        initialize_mae(self)
         if config.weights is not None:
             report = load_weights(
-                self, read_foreign(config.weights), renames=NAMES, optional=(r"decoder\.", r"normalise\.")
+                self, read_foreign(config.weights), renames=NAMES, optional=(r"decoder\.", r"normalize\.")
             )
             print(f"{config.weights}:\n{report}")
 
@@ -70,7 +70,7 @@ class MAE(nn.Module):
 
     def forward(self, images: Tensor, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
         # 1. Cut the images into patches.
-        patches = patchify(self.normalise(images), patch=self.patch)
+        patches = patchify(self.normalize(images), patch=self.patch)
         # 2. Mask most of them at random.
         mask = random_tokens(noise["mask"], num_masked=self.num_masked)
         visible, masked = split(mask, num_masked=self.num_masked)
@@ -78,10 +78,10 @@ class MAE(nn.Module):
         latent = self.encode(take(patches, visible), visible)
         # 4. Predict the pixels of those that are masked.
         prediction = self.decoder(latent, visible, masked)
-        # 5. Compare with the pixels, normalised per patch.
+        # 5. Compare with the pixels, normalized per patch.
         target = take(patches, masked)
-        if self.normalise_target:
-            target = normalised_patches(target)
+        if self.normalize_target:
+            target = normalized_patches(target)
         return {"loss": squared_error(prediction, target).mean()}
 
     def encode(self, patches: Tensor, visible: Tensor) -> Tensor:
@@ -91,19 +91,19 @@ class MAE(nn.Module):
 
     def pictures(self, images: Tensor, noise: dict[str, Tensor]) -> Pictures:
         sizes = {"height": self.height, "width": self.width, "patch": self.patch}
-        patches = patchify(self.normalise(images), patch=self.patch)
+        patches = patchify(self.normalize(images), patch=self.patch)
         mask = random_tokens(noise["mask"], num_masked=self.num_masked)
         visible, masked = split(mask, num_masked=self.num_masked)
         latent = self.encode(take(patches, visible), visible)
-        target = normalised_patches(patches) if self.normalise_target else patches
+        target = normalized_patches(patches) if self.normalize_target else patches
         prediction = put(self.decoder(latent, visible, masked), masked, target)
-        image, note = self.normalise.unit(images), "prediction: visible patches are the input's"
-        if self.normalise_target:
+        image, note = self.normalize.unit(images), "prediction: visible patches are the input's"
+        if self.normalize_target:
             prediction, target = (shown(unpatchify(x, **sizes)) for x in (prediction, target))
-            note += "; prediction and target are normalised per patch: its brightness and contrast are not in them"
+            note += "; prediction and target are normalized per patch: its brightness and contrast are not in them"
         else:
-            prediction, target = self.normalise.undo(unpatchify(prediction, **sizes)), image
-        seen = grey_out(image, mask, **sizes)
+            prediction, target = self.normalize.undo(unpatchify(prediction, **sizes)), image
+        seen = gray_out(image, mask, **sizes)
         return Pictures({"input": image, "seen": seen, "prediction": prediction, "target": target}, note)
 
 
@@ -115,19 +115,19 @@ NAMES = {
     r"(?=cls_token|pos_embed|patch_embed|blocks|norm)": "encoder.",
 }
 
-IMAGENET = Config(optimisation=Optimisation(epochs=1600))
+IMAGENET = Config(optimization=Optimization(epochs=1600))
 FOLDER = replace(
     IMAGENET,
     evaluate=("finetune", "scratch"),
     network=Network(size="small"),
-    optimisation=Optimisation(epochs=300, batch_size=256, warmup_epochs=20),
+    optimization=Optimization(epochs=300, batch_size=256, warmup_epochs=20),
     finetune=finetuning.FOLDER,
 )
 DIGITS = Config(
     evaluate=("finetune", "scratch"),
     images=Images(image_size=(32, 32), channels=1, crop_scale=(0.6, 1.0), flip=0.0),
     network=Network(size="nano", patch=4, decoder_dim=48, decoder_depth=1, decoder_heads=3),
-    optimisation=Optimisation(epochs=40, batch_size=64, base_lr=4e-3, warmup_epochs=4),
+    optimization=Optimization(epochs=40, batch_size=64, base_lr=4e-3, warmup_epochs=4),
     finetune=finetuning.DIGITS,
 )
 

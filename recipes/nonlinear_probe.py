@@ -6,7 +6,7 @@
 
 The blocks are as wide as the encoder and are trained as in fine-tuning, all at the same learning rate.
 
-Paper: Beyond Masking, arXiv 2203.14313, non-linear probing. It gives no settings of the optimiser.
+Paper: Beyond Masking, arXiv 2203.14313, non-linear probing. It gives no settings of the optimizer.
 """
 
 from dataclasses import dataclass, field

@@ -51,7 +51,7 @@ def right_places(method: Any, images: Tensor, noise: dict[str, Tensor], *, maske
         masked: number of masked patches.
         dropped: number of dropped positions.
     """
-    patches = patchify(method.normalise(images), patch=method.patch)
+    patches = patchify(method.normalize(images), patch=method.patch)
     visible, _ = split(random_tokens(noise["mask"], num_masked=masked), num_masked=masked)
     noise = noise | {name: noise[name][:, : visible.shape[1]] for name in noise if name != "mask"}
     lost = random_tokens(noise["drop"], num_masked=dropped)

@@ -6,7 +6,7 @@
 
 Each image is a row of its own; under it, and in a table, stand the losses that the method itself computes of this image
 alone. A run may still be training: its newest checkpoint is taken. A published checkpoint must have its decoder; it is
-read with the settings of a preset, and --options changes them: --options="--size large --no-normalise-target".
+read with the settings of a preset, and --options changes them: --options="--size large --no-normalize-target".
 """
 
 import shlex
@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from common.checkpoint import load_weights, read_foreign
 from common.config import parse
-from common.images import CentreCrop, Loader, Views
-from common.pretraining import Method, images_to_look_at, load_method, normalisation, recipe_of
+from common.images import CenterCrop, Loader, Views
+from common.pretraining import Method, images_to_look_at, load_method, normalization, recipe_of
 from common.report import Pictures, draw_pictures
 
 import torch
@@ -60,14 +60,14 @@ def main(config: Config) -> None:
     count = min(config.count, len(source))
     if count < 1:
         raise ValueError(f"--count {config.count} draws nothing")
-    centre = CentreCrop(method.view_size, crop_fraction=settings.finetune.crop_fraction)
-    views = Views(source, getattr(method, "views", centre), seed=config.seed)
+    center = CenterCrop(method.view_size, crop_fraction=settings.finetune.crop_fraction)
+    views = Views(source, getattr(method, "views", center), seed=config.seed)
     chosen = [index * len(source) // count for index in range(count)]
     images = next(iter(Loader(views, [[(0, index) for index in chosen]])))
     generator = torch.Generator().manual_seed(config.seed)
     noise = method.noise(lambda *shape: torch.rand(*shape, generator=generator), count)
 
-    pictures, losses = reconstruct(method, images, noise, epochs=settings.optimisation.epochs)
+    pictures, losses = reconstruct(method, images, noise, epochs=settings.optimization.epochs)
     captions = tuple(
         f"{number}:  " + ",  ".join(f"{name} {value:.3f}" for name, value in row.items())
         for number, row in enumerate(losses, 1)
@@ -85,9 +85,9 @@ def published(config: Config) -> tuple[Method, Any]:
     settings = parse(recipe.PRESETS, ["--preset", config.preset, *shlex.split(config.options)])
     images = replace(settings.images, data=config.data or settings.images.data)
     source = images_to_look_at(images, split=config.split)
-    method = recipe.METHOD(settings, normalisation(images, source))
+    method = recipe.METHOD(settings, normalization(images, source))
     weights = read_foreign(config.weights)
-    print(f"{config.weights}:\n{load_weights(method, weights, renames=recipe.NAMES, optional=(r'normalise[.]',))}")
+    print(f"{config.weights}:\n{load_weights(method, weights, renames=recipe.NAMES, optional=(r'normalize[.]',))}")
     return method.eval(), replace(settings, images=images)
 
 

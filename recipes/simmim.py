@@ -1,4 +1,4 @@
-"""SimMIM: a simple framework for masked image modelling. Mask large cells, predict their pixels by one linear layer.
+"""SimMIM: a simple framework for masked image modeling. Mask large cells, predict their pixels by one linear layer.
 
     python recipes/simmim.py                                              the embedded digits, minutes on a laptop
     python recipes/simmim.py --data DIR                                   images of your own
@@ -14,13 +14,13 @@ from typing import Literal
 
 from common import finetuning
 from common.checkpoint import load_weights, read_foreign
-from common.config import Flat, Images, Network, Optimisation, Run
+from common.config import Flat, Images, Network, Optimization, Run
 from common.finetuning import Finetuning
-from common.images import Normalise
+from common.images import Normalize
 from common.pretraining import Evaluation, masking_encoder, pretrain, whole_cells
-from common.report import Pictures, grey_out, shown
+from common.report import Pictures, gray_out, shown
 from common.vit import PixelHead
-from mimkit.losses import absolute_error, window_normalised
+from mimkit.losses import absolute_error, window_normalized
 from mimkit.masking import random_cells
 from mimkit.tokens import patchify, put, split, take, unpatchify
 
@@ -36,7 +36,7 @@ class Config:
     cell: int = 32
     """side of a cell in pixels, a multiple of --patch; a cell is masked whole or not at all"""
     target: Literal["pixels", "window"] = "pixels"
-    """what is predicted: the pixels; or these normalised by the mean and variance of a window around each"""
+    """what is predicted: the pixels; or these normalized by the mean and variance of a window around each"""
     window: int = 47
     """of --target window: its side in pixels, odd"""
     drop_path: float = 0.1
@@ -48,20 +48,20 @@ class Config:
     run: Flat[Run] = field(default_factory=Run)
     images: Flat[Images] = field(default_factory=Images)
     network: Flat[Network] = field(default_factory=Network)
-    optimisation: Flat[Optimisation] = field(default_factory=Optimisation)
+    optimization: Flat[Optimization] = field(default_factory=Optimization)
     finetune: Finetuning = field(default_factory=Finetuning)
 
 
 class SimMIM(nn.Module):
-    def __init__(self, config: Config, normalise: Normalise) -> None:
+    def __init__(self, config: Config, normalize: Normalize) -> None:
         super().__init__()
-        self.config, self.normalise, self.view_size = config, normalise, config.images.image_size
+        self.config, self.normalize, self.view_size = config, normalize, config.images.image_size
         self.encoder = masking_encoder(config.images, config.network, drop=config.drop_path)
         self.height, self.width, self.patch = self.encoder.height, self.encoder.width, self.encoder.patch
         self.head = PixelHead(self.patch, config.images.channels, self.encoder.dim)
         self.num_cells, self.cells = whole_cells(config.images, config.network, config.cell, config.mask_ratio)
         if config.weights is not None:
-            report = load_weights(self, read_foreign(config.weights), renames=NAMES, optional=(r"normalise\.",))
+            report = load_weights(self, read_foreign(config.weights), renames=NAMES, optional=(r"normalize\.",))
             print(f"{config.weights}:\n{report}")
 
     def noise(self, rand: Callable[..., Tensor], batch: int) -> dict[str, Tensor]:
@@ -70,7 +70,7 @@ class SimMIM(nn.Module):
 
     def forward(self, images: Tensor, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
         # 1. Mask large cells of the image at random.
-        patches = patchify(self.normalise(images), patch=self.patch)
+        patches = patchify(self.normalize(images), patch=self.patch)
         mask = random_cells(noise["mask"], **self.cells)
         _, masked = split(mask, num_masked=self.cells["num_masked"])
         # 2. Encode all patches, with one learned vector in the place of each that is masked.
@@ -83,20 +83,20 @@ class SimMIM(nn.Module):
 
     def target(self, images: Tensor) -> Tensor:
         """Return what is predicted of each patch."""
-        pixels = self.normalise(images)
+        pixels = self.normalize(images)
         if self.config.target == "window":
-            pixels = window_normalised(pixels, window=self.config.window)
+            pixels = window_normalized(pixels, window=self.config.window)
         return patchify(pixels, patch=self.patch)
 
     def pictures(self, images: Tensor, noise: dict[str, Tensor]) -> Pictures:
         sizes = {"height": self.height, "width": self.width, "patch": self.patch}
         mask, target = random_cells(noise["mask"], **self.cells), self.target(images)
         _, masked = split(mask, num_masked=self.cells["num_masked"])
-        tokens = self.encoder(patchify(self.normalise(images), patch=self.patch), self.encoder.positions, mask=mask)
+        tokens = self.encoder(patchify(self.normalize(images), patch=self.patch), self.encoder.positions, mask=mask)
         prediction = unpatchify(put(self.head(take(tokens[:, 1:], masked)), masked, target), **sizes)
-        show = self.normalise.undo if self.config.target == "pixels" else shown
-        image = self.normalise.unit(images)
-        columns = {"input": image, "seen": grey_out(image, mask, **sizes)}
+        show = self.normalize.undo if self.config.target == "pixels" else shown
+        image = self.normalize.unit(images)
+        columns = {"input": image, "seen": gray_out(image, mask, **sizes)}
         columns |= {"prediction": show(prediction), "target": show(unpatchify(target, **sizes))}
         return Pictures(columns, "prediction: visible patches are the target's")
 
@@ -106,7 +106,7 @@ NAMES = {r"decoder\.0\.": "head.proj."}
 
 IMAGENET = Config(
     images=Images(crop_scale=(0.67, 1.0)),
-    optimisation=Optimisation(
+    optimization=Optimization(
         epochs=800,
         batch_size=2048,
         base_lr=5e-5,  # for 256 images: half of the published 1e-4, which is for 512
@@ -123,14 +123,14 @@ IMAGENET = Config(
 # The published schedule of 100 epochs is that of Swin: for 512 images from 1e-6 to 2e-4, then down to 1e-5
 IMAGENET_100 = replace(
     IMAGENET,
-    optimisation=replace(IMAGENET.optimisation, epochs=100, base_lr=1e-4, milestones=(), warmup_lr=4e-6, min_lr=4e-5),
+    optimization=replace(IMAGENET.optimization, epochs=100, base_lr=1e-4, milestones=(), warmup_lr=4e-6, min_lr=4e-5),
 )
 FOLDER = replace(
     IMAGENET_100,
     evaluate=("finetune", "scratch"),
     network=Network(size="small"),
-    optimisation=replace(
-        IMAGENET_100.optimisation, epochs=300, batch_size=256, base_lr=2e-4, warmup_epochs=20, min_lr=5e-6
+    optimization=replace(
+        IMAGENET_100.optimization, epochs=300, batch_size=256, base_lr=2e-4, warmup_epochs=20, min_lr=5e-6
     ),
     finetune=finetuning.FOLDER,
 )
@@ -139,8 +139,8 @@ DIGITS = Config(
     evaluate=("finetune", "scratch"),
     images=Images(image_size=(32, 32), channels=1, crop_scale=(0.67, 1.0), flip=0.0),
     network=Network(size="nano", patch=4),
-    optimisation=replace(
-        IMAGENET_100.optimisation, epochs=40, batch_size=64, base_lr=4e-3, warmup_epochs=4, warmup_lr=0.0, min_lr=0.0
+    optimization=replace(
+        IMAGENET_100.optimization, epochs=40, batch_size=64, base_lr=4e-3, warmup_epochs=4, warmup_lr=0.0, min_lr=0.0
     ),
     finetune=finetuning.DIGITS,
 )

@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-from common.images import Normalise
+from common.images import Normalize
 from common.vit import SIZES
 
 import lomar
@@ -24,9 +24,9 @@ import mae
 CHOICES = itertools.product(("relative", "absolute"), ("distinct", "independent"), ("image", "batch", "release"))
 FORMS: list[tuple[Any, dict[str, Any]]] = [
     *((lomar, {"positions": a, "anchors": b, "windows_of": c, "window_size": 3, "windows": 2}) for a, b, c in CHOICES),
-    (lomar, {"normalise_target": False, "window_size": 3, "windows": 1}),
+    (lomar, {"normalize_target": False, "window_size": 3, "windows": 1}),
     (mae, {"positions": "relative"}),
-    (mae, {"positions": "relative", "normalise_target": False, "mask_ratio": 0.4}),
+    (mae, {"positions": "relative", "normalize_target": False, "mask_ratio": 0.4}),
 ]
 
 if __name__ == "__main__":
@@ -37,7 +37,7 @@ if __name__ == "__main__":
         images = replace(recipe.DIGITS.images, image_size=(16, 24), channels=3)
         network = replace(recipe.DIGITS.network, decoder_dim=12, decoder_heads=2)
         config = replace(recipe.DIGITS, images=images, network=network, **form)
-        eager = recipe.METHOD(config, Normalise([0.5] * 3, [0.5] * 3)).train()
+        eager = recipe.METHOD(config, Normalize([0.5] * 3, [0.5] * 3)).train()
         method = copy.deepcopy(eager)
         generator = torch.Generator().manual_seed(0)
         noise = eager.noise(lambda *shape, generator=generator: torch.rand(*shape, generator=generator), 4)

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-from common.images import Normalise
+from common.images import Normalize
 from common.vit import SIZES
 
 import lut
@@ -24,7 +24,7 @@ FORMS = [
     (lut, {"loss": "context"}),
     (lut, {"head_norm": "layer", "head_depth": (3, 1)}),
     (lut, {"head_norm": "none", "head_depth": (2, 0)}),
-    (lut, {"normalise_target": False, "mask_ratio": 0.4, "sync_norm": False}),
+    (lut, {"normalize_target": False, "mask_ratio": 0.4, "sync_norm": False}),
     (lut_simmim, {}),
     (lut_simmim, {"loss": "context", "mask_ratio": 0.3, "drop_path": 0.0, "cell": 4}),
 ]
@@ -36,7 +36,7 @@ if __name__ == "__main__":
     for recipe, form in FORMS:
         torch.manual_seed(0)
         config = replace(recipe.DIGITS, images=images, **form)
-        eager = recipe.METHOD(config, Normalise([0.5] * 3, [0.5] * 3)).train()
+        eager = recipe.METHOD(config, Normalize([0.5] * 3, [0.5] * 3)).train()
         method = copy.deepcopy(eager)
         generator = torch.Generator().manual_seed(0)
         views = tuple((255 * torch.rand(2, 4, 3, 16, 24, generator=generator)).to(torch.uint8))

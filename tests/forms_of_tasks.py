@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-from common.images import Normalise
+from common.images import Normalize
 from common.vit import SIZES
 
 import beyond_masking
@@ -27,7 +27,7 @@ FORMS: list[tuple[Any, Any, list[dict[str, Any]]]] = [
         [
             {"task": "masked"},
             {"task": "masked", "mask": "block"},
-            *[{"task": "zoom_in", "zoom": zoom} for zoom in ("centre", "anywhere", "view", "inner")],
+            *[{"task": "zoom_in", "zoom": zoom} for zoom in ("center", "anywhere", "view", "inner")],
             *[{"task": "zoom_out", "fill": fill} for fill in ("mirror", "black", "foreign", "none")],
             {"task": "zoom_out", "shrunken": (3 / 7, 4 / 7, 5 / 7, 6 / 7)},
             *[{"task": "distorted", "distortion": distortion} for distortion in ("fisheye", "lossless", "wave")],
@@ -42,7 +42,7 @@ FORMS: list[tuple[Any, Any, list[dict[str, Any]]]] = [
         [
             {},
             {"hard": (0.0, 0.0), "objective": "absolute"},
-            {"hard": (1.0, 1.0), "choose": "easiest", "target": "normalised"},
+            {"hard": (1.0, 1.0), "choose": "easiest", "target": "normalized"},
             {"hard": (0.5, 0.0), "target": "features", "momentum": (0.0, 1.0), "momentum_epochs": 3.0},
         ],
     ),
@@ -90,5 +90,5 @@ if __name__ == "__main__":
         for i, form in enumerate(forms):
             # whether it is one graph is found out by either; those of HPM and DropPos are large
             backend = "aot_eager" if make is beyond_masking.Task or i == 0 else "eager"
-            check(make(replace(digits, images=images, **form), Normalise([0.5] * 3, [0.5] * 3)), backend, 32, 48)
+            check(make(replace(digits, images=images, **form), Normalize([0.5] * 3, [0.5] * 3)), backend, 32, 48)
             print(make.__name__, *form.values())

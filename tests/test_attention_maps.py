@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
-from common.images import Normalise
+from common.images import Normalize
 from common.pretraining import export
 from common.probing import TimmViT
-from common.vit import ViT, initialise_mae
+from common.vit import ViT, initialize_mae
 from mimkit.tokens import patchify
 
 import pytest
@@ -23,7 +23,7 @@ from torch import nn
 def small(**more) -> ViT:
     torch.manual_seed(0)
     vit = ViT(height=2, width=3, patch=4, channels=3, dim=24, depth=2, heads=3, **more)
-    initialise_mae(vit)
+    initialize_mae(vit)
     for name, parameter in vit.named_parameters():
         if "table" in name:
             nn.init.normal_(parameter)
@@ -97,7 +97,7 @@ def test_queries_are_rows_and_columns_of_the_grid():
 
 
 def test_one_picture_of_all_heads_for_a_file_and_a_folder(tmp_path: Path, capsys):
-    export(tmp_path / "encoder.safetensors", small(), Normalise([0.5] * 3, [0.5] * 3))
+    export(tmp_path / "encoder.safetensors", small(), Normalize([0.5] * 3, [0.5] * 3))
     (tmp_path / "photos").mkdir()
     for i in range(3):
         Image.new("RGB", (40 + i, 30), (80 * i, 90, 20)).save(tmp_path / "photos" / f"{i}.png")

@@ -23,7 +23,7 @@ from common.checkpoint import (
     write_tensors,
 )
 from common.config import Images, Network
-from common.images import IMAGENET_MEAN, IMAGENET_STD, Normalise
+from common.images import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from common.pretraining import load_encoder
 from mimkit.tokens import patchify, split
 
@@ -402,7 +402,7 @@ CONFIG = mae.Config(
 
 def method(seed: int, **changes: Any) -> mae.MAE:
     torch.manual_seed(seed)
-    return mae.MAE(replace(CONFIG, **changes), Normalise(IMAGENET_MEAN, IMAGENET_STD)).eval()
+    return mae.MAE(replace(CONFIG, **changes), Normalize(IMAGENET_MEAN, IMAGENET_STD)).eval()
 
 
 def published_name(name: str) -> str:
@@ -420,7 +420,7 @@ def published(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[mae.MAE, 
         for parameter in original.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.02 * torch.randn_like(parameter))
-    weights = {published_name(name): t for name, t in original.state_dict().items() if "normalise" not in name}
+    weights = {published_name(name): t for name, t in original.state_dict().items() if "normalize" not in name}
     weights["decoder_pos_embed"] = torch.nn.functional.pad(original.decoder.pos_embed, (0, 0, 1, 0))[None]
     if request.param == "encoder only":
         weights = {name: tensor for name, tensor in weights.items() if not re.match("decoder|mask_token", name)}
@@ -445,9 +445,9 @@ def test_a_published_checkpoint_goes_on_where_it_was(published: tuple[mae.MAE, P
 
 def test_the_encoder_of_a_published_checkpoint_is_loaded_alone(published: tuple[mae.MAE, Path], capsys: Any):
     original, path = published
-    encoder, normalise = load_encoder(path)
+    encoder, normalize = load_encoder(path)
     assert f"{path}:\n" in capsys.readouterr().out
-    patches = patchify(normalise(seeded(2, 3, 32, 32)), patch=8)
+    patches = patchify(normalize(seeded(2, 3, 32, 32)), patch=8)
     expected = original.encoder(patches, original.encoder.positions)
     assert encoder(patches, encoder.positions).equal(expected)
     visible, _ = split(seeded(2, 16).argsort() < 12, num_masked=12)

@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     module.__name__: module.PRESETS for module in MODULES if hasattr(module, "PRESETS")
 }
 TUNING = ("finetune", "nonlinear_probe")  # whose settings of fine-tuning stand without a prefix
-GROUPS = ("Run", "Images", "Network", "Optimisation", "Finetuning", "Probed", "Linear", "Neighbours", "Nonlinear")
+GROUPS = ("Run", "Images", "Network", "Optimization", "Finetuning", "Probed", "Linear", "Neighbors", "Nonlinear")
 
 
 def mae_with(*args: str) -> mae.Config:
@@ -56,12 +56,12 @@ def test_a_preset_fills_all_settings_at_once(recipe: str, preset: str):
 
 def test_the_imagenet_presets_are_those_of_the_papers():
     ours = mae_with("--preset", "imagenet")
-    assert (ours.optimisation.batch_size, ours.optimisation.base_lr, ours.optimisation.warmup_epochs) == (
+    assert (ours.optimization.batch_size, ours.optimization.base_lr, ours.optimization.warmup_epochs) == (
         4096,
         1.5e-4,
         40,
     )
-    assert (ours.optimisation.epochs, ours.optimisation.weight_decay, ours.optimisation.betas) == (
+    assert (ours.optimization.epochs, ours.optimization.weight_decay, ours.optimization.betas) == (
         1600,
         0.05,
         (0.9, 0.95),
@@ -69,16 +69,16 @@ def test_the_imagenet_presets_are_those_of_the_papers():
     assert (ours.mask_ratio, ours.images.crop_scale, ours.images.flip) == (0.75, (0.2, 1.0), 0.5)
     assert (ours.network.decoder_dim, ours.network.decoder_depth, ours.network.decoder_heads) == (512, 8, 16)
     other = parse(PRESETS["beyond_masking_integrated"], ["--preset", "imagenet"])
-    assert (other.optimisation.batch_size, other.optimisation.epochs, other.optimisation.min_lr) == (2048, 300, 1e-5)
+    assert (other.optimization.batch_size, other.optimization.epochs, other.optimization.min_lr) == (2048, 300, 1e-5)
     assert (other.network.decoder_dim, other.network.decoder_depth, other.network.decoder_heads) == (384, 4, 6)
     for name, depth, each, rate in (("hpm", 8, False, 5e-4), ("droppos", 2, True, 1e-3)):
         found = parse(PRESETS[name], ["--preset", "imagenet"])
-        settings, tuned = found.optimisation, found.finetune
+        settings, tuned = found.optimization, found.finetune
         assert (settings.batch_size, settings.epochs, settings.warmup_epochs) == (4096, 200, 10)
         assert (settings.base_lr, settings.weight_decay, settings.betas) == (1.5e-4, 0.05, (0.9, 0.95))
         assert (settings.clip, settings.clip_each, found.mask_ratio) == (5.0, each, 0.75)
         assert (found.network.decoder_dim, found.network.decoder_depth, found.network.decoder_heads) == (512, depth, 16)
-        assert (tuned.optimisation.base_lr, tuned.optimisation.layer_decay, tuned.pool) == (rate, 0.8, "mean")
+        assert (tuned.optimization.base_lr, tuned.optimization.layer_decay, tuned.pool) == (rate, 0.8, "mean")
         assert tuned.train_positions == (name == "hpm")
     hard, dropped = (PRESETS[name]["imagenet"] for name in ("hpm", "droppos"))
     assert (hard.hard, hard.momentum, hard.momentum_epochs, hard.target) == ((0, 0.5), (0.999, 0.9999), 100, "pixels")
@@ -108,25 +108,25 @@ def test_options_stand_without_a_prefix_and_those_of_fine_tuning_with_one():
     )
     assert found.images == dataclasses.replace(mae.DIGITS.images, image_size=(96, 160), channels=1)
     assert found.network == dataclasses.replace(mae.DIGITS.network, size="tiny")
-    assert (found.optimisation.epochs, found.finetune.optimisation.epochs, found.run.keep) == (3, 4, 5)
+    assert (found.optimization.epochs, found.finetune.optimization.epochs, found.run.keep) == (3, 4, 5)
     assert found.finetune == dataclasses.replace(
-        mae.DIGITS.finetune, optimisation=dataclasses.replace(mae.DIGITS.finetune.optimisation, epochs=4)
+        mae.DIGITS.finetune, optimization=dataclasses.replace(mae.DIGITS.finetune.optimization, epochs=4)
     )
 
 
 def test_in_the_recipe_of_fine_tuning_its_options_stand_without_a_prefix_too():
     found = parse(PRESETS["finetune"], shlex.split("--encoder a.pth --epochs 4 --pool class --image-size 32 48"))
     assert (found.encoder, found.image_size) == (Path("a.pth"), (32, 48))
-    assert (found.finetune.optimisation.epochs, found.finetune.pool) == (4, "class")
+    assert (found.finetune.optimization.epochs, found.finetune.pool) == (4, "class")
 
 
 def test_lists_switches_and_nothing_can_be_said():
     assert mae_with("--evaluate").evaluate == ()
     assert mae_with("--evaluate", "finetune", "budget").evaluate == ("finetune", "budget")
-    assert not mae_with("--no-normalise-target").normalise_target
-    assert mae_with("--clip", "1").optimisation.clip == 1
-    assert mae_with("--clip", "None").optimisation.clip is None
-    assert mae_with("--undecayed", "mask_token").optimisation.undecayed == ("mask_token",)
+    assert not mae_with("--no-normalize-target").normalize_target
+    assert mae_with("--clip", "1").optimization.clip == 1
+    assert mae_with("--clip", "None").optimization.clip is None
+    assert mae_with("--undecayed", "mask_token").optimization.undecayed == ("mask_token",)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_paths_become_text_and_tuples_lists():
     found = to_json(mae_with("--data", "a/b", "--preset", "digits", "--evaluate", "finetune"))
     assert found["images"]["data"] == str(Path("a/b"))
     assert found["images"]["image_size"] == [32, 32]
-    assert found["finetune"]["optimisation"]["betas"] == [0.9, 0.999]
+    assert found["finetune"]["optimization"]["betas"] == [0.9, 0.999]
     assert found["evaluate"] == ["finetune"]
     assert found["weights"] is None
 
@@ -175,8 +175,8 @@ def test_settings_come_back_from_a_file_as_they_were(recipe: str, preset: str):
 @pytest.mark.parametrize(
     ("group", "name", "sentence"),
     [
-        ("", "colour", "settings of Config are unknown: colour"),
-        ("optimisation", "colour", "settings of Optimisation are unknown: colour"),
+        ("", "color", "settings of Config are unknown: color"),
+        ("optimization", "color", "settings of Optimization are unknown: color"),
         ("finetune", "pool", "settings of Finetuning are missing: pool"),
         ("", "mask_ratio", "settings of Config are missing: mask_ratio"),
     ],

@@ -11,7 +11,7 @@ from mimkit.degrade import (
     area_resize,
     central_crop,
     convolve_each,
-    decolorise,
+    decolorize,
     fisheye,
     fisheye_at,
     mirror_fill,
@@ -90,7 +90,7 @@ def test_halving_is_plain_pooling_and_doubling_repeats_pixels(pictures):
 
 @st.composite
 def windows(draw: st.DrawFn) -> tuple[Tensor, int, int]:
-    """Images, and the height and width of a window with a centre on their pixels."""
+    """Images, and the height and width of a window with a center on their pixels."""
     pictures = draw(images())
     H, W = pictures.shape[-2:]
     return pictures, draw(st.sampled_from(range(H, 0, -2))), draw(st.sampled_from(range(W, 0, -2)))
@@ -384,24 +384,24 @@ def to_pixel(place: float, size: int) -> float:
 
 @st.composite
 def bends(draw: st.DrawFn, *, most: float = 0.30) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, centres anywhere in them, also on the edge, and twists."""
+    """Images, centers anywhere in them, also on the edge, and twists."""
     pictures, seed = draw(images()), draw(st.integers(0, 99))
-    centres, twists = 2 * per_image(pictures, 2, seed=seed) - 1, most * per_image(pictures, seed=seed + 1)
+    centers, twists = 2 * per_image(pictures, 2, seed=seed) - 1, most * per_image(pictures, seed=seed + 1)
     if draw(st.booleans()):
-        centres, twists = centres.sign(), torch.full_like(twists, most)
-    return pictures, centres, twists
+        centers, twists = centers.sign(), torch.full_like(twists, most)
+    return pictures, centers, twists
 
 
 @fast
 @given(bends(most=0.8))
-def test_a_bent_pixel_shows_what_is_twist_times_the_squared_distance_nearer_to_the_centre(arguments):
-    pictures, centres, twists = arguments
+def test_a_bent_pixel_shows_what_is_twist_times_the_squared_distance_nearer_to_the_center(arguments):
+    pictures, centers, twists = arguments
     H, W = pictures.shape[-2:]
-    bent = fisheye_at(pictures, centres, twists)
-    for picture, result, centre, twist in one_by_one(pictures, bent, centres, twists):
+    bent = fisheye_at(pictures, centers, twists)
+    for picture, result, center, twist in one_by_one(pictures, bent, centers, twists):
         for i, j in itertools.product(range(H), range(W)):
             y, x = from_pixel(i, H), from_pixel(j, W)
-            down, right = float(centre[0]) - y, float(centre[1]) - x
+            down, right = float(center[0]) - y, float(center[1]) - x
             pull = float(twist) * math.hypot(down, right)
             expected = read(picture, to_pixel(y + pull * down, H), to_pixel(x + pull * right, W))
             torch.testing.assert_close(result[:, i, j], expected, rtol=0, atol=1e-5)
@@ -410,10 +410,10 @@ def test_a_bent_pixel_shows_what_is_twist_times_the_squared_distance_nearer_to_t
 @fast
 @given(bends())
 def test_up_to_a_twist_of_030_nothing_outside_is_read_and_no_value_is_new(arguments):
-    pictures, centres, twists = arguments
+    pictures, centers, twists = arguments
     ones = torch.ones_like(pictures)
-    torch.testing.assert_close(fisheye_at(ones, centres, twists), ones)
-    bent = fisheye_at(pictures, centres, twists)
+    torch.testing.assert_close(fisheye_at(ones, centers, twists), ones)
+    bent = fisheye_at(pictures, centers, twists)
     if pictures.numel():
         assert pictures.min() - 1e-6 <= bent.min()
         assert bent.max() <= pictures.max() + 1e-6
@@ -427,27 +427,27 @@ def test_far_above_that_zeros_come_in_from_outside():
 
 @fast
 @given(bends())
-def test_every_point_moves_towards_the_centre_and_only_the_centre_stays(arguments):
-    pictures, centres, twists = arguments
+def test_every_point_moves_towards_the_center_and_only_the_center_stays(arguments):
+    pictures, centers, twists = arguments
     H, W = pictures.shape[-2] + 1, pictures.shape[-1] + 1  # along a single pixel nothing can move
     places = torch.stack(
         torch.meshgrid(*(torch.tensor([from_pixel(i, n) for i in range(n)]) for n in (H, W)), indexing="ij")
     )
-    shown = fisheye_at(places.expand(*pictures.shape[:-3], 2, H, W), centres, twists)
-    to_centre = (places - centres[..., None, None]).norm(dim=-3)
-    left = (shown - centres[..., None, None]).norm(dim=-3)
-    torch.testing.assert_close(left, to_centre * (1 - twists[..., None, None] * to_centre), rtol=0, atol=1e-5)
+    shown = fisheye_at(places.expand(*pictures.shape[:-3], 2, H, W), centers, twists)
+    to_center = (places - centers[..., None, None]).norm(dim=-3)
+    left = (shown - centers[..., None, None]).norm(dim=-3)
+    torch.testing.assert_close(left, to_center * (1 - twists[..., None, None] * to_center), rtol=0, atol=1e-5)
 
 
 @fast
 @given(bends(), st.sampled_from([(-1,), (-2,), (-2, -1)]))
-def test_fisheye_commutes_with_flips_and_transposition_when_the_centre_goes_along(arguments, axes):
-    pictures, centres, twists = arguments
-    bent = fisheye_at(pictures, centres, twists)
+def test_fisheye_commutes_with_flips_and_transposition_when_the_center_goes_along(arguments, axes):
+    pictures, centers, twists = arguments
+    bent = fisheye_at(pictures, centers, twists)
     sign = torch.tensor([-1.0 if axis in axes else 1.0 for axis in (-2, -1)])
-    flipped = fisheye_at(pictures.flip(axes), centres * sign, twists).flip(axes)
+    flipped = fisheye_at(pictures.flip(axes), centers * sign, twists).flip(axes)
     torch.testing.assert_close(flipped, bent, rtol=0, atol=1e-5)
-    turned = fisheye_at(pictures.mT, centres.flip(-1), twists).mT
+    turned = fisheye_at(pictures.mT, centers.flip(-1), twists).mT
     torch.testing.assert_close(turned, bent, rtol=0, atol=1e-5)
 
 
@@ -470,7 +470,7 @@ def test_the_noise_of_fisheye_is_row_column_and_twist(pictures, seed):
     torch.testing.assert_close(bent, expected, rtol=0, atol=1e-5)
 
 
-def test_centres_of_fisheyes_are_anywhere_and_twists_between_their_bounds():
+def test_centers_of_fisheyes_are_anywhere_and_twists_between_their_bounds():
     draws, side = 5000, 9
     places = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, side)] * 2, indexing="ij"))
     shown = fisheye(places.expand(draws, 2, side, side), seeded(draws, 3), least_twist=0.2, most_twist=0.3)
@@ -479,10 +479,10 @@ def test_centres_of_fisheyes_are_anywhere_and_twists_between_their_bounds():
     root, other = middle.norm(dim=1).sqrt(), corner.norm(dim=1).sqrt()  # √m · |c| and √m · |c + 1|
     along, beyond = middle / root[:, None], corner / other[:, None]  # √m · c and √m · (c + 1)
     twists = (beyond - along).mean(dim=1).square()
-    centres = along / twists.sqrt()[:, None]
+    centers = along / twists.sqrt()[:, None]
     assert 0.2 - 1e-4 < twists.min() < 0.201
     assert 0.299 < twists.max() < 0.3 + 1e-4
-    for values, low, high in ((twists, 0.2, 0.3), (centres[:, 0], -1.0, 1.0), (centres[:, 1], -1.0, 1.0)):
+    for values, low, high in ((twists, 0.2, 0.3), (centers[:, 0], -1.0, 1.0), (centers[:, 1], -1.0, 1.0)):
         counts = ((values - low) / (high - low) * 10).long().clamp(0, 9).bincount(minlength=10)
         # 4.5 standard deviations
         assert (counts - draws / 10).abs().max() < 4.5 * (draws * 0.1 * 0.9) ** 0.5
@@ -653,15 +653,15 @@ def test_kernels_of_all_sizes_are_equally_frequent():
     assert (counts - draws / 4).abs().max() < 4.5 * (draws * 1 / 4 * 3 / 4) ** 0.5
 
 
-# Decolorise
+# Decolorize
 
 saturations = st.sampled_from([0.0, 0.3, 0.6, 1.0])
 
 
 @fast
 @given(uniforms(3, 2, 3), saturations)
-def test_decolorise_scales_the_saturation_in_hsv(pictures, saturation):
-    ours = decolorise(pictures, saturation=saturation)
+def test_decolorize_scales_the_saturation_in_hsv(pictures, saturation):
+    ours = decolorize(pictures, saturation=saturation)
     for picture, result in one_by_one(pictures, ours):
         for i, j in itertools.product(range(2), range(3)):
             h, s, v = colorsys.rgb_to_hsv(*picture[:, i, j].tolist())
@@ -671,33 +671,33 @@ def test_decolorise_scales_the_saturation_in_hsv(pictures, saturation):
 
 @fast
 @given(images(), saturations, saturations)
-def test_saturations_multiply_from_grey_to_unchanged(pictures, first, second):
-    assert decolorise(pictures, saturation=1.0).equal(pictures)
-    grey = decolorise(pictures, saturation=0.0)
-    torch.testing.assert_close(grey, pictures.amax(dim=-3, keepdim=True).expand_as(pictures))
-    twice = decolorise(decolorise(pictures, saturation=first), saturation=second)
-    torch.testing.assert_close(twice, decolorise(pictures, saturation=first * second))
+def test_saturations_multiply_from_gray_to_unchanged(pictures, first, second):
+    assert decolorize(pictures, saturation=1.0).equal(pictures)
+    gray = decolorize(pictures, saturation=0.0)
+    torch.testing.assert_close(gray, pictures.amax(dim=-3, keepdim=True).expand_as(pictures))
+    twice = decolorize(decolorize(pictures, saturation=first), saturation=second)
+    torch.testing.assert_close(twice, decolorize(pictures, saturation=first * second))
 
 
 @fast
 @given(images(), saturations)
-def test_decolorise_only_brightens_up_to_the_brightest_channel_and_knows_no_order(pictures, saturation):
-    ours = decolorise(pictures, saturation=saturation)
+def test_decolorize_only_brightens_up_to_the_brightest_channel_and_knows_no_order(pictures, saturation):
+    ours = decolorize(pictures, saturation=saturation)
     assert (ours >= pictures - 1e-6).all()
     assert (ours <= pictures.amax(dim=-3, keepdim=True) + 1e-6).all()
     for axes in ((-3,), (-2,), (-2, -1)):
-        assert decolorise(pictures.flip(axes), saturation=saturation).flip(axes).equal(ours)
-    grey = pictures[..., :1, :, :]
-    assert decolorise(grey, saturation=saturation).equal(grey)
+        assert decolorize(pictures.flip(axes), saturation=saturation).flip(axes).equal(ours)
+    gray = pictures[..., :1, :, :]
+    assert decolorize(gray, saturation=saturation).equal(gray)
 
 
 @fast
 @given(images(), st.integers(0, 99))
 def test_each_image_can_have_a_saturation_of_its_own(pictures, seed):
     saturation = per_image(pictures, seed=seed)
-    ours = decolorise(pictures, saturation=saturation)
+    ours = decolorize(pictures, saturation=saturation)
     for picture, result, own in one_by_one(pictures, ours, saturation):
-        torch.testing.assert_close(result, decolorise(picture, saturation=float(own)))
+        torch.testing.assert_close(result, decolorize(picture, saturation=float(own)))
 
 
 # What the table of contracts does not reach: another form of the same block
@@ -707,7 +707,7 @@ FORMS = {
     "one kernel per channel": ("convolve_each", lambda block: block, [IMAGES, seeded(6, 3, 3, 3)]),
     "mixing kernels, rows left over": ("convolve_each", lambda block: block, [IMAGES, seeded(6, 9, 3, 3)]),
     "one saturation per image": (
-        "decolorise",
+        "decolorize",
         lambda block: lambda images, saturation: block(images, saturation=saturation),
         [IMAGES, seeded(6)],
     ),
@@ -757,7 +757,7 @@ EMPTY = [
         *(("central_crop", (1, 4, 6), {"H": H, "W": W}, message) for (H, W), message in BIG + EMPTY),
         *(("zoom_in", (1, 4, 6), window(H, W), message) for (H, W), message in BIG + EMPTY),
         *(
-            (name, (1, 4, 6), numbers, f"a crop of {size} has no centre in 4 × 6 pixels: margins must be even")
+            (name, (1, 4, 6), numbers, f"a crop of {size} has no center in 4 × 6 pixels: margins must be even")
             for name, numbers, size in [
                 ("central_crop", {"H": 3, "W": 2}, "3 × 2"),
                 ("central_crop", {"H": 2, "W": 3}, "2 × 3"),
@@ -830,11 +830,11 @@ UNFIT = "an image of {} × {} pixels does not fit onto a canvas of {} × {}"
         *(
             (
                 "fisheye_at",
-                [(3, 1, 4, 6), centres, twists],
+                [(3, 1, 4, 6), centers, twists],
                 {},
-                f"centres {centres} and twists {twists} are not one of each for images (3, 1, 4, 6)",
+                f"centers {centers} and twists {twists} are not one of each for images (3, 1, 4, 6)",
             )
-            for centres, twists in [((3, 1), (3,)), ((2,), (3,)), ((3, 2), (1,)), ((3, 2), ())]
+            for centers, twists in [((3, 1), (3,)), ((2,), (3,)), ((3, 2), (1,)), ((3, 2), ())]
         ),
         ("fisheye_at", [(3, 0, 4), (2,), ()], {}, "images of 0 × 4 pixels have nothing to show"),
         ("wave", [(3, 4, 0)], {"amplitude": 0.1, "frequency": 1.0}, "images of 4 × 0 pixels have nothing to show"),
@@ -893,12 +893,12 @@ UNFIT = "an image of {} × {} pixels does not fit onto a canvas of {} × {}"
             for kernels in [(2, 2, 3, 3), (2, 3, 4, 4), (2, 3, 3, 5), (1, 3, 3, 3), (3, 3, 3), (2, 1, 3, 3)]
         ),
         *(
-            ("decolorise", [(3, 4, 6)], {"saturation": value}, f"saturation={value} is not between 0 and 1")
+            ("decolorize", [(3, 4, 6)], {"saturation": value}, f"saturation={value} is not between 0 and 1")
             for value in (-0.1, 1.1, math.nan)
         ),
         *(
             (
-                "decolorise",
+                "decolorize",
                 [(2, 3, 4, 6)],
                 {"saturation": torch.zeros(shape)},
                 f"saturation {shape} is not one per image of {(2, 3, 4, 6)}",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from common import engine
-from common.config import Optimisation, Run
+from common.config import Optimization, Run
 from common.engine import (
     Batches,
     Rand,
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 ALONE = World(0, 1, torch.device("cpu"))
 RUN = Run(precision="fp32", compile="off", log_every=2, checkpoint_minutes=0.0)
-SMALL = Optimisation(epochs=3, batch_size=8, device_batch=8, base_lr=0.5, warmup_epochs=1.0)
+SMALL = Optimization(epochs=3, batch_size=8, device_batch=8, base_lr=0.5, warmup_epochs=1.0)
 IMAGES = 35  # four batches of 8, and three images left over
 
 
@@ -66,7 +66,7 @@ class Memory:
             yield torch.stack([torch.sin(torch.arange(4.0) * (index + 1) + epoch) for epoch, index in samples])
 
 
-def trained(folder: Path, *, event: Any = None, run: Run = RUN, settings: Optimisation = SMALL, **more: Any) -> Any:
+def trained(folder: Path, *, event: Any = None, run: Run = RUN, settings: Optimization = SMALL, **more: Any) -> Any:
     method = more.pop("method", None) or Regression()
     result = train(
         method,
@@ -97,7 +97,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 @given(st.integers(1, 4), st.integers(1, 24), st.integers(1, 24))
 def test_pieces_share_a_batch_equally_and_fit_the_device(devices: int, share: int, device_batch: int) -> None:
-    size, count = pieces(Optimisation(batch_size=share * devices, device_batch=device_batch), devices)
+    size, count = pieces(Optimization(batch_size=share * devices, device_batch=device_batch), devices)
     assert size * count == share
     assert size <= device_batch
 
@@ -105,7 +105,7 @@ def test_pieces_share_a_batch_equally_and_fit_the_device(devices: int, share: in
 @given(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3, 8]), st.integers(0, 11))
 def test_every_step_has_the_same_images_on_any_number_of_devices(devices: int, device_batch: int, since: int) -> None:
     def steps(size: int, device_batch: int) -> list[list[tuple[int, int]]]:
-        settings = Optimisation(epochs=3, batch_size=8, device_batch=device_batch)
+        settings = Optimization(epochs=3, batch_size=8, device_batch=device_batch)
         ranks = [Batches(IMAGES, settings, World(r, size, torch.device("cpu")), seed=1) for r in range(size)]
         streams = [list(batches.since(since)) for batches in ranks]
         count = ranks[0].count
@@ -142,7 +142,7 @@ def test_devices_that_cannot_share_a_batch_are_one_sentence() -> None:
 @pytest.mark.parametrize(("devices", "device_batch"), [(1, 2), (2, 4), (4, 1), (2, 1)])
 def test_every_image_has_the_same_noise_on_any_number_of_devices(devices: int, device_batch: int) -> None:
     def noise(size: int, device_batch: int) -> Tensor:
-        settings = Optimisation(epochs=1, batch_size=8, device_batch=device_batch)
+        settings = Optimization(epochs=1, batch_size=8, device_batch=device_batch)
         parts = []
         places = [Batches(8, settings, World(r, size, torch.device("cpu")), seed=1) for r in range(size)]
         for piece in range(places[0].count):
@@ -186,7 +186,7 @@ def test_the_step_schedule_reaches_its_top_in_the_last_step_of_the_warmup() -> N
 
 
 def test_the_learning_rate_is_linear_in_the_batch() -> None:
-    rates = [learning_rate(4, Optimisation(epochs=9, warmup_epochs=1, batch_size=b), 4) for b in (256, 1024)]
+    rates = [learning_rate(4, Optimization(epochs=9, warmup_epochs=1, batch_size=b), 4) for b in (256, 1024)]
     assert rates == [1.5e-4, pytest.approx(4 * 1.5e-4)]
 
 
@@ -194,7 +194,7 @@ def test_biases_and_norms_never_decay() -> None:
     module = nn.ModuleDict({"a": nn.Linear(2, 2), "norm": nn.LayerNorm(2)})
     module.register_parameter("mask_token", nn.Parameter(torch.zeros(1, 1, 2)))
     module.register_parameter("frozen", nn.Parameter(torch.zeros(2, 2), requires_grad=False))
-    groups = {n: g["weight_decay"] for g in parameter_groups(module, Optimisation()) for n in g["names"]}
+    groups = {n: g["weight_decay"] for g in parameter_groups(module, Optimization()) for n in g["names"]}
     assert groups == {"mask_token": 0.05, "a.weight": 0.05, "a.bias": 0.0, "norm.weight": 0.0, "norm.bias": 0.0}
 
 
@@ -265,7 +265,7 @@ def test_clipping_waits_for_nothing(each: bool) -> None:
 
 
 def test_the_loss_falls_and_is_written_down(tmp_path: Path) -> None:
-    _, result = trained(tmp_path, settings=Optimisation(epochs=12, batch_size=8, base_lr=3.0, warmup_epochs=1.0))
+    _, result = trained(tmp_path, settings=Optimization(epochs=12, batch_size=8, base_lr=3.0, warmup_epochs=1.0))
     records = lines(tmp_path)
     assert [record["step"] for record in records] == list(range(2, 49, 2))
     assert records[-1]["loss"] < records[0]["loss"]
@@ -276,7 +276,7 @@ def test_the_loss_falls_and_is_written_down(tmp_path: Path) -> None:
 
 def test_accumulated_pieces_equal_one_batch(tmp_path: Path) -> None:
     whole, _ = trained(tmp_path / "whole")
-    cut, _ = trained(tmp_path / "cut", settings=Optimisation(**{**vars(SMALL), "device_batch": 2}))
+    cut, _ = trained(tmp_path / "cut", settings=Optimization(**{**vars(SMALL), "device_batch": 2}))
     for name, tensor in whole.items():
         torch.testing.assert_close(cut[name], tensor, rtol=1e-5, atol=1e-6)
     for one, other in zip(lines(tmp_path / "whole"), lines(tmp_path / "cut"), strict=True):
@@ -332,7 +332,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path) -> None:
     trained(tmp_path)
-    longer = Optimisation(**{**vars(SMALL), "epochs": 9})
+    longer = Optimization(**{**vars(SMALL), "epochs": 9})
     with pytest.raises(ValueError, match=r"was trained with settings=.*and cannot be resumed with"):
         trained(tmp_path, run=Run(**{**vars(RUN), "resume": True}), settings=longer)
 
@@ -346,7 +346,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
 
 def test_clipping_bounds_the_step(tmp_path: Path) -> None:
     free, _ = trained(tmp_path / "free")
-    tight, _ = trained(tmp_path / "tight", settings=Optimisation(**{**vars(SMALL), "clip": 1e-3}))
+    tight, _ = trained(tmp_path / "tight", settings=Optimization(**{**vars(SMALL), "clip": 1e-3}))
     assert not same(free, tight)
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from common import vit
-from common.config import Optimisation, Run
+from common.config import Optimization, Run
 from common.engine import World, parameter_groups, train
-from common.images import Normalise
+from common.images import Normalize
 from common.pretraining import pretrain
-from mimkit.losses import normalised_patches
+from mimkit.losses import normalized_patches
 from mimkit.masking import random_tokens
 from mimkit.tokens import patchify, split, take
 
@@ -33,7 +33,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def method_of(name: str, **settings: Any) -> Any:
     method, config = RECIPES[name]
     torch.manual_seed(0)
-    return method(replace(config, **settings), Normalise([0.5], [0.5]))
+    return method(replace(config, **settings), Normalize([0.5], [0.5]))
 
 
 def views_of(method: nn.Module, count: int = 6) -> Tensor:
@@ -46,7 +46,7 @@ def noise_of(method: Any, count: int = 6) -> dict[str, Tensor]:
 
 
 def at(epoch: float, method: Any) -> Tensor:
-    return torch.tensor(epoch / method.config.optimisation.epochs, dtype=torch.float64)
+    return torch.tensor(epoch / method.config.optimization.epochs, dtype=torch.float64)
 
 
 def gradients_of(method: nn.Module, loss: Tensor) -> dict[str, Tensor | None]:
@@ -96,15 +96,15 @@ def test_only_the_tables_are_frozen_and_stay_as_they_are(name: str) -> None:
     method = method_of(name)
     frozen = {key: p.clone() for key, p in method.named_parameters() if not p.requires_grad and "teacher" not in key}
     frozen |= {key: b.clone() for key, b in method.named_buffers()}
-    assert all(key.endswith(("pos_embed", "normalise.mean", "normalise.std")) for key in frozen)
-    groups = parameter_groups(method, Optimisation())
+    assert all(key.endswith(("pos_embed", "normalize.mean", "normalize.std")) for key in frozen)
+    groups = parameter_groups(method, Optimization())
     names = [key for group in groups for key in group["names"]]
     assert set(names) == set(gradients_of(method, method(views_of(method), noise_of(method), at(0, method))["loss"]))
     assert not any(key.startswith("teacher") for key in names)
-    optimiser = torch.optim.AdamW(groups, lr=0.1)
+    optimizer = torch.optim.AdamW(groups, lr=0.1)
     for epoch in range(3):
         method(views_of(method), noise_of(method), at(epoch, method))["loss"].backward()
-        optimiser.step()
+        optimizer.step()
         if hasattr(method, "after_step"):
             method.after_step(at(epoch, method))
     now = {**dict(method.named_parameters()), **dict(method.named_buffers())}
@@ -134,7 +134,7 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_pieces(name: str, settings: dict
 @BOTH
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
     """With all that a method keeps, as the teacher."""
-    settings = Optimisation(epochs=3, batch_size=4, base_lr=0.5, warmup_epochs=1.0, clip=5.0)
+    settings = Optimization(epochs=3, batch_size=4, base_lr=0.5, warmup_epochs=1.0, clip=5.0)
 
     class Images:
         unreadable = ()
@@ -149,7 +149,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(name: str, tmp_path: Path) -
                 yield torch.cat([seeded(1, 1, 32, 32, seed=epoch + 10 * index) for epoch, index in samples])
 
     def trained(folder: str, *, resume: bool = False, last: int = 99) -> dict[str, Tensor]:
-        method = method_of(name, optimisation=settings)
+        method = method_of(name, optimization=settings)
         train(
             method,
             lambda batches: Images(batches, last),
@@ -192,7 +192,7 @@ def test_a_wrong_setting_is_one_sentence(name: str, args: list[str], sentence: s
 
 
 def masks(method: hpm.HPM, difficulty: Tensor, noise: Tensor) -> list[Tensor]:
-    epochs = range(0, method.config.optimisation.epochs, 3)
+    epochs = range(0, method.config.optimization.epochs, 3)
     return [method.mask(difficulty, {"mask": noise}, at(epoch + 0.5, method)) for epoch in epochs]
 
 
@@ -215,7 +215,7 @@ def test_with_all_of_it_chance_does_not_matter(choose: str) -> None:
 def test_the_teachers_share_goes_from_its_start_to_its_end(hard: tuple[float, float]) -> None:
     """The masks have always the same size, all the patches that are its to choose, and among the others chance."""
     method = method_of("hpm", hard=hard)
-    epochs, total = method.config.optimisation.epochs, method.num_masked
+    epochs, total = method.config.optimization.epochs, method.num_masked
     difficulty, noise = seeded(200, 64, seed=2), seeded(200, 64, seed=3)
     for epoch in (0, epochs // 2, epochs - 1):
         share = hard[0] + (hard[1] - hard[0]) * (epoch + 1) / epochs
@@ -242,8 +242,8 @@ def test_no_gradient_reaches_the_teacher() -> None:
     ("epoch", "momentum"), [(0, 0.9), (0.99, 0.9), (1, 0.91), (5.5, 0.95), (9, 0.99), (10, 1), (15, 1)]
 )
 def test_the_teacher_moves_by_exactly_one_minus_its_momentum(epoch: float, momentum: float) -> None:
-    optimisation = replace(hpm.DIGITS.optimisation, epochs=20)
-    method = method_of("hpm", momentum=(0.9, 1.0), momentum_epochs=10.0, optimisation=optimisation)
+    optimization = replace(hpm.DIGITS.optimization, epochs=20)
+    method = method_of("hpm", momentum=(0.9, 1.0), momentum_epochs=10.0, optimization=optimization)
     with torch.no_grad():
         for parameter in method.parameters():
             if parameter.requires_grad:
@@ -258,7 +258,7 @@ def test_the_teacher_moves_by_exactly_one_minus_its_momentum(epoch: float, momen
 
 def test_the_teacher_starts_with_what_the_student_predicts_of_the_whole_image() -> None:
     method = method_of("hpm")
-    patches = patchify(method.normalise(views_of(method)), patch=method.patch)
+    patches = patchify(method.normalize(views_of(method)), patch=method.patch)
     difficulty, features = method.ask_teacher(patches)
     every = torch.arange(64).expand(len(patches), -1)
     latent = method.encoder(patches, method.encoder.positions[every])
@@ -267,14 +267,14 @@ def test_the_teacher_starts_with_what_the_student_predicts_of_the_whole_image() 
     assert torch.equal(features, latent[:, 1:])
 
 
-@pytest.mark.parametrize("target", ["pixels", "normalised", "features"])
+@pytest.mark.parametrize("target", ["pixels", "normalized", "features"])
 def test_the_target_is_that_of_the_masked_patches(target: str) -> None:
     method = method_of("hpm", target=target)
     views, noise, now = views_of(method), noise_of(method), at(20, method)
-    patches = patchify(method.normalise(views), patch=method.patch)
+    patches = patchify(method.normalize(views), patch=method.patch)
     difficulty, features = method.ask_teacher(patches)
     _, masked = split(method.mask(difficulty, noise, now), num_masked=method.num_masked)
-    right = {"pixels": patches, "normalised": normalised_patches(patches), "features": 3 * features}[target]
+    right = {"pixels": patches, "normalized": normalized_patches(patches), "features": 3 * features}[target]
     method.decoder.predict = lambda *_: take(right, masked)
     assert method(views, noise, now)["reconstruction"] < 1e-6
     method.decoder.predict = lambda *_: take(right, masked).flip(1)
@@ -345,7 +345,7 @@ def test_the_weights_get_no_gradient() -> None:
     method = method_of("droppos", temperature=0.5)
     views, noise, now = views_of(method), noise_of(method), at(1, method)
     right = gradients_of(method, method(views, noise, now)["loss"])
-    patches = patchify(method.normalise(views), patch=method.patch)
+    patches = patchify(method.normalize(views), patch=method.patch)
     mask = random_tokens(noise["mask"], num_masked=method.num_masked)
     weights = method.attention(patches, *split(mask, num_masked=method.num_masked))
     assert not weights.requires_grad
@@ -376,7 +376,7 @@ def test_only_dropped_positions_are_scored() -> None:
 
 def test_the_width_of_the_targets_is_constant_in_an_epoch_and_falls_between() -> None:
     method = method_of("droppos", sigma=(2.0, 0.5))
-    epochs = method.config.optimisation.epochs
+    epochs = method.config.optimization.epochs
     widths = [[float(method.sigma(at(epoch + share, method))) for share in (0, 0.5, 0.99)] for epoch in range(epochs)]
     assert all(len(set(row)) == 1 for row in widths)
     assert [row[0] for row in widths] == pytest.approx([2 - 1.5 * epoch / epochs for epoch in range(epochs)])

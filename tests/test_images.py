@@ -9,13 +9,13 @@ from pathlib import Path
 from common import images
 from common.images import (
     Augment,
-    CentreCrop,
+    CenterCrop,
     CropFlip,
     Digits,
     Folder,
     Loader,
     Mix,
-    Normalise,
+    Normalize,
     Views,
     open_images,
     random_crop_box,
@@ -101,14 +101,14 @@ def test_the_test_digits_are_the_same_for_every_seed():
     assert [one.name(index) for index in range(497)] == [other.name(index) for index in range(497)]
 
 
-def test_labelled_digits_are_as_many_of_each_class_and_come_from_the_training_images():
+def test_labeled_digits_are_as_many_of_each_class_and_come_from_the_training_images():
     train = Digits("train")
-    names = [{source.name(index) for index in range(len(source))} for source in (Digits("labelled", seed=1), train)]
+    names = [{source.name(index) for index in range(len(source))} for source in (Digits("labeled", seed=1), train)]
     assert names[0] < names[1]
-    source = Digits("labelled", seed=1, per_class=7)
+    source = Digits("labeled", seed=1, per_class=7)
     assert np.bincount([source.label(index) for index in range(len(source))]).tolist() == [7] * 10
     assert {source.name(index) for index in range(70)} < names[0]
-    other = Digits("labelled", seed=2)
+    other = Digits("labeled", seed=2)
     assert names[0] != {other.name(index) for index in range(100)}
 
 
@@ -128,11 +128,11 @@ def test_training_digits_tell_no_labels():
 
 
 @pytest.mark.parametrize("per_class", [0, 500])
-def test_more_labelled_digits_than_there_are_is_refused(per_class):
+def test_more_labeled_digits_than_there_are_is_refused(per_class):
     with pytest.raises(
         ValueError, match=rf"^per_class={per_class} of the 12\d training images of a digit cannot be drawn"
     ):
-        Digits("labelled", per_class=per_class)
+        Digits("labeled", per_class=per_class)
 
 
 def test_a_folder_is_read_with_its_classes_sorted_and_hidden_files_left_out(tmp_path):
@@ -164,7 +164,7 @@ def test_without_splits_every_image_is_for_training(tmp_path):
 def test_test_images_get_the_numbers_of_the_training_classes(tmp_path):
     for name in ("train/a/1.png", "train/b/1.png", "val/b/1.png"):
         write(tmp_path / name)
-    classes = open_images(tmp_path, "labelled", channels=3).classes
+    classes = open_images(tmp_path, "labeled", channels=3).classes
     source = open_images(tmp_path, "test", channels=3, classes=classes)
     assert source.classes == ["a", "b"]
     assert source.label(0) == 1
@@ -192,7 +192,7 @@ def test_bad_folders_are_refused_in_one_sentence(tmp_path):
         open_images(tmp_path, "test", channels=3)
     sentence = f"1 of the 2 images below {tmp_path}/train lie in no folder train/CLASS or val/CLASS"
     with pytest.raises(ValueError, match=quoting(sentence)):
-        open_images(tmp_path, "labelled", channels=3)
+        open_images(tmp_path, "labeled", channels=3)
     write(tmp_path / "val" / "c" / "1.png")
     sentence = f"{tmp_path}/val has classes that are not in the training images: c"
     with pytest.raises(ValueError, match=quoting(sentence)):
@@ -203,24 +203,24 @@ def test_bad_folders_are_refused_in_one_sentence(tmp_path):
     sentence = "files decode to 1 or 3 channels, not 10: for others give a map-style source from Python"
     with pytest.raises(ValueError, match=quoting(sentence)):
         open_images(tmp_path, "train", channels=10)
-    with pytest.raises(ValueError, match=quoting("the splits are train, labelled and test, not val")):
+    with pytest.raises(ValueError, match=quoting("the splits are train, labeled and test, not val")):
         open_images(tmp_path, "val", channels=3)
     with pytest.raises(ValueError, match=quoting("the embedded digits have 1 channel, not 3")):
         open_images(None, "train", channels=3)
 
 
 def test_no_data_means_digits():
-    assert len(open_images(None, "labelled", channels=1, per_class=3)) == 30
+    assert len(open_images(None, "labeled", channels=1, per_class=3)) == 30
 
 
 @pytest.mark.parametrize(
-    ("name", "mode", "colour", "expected"),
+    ("name", "mode", "color", "expected"),
     [
         ("rgb.jpg", "RGB", (200, 100, 50), (200, 100, 50)),
         ("rgb.png", "RGB", (200, 100, 50), (200, 100, 50)),
         ("rgb.webp", "RGB", (200, 100, 50), (200, 100, 50)),
-        ("grey.jpg", "L", 90, (90, 90, 90)),
-        ("grey.png", "L", 90, (90, 90, 90)),
+        ("gray.jpg", "L", 90, (90, 90, 90)),
+        ("gray.png", "L", 90, (90, 90, 90)),
         ("binary.png", "1", 1, (255, 255, 255)),
         ("16bit.png", "I;16", 257 * 90 + 128, (90, 90, 90)),
         ("16bit_up.png", "I;16", 257 * 90 + 129, (91, 91, 91)),
@@ -228,22 +228,22 @@ def test_no_data_means_digits():
         ("transparent.png", "RGBA", (200, 100, 50, 0), (255, 255, 255)),
         ("half.png", "RGBA", (200, 100, 50, 127), (228, 178, 153)),
         ("opaque.webp", "RGBA", (200, 100, 50, 255), (200, 100, 50)),
-        ("grey_alpha.png", "LA", (90, 255), (90, 90, 90)),
+        ("gray_alpha.png", "LA", (90, 255), (90, 90, 90)),
         ("cmyk.jpg", "CMYK", (0, 255, 255, 0), (255, 0, 0)),
     ],
 )
-def test_files_of_every_kind_decode_to_colour_and_grey(tmp_path, name, mode, colour, expected):
+def test_files_of_every_kind_decode_to_color_and_gray(tmp_path, name, mode, color, expected):
     lossy = not name.endswith("png")
-    image = Image.new(mode, (8, 6), colour)
+    image = Image.new(mode, (8, 6), color)
     image.save(tmp_path / name, quality=100) if lossy else image.save(tmp_path / name)
-    colour, grey = images.decode(tmp_path / name, 3), images.decode(tmp_path / name, 1)
-    assert (colour.dtype, colour.shape, grey.dtype, grey.shape) == (torch.uint8, (3, 6, 8), torch.uint8, (1, 6, 8))
-    assert (colour.int() - torch.tensor(expected).view(3, 1, 1)).abs().max() <= (3 if lossy else name == "half.png")
+    color, gray = images.decode(tmp_path / name, 3), images.decode(tmp_path / name, 1)
+    assert (color.dtype, color.shape, gray.dtype, gray.shape) == (torch.uint8, (3, 6, 8), torch.uint8, (1, 6, 8))
+    assert (color.int() - torch.tensor(expected).view(3, 1, 1)).abs().max() <= (3 if lossy else name == "half.png")
     luma = (torch.tensor(expected) * torch.tensor([0.299, 0.587, 0.114])).sum()
-    assert (grey - luma).abs().max() <= 4
+    assert (gray - luma).abs().max() <= 4
 
 
-def test_a_palette_decodes_to_its_colours(tmp_path):
+def test_a_palette_decodes_to_its_colors(tmp_path):
     image = Image.new("P", (8, 6), 1)
     image.putpalette([0, 0, 0, 200, 100, 50])
     image.save(tmp_path / "palette.png")
@@ -370,18 +370,18 @@ def test_a_view_of_all_of_an_image_of_the_same_shape_is_the_image_flipped_or_not
 @pytest.mark.parametrize(
     ("size", "covered"), [((224, 224), (256, 341)), ((96, 160), (136, 182)), ((160, 96), (182, 242))]
 )
-def test_a_test_view_is_the_centre_of_the_smallest_size_that_covers(size, covered):
+def test_a_test_view_is_the_center_of_the_smallest_size_that_covers(size, covered):
     image = torch.randint(256, (3, 375, 500), dtype=torch.uint8, generator=Generator())
     top, left = round((covered[0] - size[0]) / 2), round((covered[1] - size[1]) / 2)
     expected = resize(image, *covered)[:, top : top + size[0], left : left + size[1]]
-    assert torch.equal(CentreCrop(size)(image), expected)
+    assert torch.equal(CenterCrop(size)(image), expected)
 
 
 def test_a_test_view_without_margin_is_a_plain_resize():
     image = Digits("test").image(0)
-    assert torch.equal(CentreCrop((32, 32), crop_fraction=1.0)(image), resize(image, 32, 32))
+    assert torch.equal(CenterCrop((32, 32), crop_fraction=1.0)(image), resize(image, 32, 32))
     with pytest.raises(ValueError, match=quoting("crop_fraction=1.1 is to be above 0 and at most 1")):
-        CentreCrop((32, 32), crop_fraction=1.1)
+        CenterCrop((32, 32), crop_fraction=1.1)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -420,7 +420,7 @@ def test_a_fine_tuning_view_with_everything_off_is_a_plain_resize():
 def test_a_fine_tuning_view_of_other_channels_is_refused():
     with pytest.raises(ValueError, match=quoting("RandAugment works on 1 or 3 channels, not 10: take CropFlip")):
         Augment((16, 16), mean=[0.5] * 10, std=[0.5] * 10)
-    with pytest.raises(ValueError, match=quoting("an image of 3 channels cannot be normalised by 1 means")):
+    with pytest.raises(ValueError, match=quoting("an image of 3 channels cannot be normalized by 1 means")):
         Augment((16, 16), mean=[0.5], std=[0.5])(Memory().image(0), chance())
 
 
@@ -533,7 +533,7 @@ def test_workers_use_one_thread_and_leave_signals_to_the_parent():
 
 def test_views_can_be_sent_to_workers_that_are_not_forked(tmp_path):
     write(tmp_path / "1.png")
-    for transform in (CropFlip((8, 8)), CentreCrop((8, 8)), Augment((8, 8), mean=[0.5] * 3, std=[0.5] * 3)):
+    for transform in (CropFlip((8, 8)), CenterCrop((8, 8)), Augment((8, 8), mean=[0.5] * 3, std=[0.5] * 3)):
         views = Views(Folder(tmp_path, "train"), transform)
         assert torch.equal(pickle.loads(pickle.dumps(views))[0, 0], views[0, 0])
     assert pickle.loads(pickle.dumps(Mix(3)))._mixup.num_classes == 3
@@ -631,31 +631,31 @@ def test_what_cannot_be_mixed_is_refused():
         Mix(4)((torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)), 0)
 
 
-def test_normalised_images_have_mean_zero_and_deviation_one():
+def test_normalized_images_have_mean_zero_and_deviation_one():
     source = Memory()
-    normalise = Normalise(*statistics(source))
-    normalised = normalise(source.images)
-    assert normalised.dtype == torch.float32
-    assert normalised.mean(dim=(0, 2, 3)).abs().max() < 1e-5
-    assert (normalised.std(dim=(0, 2, 3), correction=0) - 1).abs().max() < 1e-5
-    assert torch.allclose(normalise(normalise.unit(source.images)), normalised)
-    assert torch.allclose(normalise.undo(normalised), normalise.unit(source.images), atol=1e-6)
-    assert normalise.unit(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [0, 1]
+    normalize = Normalize(*statistics(source))
+    normalized = normalize(source.images)
+    assert normalized.dtype == torch.float32
+    assert normalized.mean(dim=(0, 2, 3)).abs().max() < 1e-5
+    assert (normalized.std(dim=(0, 2, 3), correction=0) - 1).abs().max() < 1e-5
+    assert torch.allclose(normalize(normalize.unit(source.images)), normalized)
+    assert torch.allclose(normalize.undo(normalized), normalize.unit(source.images), atol=1e-6)
+    assert normalize.unit(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [0, 1]
 
 
-def test_the_numbers_of_a_normalisation_are_stored_with_the_checkpoint():
-    normalise = Normalise(images.IMAGENET_MEAN, images.IMAGENET_STD)
-    assert {name: tuple(value.shape) for name, value in normalise.state_dict().items()} == {
+def test_the_numbers_of_a_normalization_are_stored_with_the_checkpoint():
+    normalize = Normalize(images.IMAGENET_MEAN, images.IMAGENET_STD)
+    assert {name: tuple(value.shape) for name, value in normalize.state_dict().items()} == {
         "mean": (3, 1, 1),
         "std": (3, 1, 1),
     }
 
 
-def test_normalisations_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=quoting("images of 3 channels cannot be normalised by 1 means")):
-        Normalise([0.5], [0.5])(torch.rand(2, 3, 4, 4))
+def test_normalizations_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=quoting("images of 3 channels cannot be normalized by 1 means")):
+        Normalize([0.5], [0.5])(torch.rand(2, 3, 4, 4))
     with pytest.raises(ValueError, match=quoting("mean=(0.5,) and std=(0,) are to be as many, and std above 0")):
-        Normalise([0.5], [0])
+        Normalize([0.5], [0])
 
 
 def test_statistics_are_those_of_the_images_that_can_be_read():

@@ -12,10 +12,10 @@ from common.checkpoint import read_tensors
 from common.config import Images, Network
 from common.engine import parameter_groups
 from common.finetuning import Classifier
-from common.images import IMAGENET_MEAN, IMAGENET_STD, Normalise
+from common.images import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from common.pretraining import export, load_encoder, pretrain
 from common.vit import Attention, Block, Decoder, ViT, timm_arguments, timm_arguments_of, timm_state
-from mimkit.losses import normalised_patches
+from mimkit.losses import normalized_patches
 from mimkit.masking import random_tokens
 from mimkit.relative import buckets_of, num_buckets, relative_buckets
 from mimkit.tokens import patchify, split, take, unpatchify
@@ -56,7 +56,7 @@ def fresh(height: int = 6, width: int = 9, channels: Any = 3, **options: Any) ->
     network = Network(size="nano", patch=PATCH)
     options = {"windows": 2, "window_size": SIDE, "mask_ratio": 0.5, **options}
     config = lomar.Config(images=images, network=network, **options)
-    return lomar.LoMaR(config, Normalise([0.4] * channels, [0.2] * channels)).eval()
+    return lomar.LoMaR(config, Normalize([0.4] * channels, [0.2] * channels)).eval()
 
 
 @functools.cache
@@ -193,9 +193,9 @@ def test_a_window_knows_nothing_of_the_others():
         close(one, together[window::3])
 
 
-@pytest.mark.parametrize("normalise_target", [True, False])
-def test_the_loss_is_the_squared_error_of_the_masked_patches_of_all_windows(normalise_target: bool):
-    made = method(normalise_target=normalise_target)
+@pytest.mark.parametrize("normalize_target", [True, False])
+def test_the_loss_is_the_squared_error_of_the_masked_patches_of_all_windows(normalize_target: bool):
+    made = method(normalize_target=normalize_target)
     images, noise = pictures_for(made, 3), noise_of(made, 3)
     loss, predicted = predictions(made, images, noise)
     errors = []
@@ -205,7 +205,7 @@ def test_the_loss_is_the_squared_error_of_the_masked_patches_of_all_windows(norm
         for guess, place in zip(predicted[row], mask.nonzero().flatten().tolist(), strict=True):
             H, W = (top + place // SIDE) * PATCH, (left + place % SIDE) * PATCH
             patch = (images[image, :, H : H + PATCH, W : W + PATCH].movedim(0, -1).flatten() - 0.4) / 0.2
-            if normalise_target:
+            if normalize_target:
                 patch = (patch - patch.mean()) / (patch.var() + 1e-6).sqrt()
             errors.append((guess - patch).square().mean())
     close(loss, torch.stack(errors).mean())
@@ -344,22 +344,22 @@ def test_as_many_are_masked_as_in_the_published_code():
 
 def test_the_preset_is_the_published_one():
     config = lomar.IMAGENET
-    assert (config.windows, config.window_size, config.mask_ratio, config.normalise_target) == (4, 7, 0.8, True)
-    settings, tuned = config.optimisation, config.finetune
+    assert (config.windows, config.window_size, config.mask_ratio, config.normalize_target) == (4, 7, 0.8, True)
+    settings, tuned = config.optimization, config.finetune
     assert (settings.epochs, settings.warmup_epochs, settings.batch_size) == (1600, 80, 4096)
     assert (settings.base_lr, settings.weight_decay, settings.betas) == (1.5e-4, 0.05, (0.9, 0.95))
-    assert (tuned.optimisation.epochs, tuned.optimisation.warmup_epochs, tuned.optimisation.batch_size) == (
+    assert (tuned.optimization.epochs, tuned.optimization.warmup_epochs, tuned.optimization.batch_size) == (
         100,
         5,
         1024,
     )
-    assert (tuned.optimisation.base_lr, tuned.optimisation.layer_decay) == (5e-4, 0.65)
+    assert (tuned.optimization.base_lr, tuned.optimization.layer_decay) == (5e-4, 0.65)
     assert (tuned.pool, tuned.drop_path) == ("mean", 0.1)
 
 
 def test_it_is_as_large_as_the_published_one():
     with torch.device("meta"):
-        made = lomar.LoMaR(lomar.IMAGENET, Normalise(IMAGENET_MEAN, IMAGENET_STD))
+        made = lomar.LoMaR(lomar.IMAGENET, Normalize(IMAGENET_MEAN, IMAGENET_STD))
     sizes = {name: parameter.numel() for name, parameter in made.named_parameters() if parameter.requires_grad}
     assert sum(size for name, size in sizes.items() if "lookup_table" in name) == 12 * 64 * 50
     assert round(sum(sizes.values()) / 1e6, 1) == 86.3
@@ -368,7 +368,7 @@ def test_it_is_as_large_as_the_published_one():
 
 def test_tables_and_tokens_decay_and_vectors_do_not():
     made = fresh()
-    groups = parameter_groups(made, lomar.IMAGENET.optimisation)
+    groups = parameter_groups(made, lomar.IMAGENET.optimization)
     decay = {name: group["weight_decay"] for group in groups for name in group["names"]}
     tokens = ("cls_token", "mask_token", "lookup_table_weight")
     assert {value for name, value in decay.items() if name.endswith(tokens)} == {0.05}
@@ -431,7 +431,7 @@ def test_embedding_the_visible_patches_alone_is_embedding_all_and_masking():
     whole = encoder(patches, None, mask=mask)
     close(encoder(take(patches, visible), None, mask=mask), whole)
     with torch.autocast("cpu", torch.bfloat16):
-        assert encoder.unnormalised(take(patches, visible), None, mask=mask).dtype == torch.float32
+        assert encoder.unnormalized(take(patches, visible), None, mask=mask).dtype == torch.float32
 
 
 def test_49_visible_patches_of_14_by_14_without_their_buckets_are_refused():
@@ -480,7 +480,7 @@ def relative_mae(height: int = 4, width: int = 6) -> mae.MAE:
     images, network = Images(image_size=(height * PATCH, width * PATCH)), Network(size="nano", patch=PATCH)
     network = replace(network, decoder_dim=24, decoder_depth=2, decoder_heads=2)
     config = replace(mae.DIGITS, images=images, network=network, positions="relative")
-    return shaken(mae.MAE(config, Normalise([0.4] * 3, [0.2] * 3)))
+    return shaken(mae.MAE(config, Normalize([0.4] * 3, [0.2] * 3)))
 
 
 def test_mae_with_relative_positions_has_no_others():
@@ -489,13 +489,13 @@ def test_mae_with_relative_positions_has_no_others():
     assert (made.decoder.pos_embed == 0).all()
     tables = [name for name, _ in made.named_parameters() if "lookup_table_weight" in name]
     assert len(tables) == made.encoder.depth + 2
-    absolute = {name for name, _ in mae.MAE(mae.DIGITS, Normalise([0.5], [0.5])).named_parameters()}
+    absolute = {name for name, _ in mae.MAE(mae.DIGITS, Normalize([0.5], [0.5])).named_parameters()}
     assert absolute - {name for name, _ in made.named_parameters()} == {"encoder.pos_embed"}
 
 
 def test_to_mae_with_relative_positions_the_order_of_visible_patches_does_not_matter():
     made = relative_mae()
-    patches, order = patchify(made.normalise(seeded(2, 3, 16, 24)), patch=PATCH), seeded(2, 24).argsort(dim=-1)
+    patches, order = patchify(made.normalize(seeded(2, 3, 16, 24)), patch=PATCH), seeded(2, 24).argsort(dim=-1)
     visible, masked = order[:, :6], order[:, 6:]
     again = seeded(2, 6, seed=1).argsort(dim=-1)
     latent = made.encode(take(patches, visible), visible)
@@ -518,13 +518,13 @@ def test_mae_with_relative_positions_learns_all_its_weights_and_can_be_drawn():
 # Pictures
 
 
-@pytest.mark.parametrize("normalise_target", [True, False])
-def test_a_picture_shows_image_window_what_is_seen_and_a_reconstruction(normalise_target: bool):
-    made = method(normalise_target=normalise_target)
+@pytest.mark.parametrize("normalize_target", [True, False])
+def test_a_picture_shows_image_window_what_is_seen_and_a_reconstruction(normalize_target: bool):
+    made = method(normalize_target=normalize_target)
     images, noise = pictures_for(made, 3), noise_of(made, 3)
     drawn = made.pictures((255 * images).to(torch.uint8), noise)
     assert list(drawn.columns) == ["image", "window", "seen", "reconstruction"]
-    assert ("brightness and contrast" in drawn.note) == normalise_target
+    assert ("brightness and contrast" in drawn.note) == normalize_target
     images = (255 * images).to(torch.uint8).float() / 255
     mask = random_tokens(noise["mask"][:, 0], num_masked=made.num_masked)
     for i, (top, left) in enumerate(made.anchors(noise)[:, 0].tolist()):
@@ -544,16 +544,16 @@ def test_a_picture_shows_image_window_what_is_seen_and_a_reconstruction(normalis
     assert not shown.all()
 
 
-@pytest.mark.parametrize("normalise_target", [True, False])
+@pytest.mark.parametrize("normalize_target", [True, False])
 def test_with_a_perfect_prediction_the_reconstruction_is_the_window(
-    normalise_target: bool, monkeypatch: pytest.MonkeyPatch
+    normalize_target: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    made = method(normalise_target=normalise_target)
+    made = method(normalize_target=normalize_target)
     images, noise = pictures_for(made), noise_of(made)
     mask = random_tokens(noise["mask"][:, 0], num_masked=made.num_masked)
     _, masked = split(mask, num_masked=made.num_masked)
-    patches = take(patchify(made.normalise(images), patch=PATCH), made.patches_of(made.anchors(noise))[:, 0])
-    truth = take(normalised_patches(patches) if normalise_target else patches, masked)
+    patches = take(patchify(made.normalize(images), patch=PATCH), made.patches_of(made.anchors(noise))[:, 0])
+    truth = take(normalized_patches(patches) if normalize_target else patches, masked)
     monkeypatch.setattr(made.head, "forward", lambda _: truth)
     drawn = made.pictures(images, noise).columns
     close(drawn["reconstruction"], drawn["window"])
@@ -565,7 +565,7 @@ def test_with_a_perfect_prediction_the_reconstruction_is_the_window(
 def published(made: lomar.LoMaR, path: Path) -> Path:
     """Write the weights as the authors name them, with the position table that they store and never read."""
     names = {name: name.removeprefix("encoder.").replace("head.", "encoder_pred.") for name in made.state_dict()}
-    content = {names[name]: tensor for name, tensor in made.state_dict().items() if "normalise" not in name}
+    content = {names[name]: tensor for name, tensor in made.state_dict().items() if "normalize" not in name}
     content["pos_embed"] = normal(1, 1 + made.height * made.width, 96)
     torch.save({"model": content, "epoch": 1600}, path)
     return path
@@ -575,7 +575,7 @@ def square(**options: Any) -> lomar.LoMaR:
     torch.manual_seed(0)
     images, network = Images(image_size=(20, 20)), Network(size="nano", patch=PATCH)
     options = {"windows": 2, "window_size": SIDE, **options}
-    return lomar.LoMaR(lomar.Config(images=images, network=network, **options), Normalise(IMAGENET_MEAN, IMAGENET_STD))
+    return lomar.LoMaR(lomar.Config(images=images, network=network, **options), Normalize(IMAGENET_MEAN, IMAGENET_STD))
 
 
 def test_a_published_checkpoint_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -590,8 +590,8 @@ def test_a_published_checkpoint_goes_on_where_it_was(tmp_path: Path, capsys: pyt
     assert "renamed  encoder_pred.weight → head.weight" in printed
     assert [line for line in printed if line.startswith("dropped")] == ["dropped  pos_embed"]
     assert {line for line in printed if line.startswith("missing")} == {
-        "missing  normalise.mean",
-        "missing  normalise.std",
+        "missing  normalize.mean",
+        "missing  normalize.std",
     }
     images, noise = pictures_for(original), noise_of(original)
     assert loaded(images, noise, NOW)["loss"].equal(original(images, noise, NOW)["loss"])
@@ -600,14 +600,14 @@ def test_a_published_checkpoint_goes_on_where_it_was(tmp_path: Path, capsys: pyt
 def test_the_encoder_of_a_published_checkpoint_is_loaded_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     original = shaken(square())
     path = published(original, tmp_path / "lomar.pth")
-    encoder, normalise = load_encoder(path)
+    encoder, normalize = load_encoder(path)
     printed = set(capsys.readouterr().out.splitlines())
     dropped = ("pos_embed", "mask_token", "encoder_pred.weight", "encoder_pred.bias")
     assert printed == {f"{path}:", *(f"dropped  {name}" for name in dropped)}
     assert (encoder.relative, encoder.pos_embed, encoder.mask_token) == ("contextual", None, None)
     assert (encoder.height, encoder.width, encoder.heads) == (5, 5, 3)
-    assert normalise.mean.flatten().tolist() == pytest.approx(IMAGENET_MEAN)
-    patches = patchify(normalise(pictures_for(original)), patch=PATCH)
+    assert normalize.mean.flatten().tolist() == pytest.approx(IMAGENET_MEAN)
+    patches = patchify(normalize(pictures_for(original)), patch=PATCH)
     assert encoder(patches, None).equal(original.encoder(patches, None))
 
 
@@ -622,28 +622,28 @@ def test_the_arguments_can_be_read_off_the_shapes():
 @pytest.fixture
 def exported(tmp_path: Path) -> tuple[ViT, Path]:
     encoder = network()
-    export(tmp_path / "encoder.safetensors", encoder, Normalise([0.4] * 3, [0.2] * 3))
+    export(tmp_path / "encoder.safetensors", encoder, Normalize([0.4] * 3, [0.2] * 3))
     return encoder, tmp_path / "encoder.safetensors"
 
 
 def test_an_exported_encoder_gives_the_same_tokens(exported: tuple[ViT, Path], capsys: Any):
     encoder, path = exported
-    loaded, normalise = load_encoder(path, drop=0.2)
+    loaded, normalize = load_encoder(path, drop=0.2)
     assert capsys.readouterr().out == ""
-    assert normalise.mean.flatten().tolist() == pytest.approx([0.4] * 3)
+    assert normalize.mean.flatten().tolist() == pytest.approx([0.4] * 3)
     assert set(read_tensors(path)[1]) == {"mimkit", "mean", "std"}  # timm has no such network
     assert [block.drop for block in loaded.blocks] == pytest.approx([0, 0.2])
     patches = normal(2, 12, 48)
     assert loaded(patches, loaded.positions).equal(encoder(patches, None))
     again = path.with_name("again.safetensors")
-    export(again, loaded, normalise)
+    export(again, loaded, normalize)
     assert load_encoder(again)[0](patches, None).equal(encoder(patches, None))
 
 
 @pytest.mark.parametrize("class_token", [True, False])
 def test_tables_fit_another_grid_as_they_are(class_token: bool, tmp_path: Path):
     encoder, path = network(class_token=class_token), tmp_path / "encoder.safetensors"
-    export(path, encoder, Normalise([0.4] * 3, [0.2] * 3))
+    export(path, encoder, Normalize([0.4] * 3, [0.2] * 3))
     loaded, _ = load_encoder(path, image_size=(24, 8), class_token=class_token)
     assert (loaded.height, loaded.width, loaded.num_prefix) == (6, 2, int(class_token))
     own = encoder.state_dict()
@@ -664,17 +664,17 @@ def test_an_encoder_from_scratch_has_the_same_parts_and_knows_nothing(exported: 
 
 def test_an_encoder_with_absolute_positions_is_timms(tmp_path: Path):
     made = shaken(square(positions="absolute"))
-    export(tmp_path / "encoder.safetensors", made.encoder, made.normalise)
+    export(tmp_path / "encoder.safetensors", made.encoder, made.normalize)
     assert "timm" in read_tensors(tmp_path / "encoder.safetensors")[1]
     loaded, _ = load_encoder(tmp_path / "encoder.safetensors")
-    patches = patchify(made.normalise(pictures_for(made)), patch=PATCH)
+    patches = patchify(made.normalize(pictures_for(made)), patch=PATCH)
     assert loaded(patches, loaded.positions).equal(made.encoder(patches, made.encoder.positions))
 
 
 @pytest.mark.parametrize("pool", ["mean", "class"])
 def test_fine_tuning_works_on_another_image_size_and_trains_the_tables(exported: tuple[ViT, Path], pool: Any):
-    encoder, normalise = load_encoder(exported[1], image_size=(20, 28))
-    classifier = Classifier(encoder, normalise, 5, pool=pool, head_scale=1.0)
+    encoder, normalize = load_encoder(exported[1], image_size=(20, 28))
+    classifier = Classifier(encoder, normalize, 5, pool=pool, head_scale=1.0)
     images = (256 * seeded(2, 3, 20, 28)).to(torch.uint8)
     noise = classifier.noise(lambda *shape: seeded(*shape), 2)
     classifier((images, torch.eye(5)[:2]), noise, NOW)["loss"].backward()
@@ -683,7 +683,7 @@ def test_fine_tuning_works_on_another_image_size_and_trains_the_tables(exported:
     table = encoder.get_parameter("blocks.0.attn.rpe_k.lookup_table_weight").grad
     assert table is not None
     assert (table[..., relative_buckets(height=5, width=7).unique()] != 0).any(dim=1).all()
-    settings = lomar.IMAGENET.finetune.optimisation
+    settings = lomar.IMAGENET.finetune.optimization
     groups = parameter_groups(classifier, replace(settings, layer_decay=0.5), depth=2)
     scales = {name: group["lr_scale"] for group in groups for name in group["names"]}
     tables = [scales[f"encoder.blocks.{i}.attn.rpe_k.lookup_table_weight"] for i in range(2)]
@@ -696,9 +696,9 @@ def test_a_classifier_of_some_patches_knows_where_they_are(pool: Any):
         def forward(self, patches: Tensor, noise: Tensor) -> Tensor:
             return noise.argsort(dim=-1)
 
-    encoder, normalise = network(mask_token=False), Normalise([0.4] * 3, [0.2] * 3)
-    whole = Classifier(encoder, normalise, 5, pool=pool, head_scale=1.0)
-    shuffled = Classifier(encoder, normalise, 5, pool=pool, head_scale=1.0, select=Choose())
+    encoder, normalize = network(mask_token=False), Normalize([0.4] * 3, [0.2] * 3)
+    whole = Classifier(encoder, normalize, 5, pool=pool, head_scale=1.0)
+    shuffled = Classifier(encoder, normalize, 5, pool=pool, head_scale=1.0, select=Choose())
     images = seeded(2, 3, 12, 16)
     close(shuffled.features(images, {"select": seeded(2, 12), "drop_path": None}), whole.features(images))
 

@@ -5,9 +5,9 @@ import re
 
 from mimkit.losses import (
     band_error,
-    channel_normalised_patches,
+    channel_normalized_patches,
     cosine_distance,
-    normalised_patches,
+    normalized_patches,
     ranking_loss,
     soft_cross_entropy,
     squared_error,
@@ -44,48 +44,48 @@ def lively_patches(draw: st.DrawFn) -> tuple[Tensor, int]:
 
 @fast
 @given(patches())
-def test_normalised_patches_subtract_the_mean_and_divide_by_the_unbiased_deviation(arguments):
+def test_normalized_patches_subtract_the_mean_and_divide_by_the_unbiased_deviation(arguments):
     values, _ = arguments
-    target = normalised_patches(values)
+    target = normalized_patches(values)
     d = values.shape[-1]
     x = values.double()
-    centred = x - x.sum(dim=-1, keepdim=True) / d
-    variance = (centred**2).sum(dim=-1, keepdim=True) / (d - 1)
-    torch.testing.assert_close(target.double(), centred / (variance + 1e-6) ** 0.5, rtol=1e-4, atol=1e-4)
+    centered = x - x.sum(dim=-1, keepdim=True) / d
+    variance = (centered**2).sum(dim=-1, keepdim=True) / (d - 1)
+    torch.testing.assert_close(target.double(), centered / (variance + 1e-6) ** 0.5, rtol=1e-4, atol=1e-4)
 
 
 @fast
 @given(lively_patches())
-def test_channel_normalised_patches_do_so_in_each_channel_alone(arguments):
+def test_channel_normalized_patches_do_so_in_each_channel_alone(arguments):
     values, c = arguments
-    target = channel_normalised_patches(values, channels=c)
+    target = channel_normalized_patches(values, channels=c)
     pixels = values.shape[-1] // c
     for i in range(c):
         x = values[..., i::c].double()
-        centred = x - x.sum(dim=-1, keepdim=True) / pixels
-        deviation = ((centred**2).sum(dim=-1, keepdim=True) / (pixels - 1)) ** 0.5
-        torch.testing.assert_close(target[..., i::c].double(), centred / (deviation + 1e-6), rtol=1e-4, atol=1e-4)
+        centered = x - x.sum(dim=-1, keepdim=True) / pixels
+        deviation = ((centered**2).sum(dim=-1, keepdim=True) / (pixels - 1)) ** 0.5
+        torch.testing.assert_close(target[..., i::c].double(), centered / (deviation + 1e-6), rtol=1e-4, atol=1e-4)
 
 
-def test_the_two_small_numbers_of_the_normalisations_stand_where_the_papers_code_has_them():
+def test_the_two_small_numbers_of_the_normalizations_stand_where_the_papers_code_has_them():
     # a patch with unbiased variance 1e-6: inside the root it is doubled, outside the deviation grows by a thousandth
     faint = torch.tensor([[-1.0, 0.0, 1.0]]) * 1e-3
-    torch.testing.assert_close(normalised_patches(faint), torch.tensor([[-1.0, 0.0, 1.0]]) / 2**0.5)
-    channel = channel_normalised_patches(faint, channels=1)
+    torch.testing.assert_close(normalized_patches(faint), torch.tensor([[-1.0, 0.0, 1.0]]) / 2**0.5)
+    channel = channel_normalized_patches(faint, channels=1)
     torch.testing.assert_close(channel, torch.tensor([[-1.0, 0.0, 1.0]]) / 1.001)
 
 
 @fast
 @given(lively_patches(), st.floats(0.5, 3), st.floats(-2, 2))
-def test_brightness_and_contrast_do_not_matter_for_normalised_targets(arguments, contrast, brightness):
+def test_brightness_and_contrast_do_not_matter_for_normalized_targets(arguments, contrast, brightness):
     values, c = arguments
     changed = contrast * values + brightness
-    torch.testing.assert_close(normalised_patches(changed), normalised_patches(values), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(normalized_patches(changed), normalized_patches(values), rtol=1e-4, atol=1e-4)
     # each channel may even have its own
     changed = changed * torch.linspace(1, 2, c).repeat(values.shape[-1] // c)
     torch.testing.assert_close(
-        channel_normalised_patches(changed, channels=c),
-        channel_normalised_patches(values, channels=c),
+        channel_normalized_patches(changed, channels=c),
+        channel_normalized_patches(values, channels=c),
         rtol=1e-4,
         atol=1e-4,
     )
@@ -93,15 +93,15 @@ def test_brightness_and_contrast_do_not_matter_for_normalised_targets(arguments,
 
 @fast
 @given(lively_patches())
-def test_with_one_channel_the_two_normalisations_agree(arguments):
+def test_with_one_channel_the_two_normalizations_agree(arguments):
     values, _ = arguments
-    alone = channel_normalised_patches(values, channels=1)
-    torch.testing.assert_close(alone, normalised_patches(values), rtol=1e-4, atol=1e-4)
+    alone = channel_normalized_patches(values, channels=1)
+    torch.testing.assert_close(alone, normalized_patches(values), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("patch", [2, 4])
-def test_predicting_zero_costs_one_less_a_share_on_normalised_patches(patch):
-    target = normalised_patches(patchify(seeded(2, 3, 8, 12), patch=patch))
+def test_predicting_zero_costs_one_less_a_share_on_normalized_patches(patch):
+    target = normalized_patches(patchify(seeded(2, 3, 8, 12), patch=patch))
     d = 3 * patch**2
     error = squared_error(torch.zeros_like(target), target)
     torch.testing.assert_close(error, torch.full_like(error, (d - 1) / d), rtol=1e-4, atol=0)
@@ -110,13 +110,13 @@ def test_predicting_zero_costs_one_less_a_share_on_normalised_patches(patch):
 @pytest.mark.parametrize("brightness", [0.0, 0.1, 1.0])
 def test_a_constant_patch_has_a_finite_target_and_a_finite_gradient(brightness):
     constant = torch.full((2, 4, 12), brightness)
-    assert normalised_patches(constant).abs().max() < 1e-3
+    assert normalized_patches(constant).abs().max() < 1e-3
     prediction = constant.clone().requires_grad_()
-    for target in (normalised_patches(constant), channel_normalised_patches(constant, channels=3)):
+    for target in (normalized_patches(constant), channel_normalized_patches(constant, channels=3)):
         assert target.isfinite().all()
         (gradient,) = torch.autograd.grad(squared_error(prediction, target).mean(), prediction)
         assert gradient.isfinite().all()
-    (gradient,) = torch.autograd.grad(normalised_patches(prediction).square().sum(), prediction)
+    (gradient,) = torch.autograd.grad(normalized_patches(prediction).square().sum(), prediction)
     assert gradient.isfinite().all()
 
 
@@ -156,7 +156,7 @@ def test_the_order_of_the_tokens_does_not_matter_for_their_errors(arguments):
 
 @st.composite
 def views(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, int]:
-    """A prediction and a target picture, and a centre that leaves an even band."""
+    """A prediction and a target picture, and a center that leaves an even band."""
     prediction = draw(images().filter(lambda x: min(x.shape[-2:]) > 2))
     H, W = prediction.shape[-2:]
     target = seeded(*prediction.shape, seed=draw(st.integers(0, 99)))
@@ -165,7 +165,7 @@ def views(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, int]:
 
 @fast
 @given(views())
-def test_the_strips_of_the_band_weighted_by_area_are_all_that_lies_outside_the_centre(arguments):
+def test_the_strips_of_the_band_weighted_by_area_are_all_that_lies_outside_the_center(arguments):
     prediction, target, inner_H, inner_W = arguments
     c, H, W = prediction.shape[-3:]
     strips = band_error(prediction, target, inner_H=inner_H, inner_W=inner_W)
@@ -198,7 +198,7 @@ def test_the_strips_of_the_band_are_top_bottom_left_right(arguments):
 
 @fast
 @given(views())
-def test_the_centre_does_not_matter_for_the_band(arguments):
+def test_the_center_does_not_matter_for_the_band(arguments):
     prediction, target, inner_H, inner_W = arguments
     changed = prediction.clone()
     rows, columns = (changed.shape[-2] - inner_H) // 2, (changed.shape[-1] - inner_W) // 2
@@ -535,10 +535,10 @@ def zeros(*shape: int) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "tensors", "numbers", "message"),
     [
-        ("normalised_patches", [zeros(4, 1)], {}, "patches of 1 value have no variance"),
+        ("normalized_patches", [zeros(4, 1)], {}, "patches of 1 value have no variance"),
         *(
             (
-                "channel_normalised_patches",
+                "channel_normalized_patches",
                 [zeros(4, d)],
                 {"channels": c},
                 f"patches of {d} values are not two or more pixels of {c} channels",
@@ -565,7 +565,7 @@ def zeros(*shape: int) -> Tensor:
                 "band_error",
                 [zeros(1, 6, 8), zeros(1, 6, 8)],
                 {"inner_H": inner_H, "inner_W": inner_W},
-                f"a centre of {inner_H} × {inner_W} leaves no even band in a view of 6 × 8 pixels",
+                f"a center of {inner_H} × {inner_W} leaves no even band in a view of 6 × 8 pixels",
             )
             for inner_H, inner_W in [(0, 2), (2, 0), (6, 2), (2, 8), (3, 2), (2, 3), (8, 2), (2, 10)]
         ),

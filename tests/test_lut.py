@@ -11,7 +11,7 @@ from typing import Any
 from common import heads
 from common.checkpoint import read_tensors
 from common.heads import BatchNorm, mlp
-from common.images import Digits, Normalise, Views, WeakStrong, padded_crop, recolour
+from common.images import Digits, Normalize, Views, WeakStrong, padded_crop, recolor
 from common.pretraining import pretrain
 from common.teacher import teacher_of
 from mimkit.masking import disjoint_views, random_tokens
@@ -115,14 +115,14 @@ def test_the_first_view_is_the_image_shifted_and_flipped_and_nothing_else():
     assert found == places
 
 
-def test_the_second_view_is_grey_solarised_or_blurred_and_its_place_is_its_own(monkeypatch):
+def test_the_second_view_is_gray_solarized_or_blurred_and_its_place_is_its_own(monkeypatch):
     calls = []
-    monkeypatch.setattr("common.images.recolour", lambda view, *args, **more: calls.append((*args, more)) or view)
+    monkeypatch.setattr("common.images.recolor", lambda view, *args, **more: calls.append((*args, more)) or view)
     views, image = WeakStrong((8, 8)), picture(3, 8, 8)
     pairs = [views(image, Generator().manual_seed(seed)) for seed in range(1000)]
     effects = [effect for _, effect, _ in calls]
     assert {effect: 280 < effects.count(effect) < 390 for effect in effects} == dict.fromkeys(
-        ("grey", "solarise", "blur"), True
+        ("gray", "solarize", "blur"), True
     )
     jitters = [jitter for jitter, _, _ in calls if jitter]
     assert 760 < len(jitters) < 840
@@ -145,12 +145,12 @@ def test_the_second_view_is_grey_solarised_or_blurred_and_its_place_is_its_own(m
 @pytest.mark.parametrize("channels", [1, 3])
 def test_what_each_effect_does(channels):
     image = picture(channels, 9, 7)
-    grey = recolour(image, [], "grey", radius=0.0)
-    assert grey.equal(image) if channels == 1 else (grey == grey[:1]).all()
-    assert recolour(image, [], "solarise", radius=0.0).equal(torch.where(image >= 128, 255 - image, image))
-    assert recolour(image, [], "blur", radius=2.0).float().std() < image.float().std() / 2
-    coloured = recolour(image, [("saturation", 0.5), ("hue", 0.3)], "blur", radius=0.0)
-    assert coloured.equal(image) == (channels == 1)  # greyscale has neither saturation nor hue
+    gray = recolor(image, [], "gray", radius=0.0)
+    assert gray.equal(image) if channels == 1 else (gray == gray[:1]).all()
+    assert recolor(image, [], "solarize", radius=0.0).equal(torch.where(image >= 128, 255 - image, image))
+    assert recolor(image, [], "blur", radius=2.0).float().std() < image.float().std() / 2
+    colored = recolor(image, [("saturation", 0.5), ("hue", 0.3)], "blur", radius=0.0)
+    assert colored.equal(image) == (channels == 1)  # grayscale has neither saturation nor hue
 
 
 def test_views_depend_on_seed_epoch_and_image_and_decode_it_once(monkeypatch):
@@ -167,7 +167,7 @@ def test_views_depend_on_seed_epoch_and_image_and_decode_it_once(monkeypatch):
 def test_views_that_cannot_be_made_are_refused_in_one_sentence():
     with pytest.raises(ValueError, match="pad=4 pixels of a view of 9 × 4 cannot be reflected"):
         WeakStrong((9, 4))
-    with pytest.raises(ValueError, match="colours of 1 or 3 channels can be changed, not of 10"):
+    with pytest.raises(ValueError, match="colors of 1 or 3 channels can be changed, not of 10"):
         WeakStrong((9, 9))(picture(10, 9, 9), Generator())
 
 
@@ -240,7 +240,7 @@ def small(**more: Any) -> lut.Config:
 def method_of(config: lut.Config | mae.Config) -> Any:
     torch.manual_seed(0)
     make: Any = lut.LUT if isinstance(config, lut.Config) else mae.MAE
-    return make(config, Normalise([0.5], [0.5])).train()
+    return make(config, Normalize([0.5], [0.5])).train()
 
 
 def batch() -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
@@ -369,8 +369,8 @@ def test_fine_tuning_presets_are_those_of_table_d():
         ("large", 50, 1e-3, 0.65),
     ):
         settings = finetune.PRESETS[f"lut_{size}"].finetune
-        optimisation = settings.optimisation
-        assert (optimisation.epochs, optimisation.base_lr, optimisation.layer_decay) == (epochs, rate, decay)
-        assert (settings.drop_path, optimisation.sqrt_rule_at, optimisation.batch_size) == (0.1, 1024, 1024)
-    assert lut.IMAGENET.optimisation.sqrt_rule_at == lut.IMAGENET.optimisation.batch_size == 4096
+        optimization = settings.optimization
+        assert (optimization.epochs, optimization.base_lr, optimization.layer_decay) == (epochs, rate, decay)
+        assert (settings.drop_path, optimization.sqrt_rule_at, optimization.batch_size) == (0.1, 1024, 1024)
+    assert lut.IMAGENET.optimization.sqrt_rule_at == lut.IMAGENET.optimization.batch_size == 4096
     assert (lut.IMAGENET.momentum, lut.IMAGENET.context_weight, lut.IMAGENET.head_width) == (0.996, 0.25, 4096)

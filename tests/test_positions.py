@@ -89,9 +89,9 @@ def bicubic(old: int, new: int) -> Tensor:
     """Weights of `old` samples in each of `new` ones: Keys' kernel with A = −0.75, edges repeated."""
     weights = torch.zeros(new, old, dtype=torch.float64)
     for i in range(new):
-        centre = (i + 0.5) * old / new - 0.5
-        for j in range(math.floor(centre) - 1, math.floor(centre) + 3):
-            x, a = abs(centre - j), -0.75
+        center = (i + 0.5) * old / new - 0.5
+        for j in range(math.floor(center) - 1, math.floor(center) + 3):
+            x, a = abs(center - j), -0.75
             near, far = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * (x**3 - 5 * x**2 + 8 * x - 4)
             weights[i, min(max(j, 0), old - 1)] += near if x <= 1 else far
     return weights
@@ -234,8 +234,8 @@ def test_shuffled_tokens_stand_in_the_order_of_their_noise_and_equal_ones_stay(n
         assert order.tolist() == sorted(range(5), key=chance.tolist().__getitem__)
 
 
-def neighbourhood(sigma: float, height: int, width: int) -> Tensor:
-    """The weight exp(−d² / σ²) of each place for each place, not normalised; in double precision."""
+def neighborhood(sigma: float, height: int, width: int) -> Tensor:
+    """The weight exp(−d² / σ²) of each place for each place, not normalized; in double precision."""
     places = [(y, x) for y in range(height) for x in range(width)]
     squares = [[(a - c) ** 2 + (b - d) ** 2 for c, d in places] for a, b in places]
     weights = [[math.exp(-d2 / sigma**2) if sigma**2 and d2 else float(d2 == 0) for d2 in row] for row in squares]
@@ -252,15 +252,15 @@ def test_smoothed_targets_are_a_gaussian_of_the_squared_distance_divided_by_its_
     n = height * width
     assert targets.shape == (*sigma.shape, n, n)
     for s, target in zip(sigma.flatten().tolist(), targets.reshape(sigma.numel(), n, n), strict=True):
-        weights = neighbourhood(s, height, width)
+        weights = neighborhood(s, height, width)
         torch.testing.assert_close(target.double(), weights / weights.sum(dim=1, keepdim=True), rtol=1e-5, atol=1e-7)
 
 
 @fast
 @given(st.floats(0, 4, width=32), positive_sides, positive_sides)
-def test_the_published_normalisation_is_the_transpose(sigma, height, width):
+def test_the_published_normalization_is_the_transpose(sigma, height, width):
     # the published code divides column j by the sum of row j
-    weights = neighbourhood(sigma, height, width)
+    weights = neighborhood(sigma, height, width)
     published = smoothed_targets(torch.tensor(sigma), height=height, width=width).mT
     torch.testing.assert_close(published.double(), weights / weights.sum(dim=1), rtol=1e-5, atol=1e-7)
 
@@ -299,7 +299,7 @@ def test_a_nearer_position_gets_more(sigma, height, width):
 @fast
 @given(sides, sides, st.sampled_from([0.0, 0.05, 1e-3, 1e-20, 1e-38, 1e-45]))
 def test_without_a_width_every_target_is_the_position_itself(height, width, sigma):
-    # at a width of 0.05 the weight of a neighbour is exp(−400), nothing in float32
+    # at a width of 0.05 the weight of a neighbor is exp(−400), nothing in float32
     identity = torch.eye(height * width)
     assert smoothed_targets(torch.tensor(sigma), height=height, width=width).equal(identity)
 
@@ -327,7 +327,7 @@ def test_the_true_position_has_the_probability_of_the_paper(sigma, place, probab
     assert targets[place][place].item() == pytest.approx(probability, abs=5e-4)
 
 
-def test_the_published_rows_weigh_corners_less_and_their_neighbours_more():
+def test_the_published_rows_weigh_corners_less_and_their_neighbors_more():
     rows = smoothed_targets(torch.tensor(1.0), height=14, width=14).mT.sum(dim=-1).view(14, 14)
     corner, edge, inside, interior = rows[0, 0], rows[0, 7], rows[1, 1], rows[7, 7]
     assert corner.item() == pytest.approx(0.886, abs=5e-4)

@@ -1,4 +1,4 @@
-"""Judging a frozen encoder: features, linear probe, nearest neighbours, new blocks."""
+"""Judging a frozen encoder: features, linear probe, nearest neighbors, new blocks."""
 
 import json
 import os
@@ -13,10 +13,10 @@ from typing import Any, cast
 from common import probing
 from common.config import Images, Run
 from common.engine import World
-from common.images import Normalise
+from common.images import Normalize
 from common.pretraining import export, load_encoder
 from common.probing import Frozen, Heads, Linear
-from common.vit import ViT, initialise_mae, timm_state
+from common.vit import ViT, initialize_mae, timm_state
 
 import knn
 import linear_probe
@@ -44,7 +44,7 @@ RECIPES = {
 def small(*, class_token: bool = True) -> ViT:
     torch.manual_seed(0)
     vit = ViT(height=2, width=2, patch=8, channels=1, dim=24, depth=2, heads=3, class_token=class_token)
-    initialise_mae(vit)
+    initialize_mae(vit)
     return vit
 
 
@@ -55,7 +55,7 @@ def place() -> World:
 
 @pytest.fixture
 def exported(tmp_path: Path) -> Path:
-    export(tmp_path / "encoder.safetensors", small(), Normalise([0.3], [0.35]))
+    export(tmp_path / "encoder.safetensors", small(), Normalize([0.3], [0.35]))
     return tmp_path / "encoder.safetensors"
 
 
@@ -66,11 +66,11 @@ def recipe(name: str, *args: object) -> dict[str, Any]:
     return probing.probe(evaluation, presets, name=name, title=name, description=None, args=words)
 
 
-# Nearest neighbours
+# Nearest neighbors
 
 
 @st.composite
-def neighbours(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+def neighbors(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     n, q, classes = (draw(st.integers(1, 9)) for _ in range(3))
     d = draw(st.integers(2, 9))  # along a line, all are equally near
@@ -80,8 +80,8 @@ def neighbours(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]
     return features, labels, queries, {"classes": classes, "k": k, "temperature": draw(st.sampled_from([0.07, 1.0]))}
 
 
-@given(neighbours())
-def test_each_neighbour_votes_with_the_exponential_of_its_similarity(arguments: Any) -> None:
+@given(neighbors())
+def test_each_neighbor_votes_with_the_exponential_of_its_similarity(arguments: Any) -> None:
     features, labels, queries, how = arguments
     votes = probing.nearest(features, labels, queries, **how)
     assert votes.shape == (len(how["k"]), len(queries), how["classes"])
@@ -94,7 +94,7 @@ def test_each_neighbour_votes_with_the_exponential_of_its_similarity(arguments: 
             torch.testing.assert_close(votes[i, j] / votes[i, j].sum(), (right / right.sum()).float())
 
 
-@given(neighbours())
+@given(neighbors())
 def test_the_length_of_features_does_not_matter(arguments: Any) -> None:
     features, labels, queries, how = arguments
     votes = probing.nearest(features, labels, queries, **how)
@@ -102,7 +102,7 @@ def test_the_length_of_features_does_not_matter(arguments: Any) -> None:
     torch.testing.assert_close(probing.nearest(features * lengths, labels, queries * 1e3, **how), votes)
 
 
-@given(neighbours())
+@given(neighbors())
 def test_the_size_of_the_chunks_does_not_matter(arguments: Any) -> None:
     features, labels, queries, how = arguments
     votes = probing.nearest(features, labels, queries, **how)
@@ -111,7 +111,7 @@ def test_the_size_of_the_chunks_does_not_matter(arguments: Any) -> None:
         torch.testing.assert_close(probing.nearest(features, labels, queries, **how), votes)
 
 
-def test_the_one_nearest_of_the_labelled_images_is_the_image_itself() -> None:
+def test_the_one_nearest_of_the_labeled_images_is_the_image_itself() -> None:
     generator = torch.Generator().manual_seed(0)
     features, labels = torch.randn(200, 8, generator=generator), torch.randint(7, (200,), generator=generator)
     votes = probing.nearest(features, labels, features, classes=7, k=[1], temperature=0.07)
@@ -145,16 +145,16 @@ def trained(rates: list[float], settings: Linear, *, batch: int = 30, seed: int 
     return heads
 
 
-@pytest.mark.parametrize(("optimiser", "rate"), [("lars", 5.0), ("sgd", 0.5)])
-def test_a_linear_probe_separates_what_a_line_separates(optimiser: Any, rate: float) -> None:
-    settings = Linear(optimiser=optimiser, epochs=40, warmup_epochs=2)
+@pytest.mark.parametrize(("optimizer", "rate"), [("lars", 5.0), ("sgd", 0.5)])
+def test_a_linear_probe_separates_what_a_line_separates(optimizer: Any, rate: float) -> None:
+    settings = Linear(optimizer=optimizer, epochs=40, warmup_epochs=2)
     accuracy, _ = trained([rate], settings).judge(*blobs())
     assert accuracy.tolist() == [100]
 
 
-@pytest.mark.parametrize("optimiser", ["lars", "sgd"])
-def test_all_learning_rates_in_one_pass_equal_each_alone(optimiser: Any) -> None:
-    settings, rates = Linear(optimiser=optimiser, epochs=5, warmup_epochs=1), [0.1, 1.0, 7.0]
+@pytest.mark.parametrize("optimizer", ["lars", "sgd"])
+def test_all_learning_rates_in_one_pass_equal_each_alone(optimizer: Any) -> None:
+    settings, rates = Linear(optimizer=optimizer, epochs=5, warmup_epochs=1), [0.1, 1.0, 7.0]
     together = trained(rates, settings)
     for i, rate in enumerate(rates):
         alone = trained([rate], settings)
@@ -162,7 +162,7 @@ def test_all_learning_rates_in_one_pass_equal_each_alone(optimiser: Any) -> None
         torch.testing.assert_close(together.bias[i], alone.bias[0], rtol=1e-4, atol=1e-5)
 
 
-def test_one_head_equals_a_module_trained_by_the_optimiser_as_it_is() -> None:
+def test_one_head_equals_a_module_trained_by_the_optimizer_as_it_is() -> None:
     settings = Linear(epochs=6, warmup_epochs=2)
     heads, (features, labels) = trained([2.0], settings), blobs()
     torch.manual_seed(0)
@@ -170,19 +170,19 @@ def test_one_head_equals_a_module_trained_by_the_optimiser_as_it_is() -> None:
     start = Heads(6, 4, 1)
     torch.manual_seed(0)
     plain[1].weight.data, plain[1].bias.data = Heads(6, 4, 1).weight[0].detach().clone(), start.bias[0].detach().clone()
-    optimiser = probing.LARS(plain.parameters(), lr=0.0)
+    optimizer = probing.LARS(plain.parameters(), lr=0.0)
     for step, (_, rows) in enumerate(probing.orders(120, 30, 6, seed=0)):
         epoch = step / 4
         after = torch.tensor(torch.pi * (epoch - 2) / 4)
-        optimiser.param_groups[0]["lr"] = epoch if epoch < 2 else float(1 + after.cos())
-        optimiser.zero_grad()
+        optimizer.param_groups[0]["lr"] = epoch if epoch < 2 else float(1 + after.cos())
+        optimizer.zero_grad()
         F.cross_entropy(plain(features[rows]), labels[rows]).backward()
-        optimiser.step()
+        optimizer.step()
     torch.testing.assert_close(heads.weight[0], plain[1].weight, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(heads.norm.state_dict(), plain[0].state_dict())
 
 
-def test_features_are_normalised_by_their_batch_and_later_by_what_was_seen() -> None:
+def test_features_are_normalized_by_their_batch_and_later_by_what_was_seen() -> None:
     features, labels = blobs(40)
     heads = Heads(6, 4, 1).train()
     normal = heads.norm(features)
@@ -212,7 +212,7 @@ def test_heads_start_alike_small_and_without_bias() -> None:
 def test_a_tenth_of_every_class_is_held_out(labels: list[int], seed: int) -> None:
     counts = {label: labels.count(label) for label in labels}
     if max(counts.values()) == 1:
-        with pytest.raises(ValueError, match="several learning rates need labelled images to choose by, but no class"):
+        with pytest.raises(ValueError, match="several learning rates need labeled images to choose by, but no class"):
             probing.hold_out(labels, seed=seed)
         return
     rest, apart = probing.hold_out(labels, seed=seed)
@@ -227,14 +227,14 @@ def test_a_learning_rate_is_chosen_without_the_test_images(place: World, tmp_pat
 
     def run() -> dict[str, Any]:
         shared = {"images": SMALL_IMAGES, "run": RUN, "folder": tmp_path, "place": place}
-        return probing.linear(small(), Normalise([0.3], [0.35]), settings=settings, **shared)  # pyright: ignore
+        return probing.linear(small(), Normalize([0.3], [0.35]), settings=settings, **shared)  # pyright: ignore
 
     result, opened, several = run(), probing._sources, settings
 
     def wrong(images: Images, run: Run) -> Any:
-        labelled, test = opened(images, run)
+        labeled, test = opened(images, run)
         monkeypatch.setattr(test, "label", lambda index: 0)
-        return labelled, test
+        return labeled, test
 
     monkeypatch.setattr(probing, "_sources", wrong)
     other = run()
@@ -242,7 +242,7 @@ def test_a_learning_rate_is_chosen_without_the_test_images(place: World, tmp_pat
     assert result["accuracy"] != other["accuracy"]
     for key in ("base_lr", "held_out", "loss"):
         assert result[key] == other[key]
-    # the chosen one is trained again, on all labelled images
+    # the chosen one is trained again, on all labeled images
     monkeypatch.setattr(probing, "_sources", opened)
     settings = replace(several, base_lrs=(10.0,))
     alone = run()
@@ -253,13 +253,13 @@ def test_a_learning_rate_is_chosen_without_the_test_images(place: World, tmp_pat
 @pytest.mark.parametrize("class_token", [False, True])
 def test_a_pre_training_judges_its_encoder(kind: str, class_token: bool, place: World, tmp_path: Path) -> None:
     finetuning = replace(nonlinear_probe.PRESETS["digits"].settings.finetune, pool="class")
-    optimisation = replace(finetuning.optimisation, epochs=1, batch_size=30, warmup_epochs=0)
-    finetuning = replace(finetuning, optimisation=optimisation)
+    optimization = replace(finetuning.optimization, epochs=1, batch_size=30, warmup_epochs=0)
+    finetuning = replace(finetuning, optimization=optimization)
     where: dict[str, Any] = {"images": SMALL_IMAGES, "run": RUN, "folder": tmp_path / kind, "place": place}
     encoder = small(class_token=class_token)
-    result = probing.judge(kind, encoder, Normalise([0.3], [0.35]), finetuning=finetuning, **where, title=kind)
-    assert {"accuracy", "labelled", "test", "seconds", "epoch"} <= set(result)
-    assert (result["labelled"], result["test"]) == (30, 497)
+    result = probing.judge(kind, encoder, Normalize([0.3], [0.35]), finetuning=finetuning, **where, title=kind)
+    assert {"accuracy", "labeled", "test", "seconds", "epoch"} <= set(result)
+    assert (result["labeled"], result["test"]) == (30, 497)
 
 
 # Frozen encoders
@@ -289,13 +289,13 @@ def test_frozen_means_bit_for_bit(make: Any, evaluation: str, augment: bool, pla
     if evaluation == "linear_probe":
         settings = replace(settings, epochs=2, base_lrs=(0.1,), augment=augment)
     else:
-        optimisation = replace(settings.finetune.optimisation, epochs=2, batch_size=30, warmup_epochs=0)
+        optimization = replace(settings.finetune.optimization, epochs=2, batch_size=30, warmup_epochs=0)
         settings = replace(settings, finetune=replace(settings.finetune, train_positions=augment))
-        settings = replace(settings, finetune=replace(settings.finetune, optimisation=optimisation))
+        settings = replace(settings, finetune=replace(settings.finetune, optimization=optimization))
     encoder = make()
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     shared = {"images": SMALL_IMAGES, "run": RUN, "folder": tmp_path, "place": place, "title": "probe"}
-    function(encoder, Normalise([0.3], [0.35]), settings=settings, **shared)
+    function(encoder, Normalize([0.3], [0.35]), settings=settings, **shared)
     assert all(torch.equal(before[name], tensor) for name, tensor in encoder.state_dict().items())
     assert not encoder.training
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
@@ -323,35 +323,35 @@ def test_new_blocks_are_fine_tuned_without_layer_decay(place: World, tmp_path: P
     monkeypatch.setattr(probing, "finetune", lambda *_, **arguments: seen.update(arguments) or {})
     settings = nonlinear_probe.PRESETS["folder"].settings
     where: dict[str, Any] = {"images": SMALL_IMAGES, "run": RUN, "folder": tmp_path, "place": place}
-    probing.nonlinear(small(), Normalise([0.3], [0.35]), settings=settings, **where)
-    assert settings.finetune.optimisation.layer_decay < 1
-    optimisation = replace(settings.finetune.optimisation, layer_decay=1.0)
-    assert seen["settings"] == replace(settings.finetune, train_positions=False, optimisation=optimisation)
+    probing.nonlinear(small(), Normalize([0.3], [0.35]), settings=settings, **where)
+    assert settings.finetune.optimization.layer_decay < 1
+    optimization = replace(settings.finetune.optimization, layer_decay=1.0)
+    assert seen["settings"] == replace(settings.finetune, train_positions=False, optimization=optimization)
 
 
 @pytest.mark.parametrize("pool", ["class", "mean"])
 def test_cached_features_equal_those_of_each_image_alone(pool: Any, place: World) -> None:
-    frozen, fraction = Frozen(small(), Normalise([0.3], [0.35]), pool), 0.9
-    labelled, _ = probing._sources(SMALL_IMAGES, RUN)
+    frozen, fraction = Frozen(small(), Normalize([0.3], [0.35]), pool), 0.9
+    labeled, _ = probing._sources(SMALL_IMAGES, RUN)
     only = [3, 0, 7, 29]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probing, "AT_A_TIME", 3)
-        features, labels = probing.encode(frozen, labelled, SMALL_IMAGES, fraction, only=only, run=RUN, place=place)
-    crop = probing.CentreCrop((16, 16), crop_fraction=fraction)
+        features, labels = probing.encode(frozen, labeled, SMALL_IMAGES, fraction, only=only, run=RUN, place=place)
+    crop = probing.CenterCrop((16, 16), crop_fraction=fraction)
     for i, index in enumerate(only):
-        image = (crop(labelled.image(index)).float() / 255 - 0.3) / 0.35
+        image = (crop(labeled.image(index)).float() / 255 - 0.3) / 0.35
         patches = image.unfold(1, 8, 8).unfold(2, 8, 8).reshape(1, 4, 64)
         tokens = frozen.encoder(patches, frozen.encoder.positions)[0]
         torch.testing.assert_close(features[i], tokens[0] if pool == "class" else tokens[1:].mean(dim=0))
-        assert labels[i] == labelled.label(index)
+        assert labels[i] == labeled.label(index)
 
 
 def test_the_class_token_is_read_where_there_is_one() -> None:
-    normalise = Normalise([0.3], [0.35])
-    assert Frozen(small(), normalise).pool == "class"
-    assert Frozen(small(class_token=False), normalise).pool == "mean"
+    normalize = Normalize([0.3], [0.35])
+    assert Frozen(small(), normalize).pool == "class"
+    assert Frozen(small(class_token=False), normalize).pool == "mean"
     with pytest.raises(ValueError, match="pool=class needs an encoder with a class token"):
-        Frozen(small(class_token=False), normalise, "class")
+        Frozen(small(class_token=False), normalize, "class")
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 99))
@@ -393,9 +393,9 @@ def test_a_crop_of_the_linear_probe_lies_anywhere_down_and_across() -> None:
 
 
 def test_augmented_features_are_new_every_epoch_and_those_of_their_labels(place: World) -> None:
-    frozen = Frozen(small(), Normalise([0.3], [0.35]))
-    labelled, _ = probing._sources(SMALL_IMAGES, RUN)
-    views = probing.Views(labelled, probing.OneShotCrop((16, 16), flip=0.0), labels=True)
+    frozen = Frozen(small(), Normalize([0.3], [0.35]))
+    labeled, _ = probing._sources(SMALL_IMAGES, RUN)
+    views = probing.Views(labeled, probing.OneShotCrop((16, 16), flip=0.0), labels=True)
     only = [2, 3, 5, 7, 11, 13]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probing, "AT_A_TIME", 2)
@@ -417,9 +417,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export of ours that is timm's vit_tiny_patch16_224, for images of 32 × 48."""
     torch.manual_seed(0)
     vit = ViT(height=2, width=3, patch=16, channels=1, dim=192, depth=12, heads=3)
-    initialise_mae(vit)
+    initialize_mae(vit)
     path = tmp_path_factory.mktemp("tiny") / "encoder.safetensors"
-    export(path, vit, Normalise([0.3], [0.35]))
+    export(path, vit, Normalize([0.3], [0.35]))
     return path
 
 
@@ -455,8 +455,8 @@ def test_a_recipe_judges_an_encoder_on_the_digits(name: str, exported: Path, tmp
     result = recipe(name, "--encoder", exported, "--runs", tmp_path)
     written = json.loads((tmp_path / name / "result.json").read_text())
     assert written == {"recipe": name, "encoder": str(exported), **result}
-    assert {"accuracy", "labelled", "test", "seconds", "epoch"} <= set(result)
-    assert (result["labelled"], result["test"]) == (100, 497)
+    assert {"accuracy", "labeled", "test", "seconds", "epoch"} <= set(result)
+    assert (result["labeled"], result["test"]) == (100, 497)
     assert 12 < result["accuracy"] <= 100  # better than chance even with random weights
     out = capsys.readouterr().out
     assert f"{result['accuracy']:.1f} % of 497 test images are right" in out
@@ -482,17 +482,17 @@ def test_recipes_judge_a_timm_model(tiny: Path, tmp_path: Path) -> None:
 def test_a_folder_of_images_is_judged(published: bool, exported: Path, tmp_path: Path) -> None:
     if published:  # a checkpoint of the MAE family, as its authors store it
         vit = ViT(height=2, width=2, patch=8, channels=3, dim=96, depth=1, heads=3)
-        initialise_mae(vit)
+        initialize_mae(vit)
         exported = tmp_path / "mae.pth"
         torch.save({"model": {**timm_state(vit), "mask_token": torch.zeros(1, 1, 8)}}, exported)
     for split, count in (("train", 12), ("val", 3)):
-        for grey, name in ((40, "dark"), (200, "light")):
+        for gray, name in ((40, "dark"), (200, "light")):
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(count):
-                Image.new("L", (20 + i, 30), grey + i).save(tmp_path / split / name / f"{i}.png")
+                Image.new("L", (20 + i, 30), gray + i).save(tmp_path / split / name / f"{i}.png")
     result = recipe("knn", "--encoder", exported, "--data", tmp_path, "--runs", tmp_path / "runs", "--k", "1", "99")
     assert result["by_k"] == {"1": 100.0}
-    assert (result["labelled"], result["test"], result["k"]) == (24, 6, 1)
+    assert (result["labeled"], result["test"], result["k"]) == (24, 6, 1)
 
 
 def test_two_processes_equal_one(exported: Path, tmp_path: Path) -> None:
@@ -528,15 +528,15 @@ def test_new_blocks_resume_behind_their_own_encoder_only(exported: Path, tmp_pat
         ("knn", "--image-size 20 16", "images of 20 × 16 pixels are not made of patches of 8 × 8"),
         ("knn", "--timm vit_tiny_patch16_224 --image-size 20 16", "images of 20 × 16 pixels are not made of patches"),
         ("knn", "--data nowhere", "nowhere is not a folder"),
-        ("knn", "--k 200 300", "100 labelled images are fewer than --k 200 neighbours"),
+        ("knn", "--k 200 300", "100 labeled images are fewer than --k 200 neighbors"),
         ("knn", "--k 0 1", "--k 0 1: give one or more positive numbers"),
         ("knn", "--temperature 0", "--temperature 0.0 is not a positive number"),
         ("knn", "--crop-fraction 2", "crop_fraction=2.0 is to be above 0 and at most 1"),
         ("linear_probe", "--base-lrs", "--base-lrs : give one or more positive numbers"),
         ("linear_probe", "--base-lrs 1 -1", "--base-lrs 1.0 -1.0: give one or more positive numbers"),
-        ("linear_probe", "--batch-size 1", "--batch-size 1 has no statistics to normalise by: at least 2 images"),
+        ("linear_probe", "--batch-size 1", "--batch-size 1 has no statistics to normalize by: at least 2 images"),
         ("linear_probe", "--epochs 0", "--epochs 0 trains nothing"),
-        ("linear_probe", "--labels-per-class 1", "several learning rates need labelled images to choose by"),
+        ("linear_probe", "--labels-per-class 1", "several learning rates need labeled images to choose by"),
         ("linear_probe", "--labels-per-class 999", "per_class=999 of the"),
         ("nonlinear_probe", "--blocks 0", "--blocks 0: without a new block it is a linear probe"),
     ],
@@ -559,6 +559,6 @@ def test_features_that_are_not_finite_are_refused(exported: Path, tmp_path: Path
     state["norm.bias"] = torch.full((24,), torch.nan)
     vit = small()
     vit.load_state_dict(state)
-    export(exported, vit, Normalise([0.3], [0.35]))
+    export(exported, vit, Normalize([0.3], [0.35]))
     with pytest.raises(SystemExit, match="knn: the encoder's features are not finite"):
         recipe("knn", "--encoder", exported, "--runs", tmp_path)

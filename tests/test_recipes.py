@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common.checkpoint import read_tensors
-from common.images import Normalise
+from common.images import Normalize
 from common.pretraining import pretrain
 
 import beyond_masking_integrated
@@ -69,7 +69,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def kept(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the newest checkpoint: the method's, its teacher's, the optimiser's."""
+    """All tensors of the newest checkpoint: the method's, its teacher's, the optimizer's."""
     return read_tensors(max((folder / "checkpoint").glob("step_*")) / "tensors.safetensors")[0]
 
 
@@ -92,7 +92,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """A folder of greyscale pictures of several sizes, two classes that differ in their stripes."""
+    """A folder of grayscale pictures of several sizes, two classes that differ in their stripes."""
     random = np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 3)):
         for label, name in enumerate(("across", "down")):
@@ -116,7 +116,7 @@ def test_a_recipe_leaves_all_that_it_promises(name: str, finished: Any, tmp_path
     assert json.loads((folder / "config.json").read_text())["recipe"] == name
     assert list(folder.glob("events.out.tfevents.*"))
     result = json.loads((folder / "result.json").read_text())
-    assert result["finetune"]["labelled"] == 100
+    assert result["finetune"]["labeled"] == 100
     assert 0 <= result["finetune"]["accuracy"] <= 100
     assert f"{result['finetune']['accuracy']:.1f} %" in printed
     assert all(np.isfinite(record["loss"]) for record in metrics(folder))
@@ -128,7 +128,7 @@ def test_a_recipe_leaves_all_that_it_promises(name: str, finished: Any, tmp_path
     assert (tmp_path / "finetune" / "result.json").exists()
 
 
-def test_a_folder_of_greyscale_pictures_that_are_not_square(pictures: Path, tmp_path: Path) -> None:
+def test_a_folder_of_grayscale_pictures_that_are_not_square(pictures: Path, tmp_path: Path) -> None:
     size = shlex.split("--image-size 48 80 --channels 1 --epochs 2 --workers 2")
     tuned = shlex.split("--finetune.epochs 1 --finetune.batch-size 8")
     recipe("mae", "--data", pictures, *PICTURES, *size, *tuned, "--runs", tmp_path)
@@ -153,7 +153,7 @@ def test_without_a_test_split_it_says_so_and_pre_trains(pictures: Path, tmp_path
         (["--mask-ratio", "1"], "--mask-ratio 1.0 of 64 patches does not leave both masked and visible ones"),
         (["--view-size", "47", "46"], "--view-size 47 is not an even number more than --image-size 32"),
         (["--statistics", "imagenet"], "ImageNet's mean and std have 3 channels, not 1: use --statistics data"),
-        (["--finetune.batch-size", "101"], "100 labelled images do not fill a batch of 101: --finetune.batch-size"),
+        (["--finetune.batch-size", "101"], "100 labeled images do not fill a batch of 101: --finetune.batch-size"),
         (["--data", "nowhere"], "nowhere"),
     ],
 )
@@ -251,7 +251,7 @@ def test_every_form_of_a_task_is_one_graph_that_waits_for_nothing() -> None:
 )
 def test_a_step_never_waits_for_the_device(make: Any, digits: Any) -> None:
     """On the meta device there is nothing to wait for: whatever reads a value raises."""
-    method = make(digits, Normalise([0.5], [0.5])).to("meta")
+    method = make(digits, Normalize([0.5], [0.5])).to("meta")
     images = torch.empty(2, 1, *method.view_size, dtype=torch.uint8, device="meta")
     noise = method.noise(lambda *shape: torch.empty(*shape, device="meta"), 2)
     progress = torch.empty((), dtype=torch.float64, device="meta")

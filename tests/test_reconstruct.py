@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.checkpoint import Checkpoints, read_tensors, write_tensors
-from common.images import CentreCrop, Digits
+from common.images import CenterCrop, Digits
 from common.pretraining import load_method, pretrain
 
 import pytest
@@ -78,8 +78,8 @@ def test_a_trained_method_is_loaded_as_it_was_saved(name: str, run_of: Callable[
     assert state.keys() == saved.keys()
     assert all(value.equal(state[key]) for key, value in saved.items())
     exported = read_tensors(run / "encoder.safetensors")[1]
-    assert method.normalise.mean.flatten().tolist() == exported["mean"]
-    assert method.normalise.std.flatten().tolist() == exported["std"]
+    assert method.normalize.mean.flatten().tolist() == exported["mean"]
+    assert method.normalize.std.flatten().tolist() == exported["std"]
 
 
 def test_a_run_that_is_still_training_gives_its_newest_checkpoint_that_is_whole(run: Path, capsys: Any):
@@ -112,7 +112,7 @@ def spoil(run: Path, how: str) -> None:
             del settings["recipe"]
             (run / "config.json").write_text(json.dumps(settings | (recipe or {})))
         case "another setting":
-            (run / "config.json").write_text(json.dumps(settings | {"colour": "red"}))
+            (run / "config.json").write_text(json.dumps(settings | {"color": "red"}))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def spoil(run: Path, how: str) -> None:
         ("another recipe", "../mae is no recipe of pre-training: there is no recipes/../mae.py with a METHOD"),
         ("an evaluation", "finetune is no recipe of pre-training: there is no recipes/finetune.py with a METHOD"),
         ("no checkpoint", "{run} has no checkpoint yet"),
-        ("another setting", "settings of Config are unknown: colour"),
+        ("another setting", "settings of Config are unknown: color"),
     ],
 )
 def test_a_folder_that_is_no_run_is_told_in_one_sentence(how: str, sentence: str, run: Path):
@@ -178,7 +178,7 @@ def test_the_losses_are_those_of_the_trained_method_on_these_images(
     found = drawn(capsys, run=run_of(name), count=5, seed=3)
     method, _ = load_method(run_of(name))
     test = Digits("test")
-    crop = CentreCrop(method.view_size, crop_fraction=1.0)
+    crop = CenterCrop(method.view_size, crop_fraction=1.0)
     images = torch.stack([crop(test.image(index)) for index in (0, 99, 198, 298, 397)])
     generator = torch.Generator().manual_seed(3)
     noise = method.noise(lambda *shape: torch.rand(*shape, generator=generator), 5)
@@ -210,10 +210,10 @@ def test_the_seed_draws_the_masks_and_nothing_else_is_left_to_chance(run: Path, 
 
 
 def test_images_of_ones_own_need_no_classes(run: Path, tmp_path: Path, capsys: Any):
-    for folder, greys in {"plain": (10, 200), "sorted/val": (90,), "sorted/train": (50, 60, 70)}.items():
+    for folder, grays in {"plain": (10, 200), "sorted/val": (90,), "sorted/train": (50, 60, 70)}.items():
         (tmp_path / folder).mkdir(parents=True)
-        for grey in greys:
-            Image.linear_gradient("L").resize((20, 30)).rotate(grey).save(tmp_path / folder / f"{grey}.png")
+        for gray in grays:
+            Image.linear_gradient("L").resize((20, 30)).rotate(gray).save(tmp_path / folder / f"{gray}.png")
     for folder, split, count in (("plain", "test", 2), ("sorted", "test", 1), ("sorted", "train", 3)):
         assert len(drawn(capsys, run=run, data=tmp_path / folder, split=split)) == count
 
@@ -263,7 +263,7 @@ def published(name: str, run: Path, folder: Path) -> Path:
     for key, value in method.state_dict().items():
         ours = next((ours for ours in theirs if key.startswith(ours)), "")
         weights[theirs.get(ours, "") + key.removeprefix(ours)] = value
-    torch.save({"model": {k: v for k, v in weights.items() if "normalise" not in k}}, folder / "published.pth")
+    torch.save({"model": {k: v for k, v in weights.items() if "normalize" not in k}}, folder / "published.pth")
     return folder / "published.pth"
 
 

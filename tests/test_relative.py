@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from strategies import batches, copied, fast, seeded
 from torch import Tensor
 
-METHODS: Any = ("product", "rows", "columns", "euclidean", "quantised")
+METHODS: Any = ("product", "rows", "columns", "euclidean", "quantized")
 RATIOS = (0.4, 0.7, 1.0, 1.3, 1.9, 2.0, 2.5, 3.0, 4.7, 20.0, 33.0)
 
 methods = st.sampled_from(METHODS)
@@ -199,7 +199,7 @@ def test_buckets_of_a_pair_and_of_the_pair_turned_round_add_up(grid, ratio):
 
 
 @fast
-@given(grids(), ratios, st.sampled_from(["euclidean", "quantised"]))
+@given(grids(), ratios, st.sampled_from(["euclidean", "quantized"]))
 def test_where_direction_does_not_matter_the_lower_half_of_the_table_is_not_used(grid, ratio, method):
     found = relative_buckets(**grid, method=method, ratio=ratio, num_prefix=0)
     assert found.equal(found.T)
@@ -210,9 +210,9 @@ def test_where_direction_does_not_matter_the_lower_half_of_the_table_is_not_used
 def test_euclidean_distances_are_rounded_before_they_are_numbered_and_squared_ones_are_not_ranked():
     """Two rows and three columns are √13 = 3.6, as far as 4; squared they are 13."""
     euclidean = relative_buckets(height=3, width=4, method="euclidean")[1, -1]
-    quantised = relative_buckets(height=3, width=4, method="quantised", ratio=33.0)[1, -1]
+    quantized = relative_buckets(height=3, width=4, method="quantized", ratio=33.0)[1, -1]
     assert numbered(math.sqrt(13), **of_ratio(1.9)) == 2
-    assert (euclidean, quantised) == (3 + 3, 66 + 13)
+    assert (euclidean, quantized) == (3 + 3, 66 + 13)
 
 
 @fast
@@ -259,7 +259,7 @@ def test_at_ratio_1_9_a_window_of_7_by_7_meets_every_bucket_and_at_others_it_doe
 
 @pytest.mark.parametrize(
     ("method", "ratio", "columns", "reached"),
-    [("euclidean", 20.0, 82, 20), ("quantised", 33.0, 134, 51), ("rows", 20.0, 82, 28)],
+    [("euclidean", 20.0, 82, 20), ("quantized", 33.0, 134, 51), ("rows", 20.0, 82, 28)],
 )
 def test_the_buckets_that_14_by_14_reaches_are_those_in_the_names_of_the_published_networks(
     method, ratio, columns, reached
@@ -479,7 +479,7 @@ def zeros(*shape: int) -> Tensor:
                 ({"num_prefix": -1}, "num_prefix=-1 is negative"),
                 (
                     {"method": "cross"},
-                    "method=cross is none of product, rows, columns, euclidean and quantised",
+                    "method=cross is none of product, rows, columns, euclidean and quantized",
                 ),
             )
         ],

@@ -1,4 +1,4 @@
-"""What a run tells: pictures that can be opened, colours by a fixed rule, and the numbers of the table."""
+"""What a run tells: pictures that can be opened, colors by a fixed rule, and the numbers of the table."""
 
 import json
 import warnings
@@ -9,7 +9,7 @@ from common.report import (
     Pictures,
     draw_curves,
     draw_pictures,
-    grey_out,
+    gray_out,
     read_json,
     shown,
     table,
@@ -35,8 +35,8 @@ def drawn(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB")).astype(int)
 
 
-def share(picture: np.ndarray, colour: tuple[int, int, int]) -> float:
-    return float((abs(picture - np.array(colour)).max(axis=-1) <= 1).mean())
+def share(picture: np.ndarray, color: tuple[int, int, int]) -> float:
+    return float((abs(picture - np.array(color)).max(axis=-1) <= 1).mean())
 
 
 # Pictures
@@ -75,21 +75,21 @@ def test_a_caption_stands_under_its_row(captions: tuple[str, ...], upper: bool, 
     assert (below_title < 0.6 * height).all() if upper else (below_title > 0.85 * height).all()
 
 
-def test_colours_are_drawn_as_they_are(tmp_path: Path):
+def test_colors_are_drawn_as_they_are(tmp_path: Path):
     image = torch.tensor([1.0, 0.25, 0.0]).view(1, 3, 1, 1).repeat(1, 1, 6, 9)
     image[:, :, 3:] = image[:, :, :3].flip(1)  # red above, blue below
     draw_pictures(tmp_path / "a.png", Pictures({"input": image}))
     picture = drawn(tmp_path / "a.png")
-    red, blue = (abs(picture - np.array(colour)).max(axis=-1) <= 1 for colour in ((255, 64, 0), (0, 64, 255)))
+    red, blue = (abs(picture - np.array(color)).max(axis=-1) <= 1 for color in ((255, 64, 0), (0, 64, 255)))
     assert min(red.mean(), blue.mean()) > 0.1
     assert np.nonzero(red)[0].max() < np.nonzero(blue)[0].min()
 
 
 @pytest.mark.parametrize("channels", [1, 2, 10])
-def test_greys_are_not_stretched_and_many_channels_are_drawn_as_their_mean(channels: int, tmp_path: Path):
-    grey = (torch.arange(channels) / max(channels - 1, 1) * 0.5).view(1, channels, 1, 1).expand(1, channels, 6, 9)
-    expected = round(255 * grey.mean().item())
-    draw_pictures(tmp_path / "a.png", Pictures({"input": grey}))
+def test_grays_are_not_stretched_and_many_channels_are_drawn_as_their_mean(channels: int, tmp_path: Path):
+    gray = (torch.arange(channels) / max(channels - 1, 1) * 0.5).view(1, channels, 1, 1).expand(1, channels, 6, 9)
+    expected = round(255 * gray.mean().item())
+    draw_pictures(tmp_path / "a.png", Pictures({"input": gray}))
     assert share(drawn(tmp_path / "a.png"), (expected, expected, expected)) > 0.2
 
 
@@ -101,17 +101,17 @@ def test_what_is_out_of_range_or_half_precise_is_drawn_too(tmp_path: Path):
 
 @fast
 @given(st.integers(0, 99), st.floats(0.1, 10))
-def test_normalised_pixels_are_shown_by_one_fixed_rule(seed: int, scale: float):
+def test_normalized_pixels_are_shown_by_one_fixed_rule(seed: int, scale: float):
     values = ((seeded(20, seed=seed) - 0.5) * scale).sort().values
-    greys = shown(values)
-    assert (greys.diff() >= 0).all()
-    assert ((greys >= 0) & (greys <= 1)).all()
-    assert greys[:3].equal(shown(values[:3]))  # the others have no influence
+    grays = shown(values)
+    assert (grays.diff() >= 0).all()
+    assert ((grays >= 0) & (grays <= 1)).all()
+    assert grays[:3].equal(shown(values[:3]))  # the others have no influence
     within = values.abs() < 2.5
-    torch.testing.assert_close(greys[within], values[within] / 5 + 0.5)
+    torch.testing.assert_close(grays[within], values[within] / 5 + 0.5)
 
 
-def test_zero_is_shown_as_middle_grey_and_far_values_as_black_and_white():
+def test_zero_is_shown_as_middle_gray_and_far_values_as_black_and_white():
     assert shown(torch.tensor([-9.0, -2.5, 0.0, 2.5, 9.0])).tolist() == [0, 0, 0.5, 1, 1]
 
 
@@ -127,12 +127,12 @@ def covered(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict[str, int]]:
 
 @fast
 @given(covered())
-def test_exactly_the_masked_patches_are_covered_with_grey(arguments):
+def test_exactly_the_masked_patches_are_covered_with_gray(arguments):
     images, mask, grid = arguments
     before = images.clone()
     patches = patchify(images, patch=grid["patch"])
     expected = unpatchify(torch.where(mask[..., None], 0.5, patches), **grid)
-    assert grey_out(images, mask, **grid).equal(expected)
+    assert gray_out(images, mask, **grid).equal(expected)
     assert images.equal(before)
 
 
@@ -167,7 +167,7 @@ TRAINED = {"epoch": 120.0, "seconds": 71.6, "loss": 0.43218, "images_per_second"
 
 
 def row(accuracy: float, epochs: float, seconds: float) -> dict[str, Any]:
-    return {"accuracy": accuracy, "epoch": epochs, "seconds": seconds, "test": 397, "labelled": 100}
+    return {"accuracy": accuracy, "epoch": epochs, "seconds": seconds, "test": 397, "labeled": 100}
 
 
 def test_the_table_holds_the_numbers_of_the_run(tmp_path: Path):
@@ -184,7 +184,7 @@ def test_the_table_holds_the_numbers_of_the_run(tmp_path: Path):
     assert numbers["pre-trained, then fine-tuned"] == ["93.2", "%", "101", "12"]
     assert numbers["from scratch, same epochs"] == ["51.0", "%", "102", "12"]
     assert numbers["from scratch, same time"] == ["70.9", "%", "703", "85"]
-    assert "100 labelled images" in lines
+    assert "100 labeled images" in lines
     assert lines[lines.index("files:") + 1 :] == [
         f"  {tmp_path / 'encoder.safetensors'}",
         f"  {tmp_path / 'result.json'}",
@@ -201,7 +201,7 @@ def test_the_table_holds_only_the_evaluations_that_were_made(kept: tuple[str, ..
 def test_a_classifier_alone_has_a_sentence(tmp_path: Path):
     text = tuned_table("fine-tuning", row(93.25, 100, 12.3) | {"images_per_second": 512.3, "waiting": 0.02}, tmp_path)
     assert text.splitlines()[1] == (
-        "fine-tuning: 93.2 % of 397 test images are right, after 100 epochs of 100 labelled images in 12 s, "
+        "fine-tuning: 93.2 % of 397 test images are right, after 100 epochs of 100 labeled images in 12 s, "
         "512 images/s, 2.0% of the time waiting for data"
     )
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from common import vit
 from common.checkpoint import read_foreign
-from common.config import Images, Network, Optimisation
+from common.config import Images, Network, Optimization
 from common.engine import by_last_step, learning_rate, parameter_groups
 from common.finetuning import Classifier
-from common.images import IMAGENET_MEAN, IMAGENET_STD, Normalise
+from common.images import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from common.pretraining import export, load_encoder, masking_encoder, whole_cells
 from common.vit import (
     OWN_TABLE,
@@ -23,13 +23,13 @@ from common.vit import (
     RelativeBias,
     ViT,
     attend,
-    initialise_simmim,
+    initialize_simmim,
     own_tables,
     timm_arguments,
     timm_arguments_of,
     timm_state,
 )
-from mimkit.losses import absolute_error, squared_error, window_normalised
+from mimkit.losses import absolute_error, squared_error, window_normalized
 from mimkit.masking import random_cells, random_tokens
 from mimkit.positions import sincos
 from mimkit.tokens import patchify, unpatchify
@@ -98,37 +98,37 @@ def in_window(image: Tensor, window: int) -> Tensor:
 
 @pytest.mark.parametrize("window", [3, 5, 47])
 @pytest.mark.parametrize("shape", [(1, 6, 9), (3, 5, 4), (2, 1, 7), (1, 2, 1)])
-def test_a_pixel_is_normalised_by_those_around_it_that_are_in_the_image(shape: tuple[int, ...], window: int):
+def test_a_pixel_is_normalized_by_those_around_it_that_are_in_the_image(shape: tuple[int, ...], window: int):
     image = 3 * seeded(*shape) - 1
     torch.testing.assert_close(
-        window_normalised(image, window=window), in_window(image, window).float(), rtol=1e-4, atol=1e-4
+        window_normalized(image, window=window), in_window(image, window).float(), rtol=1e-4, atol=1e-4
     )
 
 
 def test_brightness_and_contrast_are_not_in_a_windowed_target():
     images = seeded(2, 3, 8, 9)
     torch.testing.assert_close(
-        window_normalised(5 * images + 300, window=5), window_normalised(images, window=5), rtol=1e-3, atol=1e-3
+        window_normalized(5 * images + 300, window=5), window_normalized(images, window=5), rtol=1e-3, atol=1e-3
     )
 
 
 def test_channels_and_images_do_not_see_each_other_in_a_window():
     images = seeded(2, 3, 8, 9)
-    alone = window_normalised(images[1:, 2:], window=5)
-    torch.testing.assert_close(window_normalised(images, window=5)[1:, 2:], alone)
+    alone = window_normalized(images[1:, 2:], window=5)
+    torch.testing.assert_close(window_normalized(images, window=5)[1:, 2:], alone)
 
 
 def test_a_flat_image_is_zero_and_a_flat_area_is_small():
-    assert (window_normalised(torch.full((1, 9, 9), 0.3), window=3) == 0).all()
+    assert (window_normalized(torch.full((1, 9, 9), 0.3), window=3) == 0).all()
     images = torch.where(torch.arange(40) < 30, 2.1, seeded(1, 40, 40))
-    assert window_normalised(images, window=5)[..., :28].abs().max() < 1e-2
+    assert window_normalized(images, window=5)[..., :28].abs().max() < 1e-2
 
 
-def test_a_window_that_holds_the_whole_image_is_plain_normalisation():
+def test_a_window_that_holds_the_whole_image_is_plain_normalization():
     image = seeded(3, 4, 6)
     mean, variance = image.mean(dim=(-2, -1), keepdim=True), image.var(dim=(-2, -1), keepdim=True)
     expected = (image - mean) / (variance + 1e-6).sqrt()
-    torch.testing.assert_close(window_normalised(image, window=13), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(window_normalized(image, window=13), expected, rtol=1e-4, atol=1e-4)
 
 
 @fast
@@ -173,25 +173,25 @@ GRID: dict[str, Any] = {"height": 4, "width": 6, "cell_height": 2, "cell_width":
         ),
         ("absolute_error", [seeded(3, 4), seeded(4)], {}, "prediction (3, 4) and target (4,) differ in shape"),
         (
-            "window_normalised",
+            "window_normalized",
             [seeded(1, 4, 4)],
             {"window": 4},
             "window=4 is not an odd number of pixels of at least 3",
         ),
         (
-            "window_normalised",
+            "window_normalized",
             [seeded(1, 4, 4)],
             {"window": 1},
             "window=1 is not an odd number of pixels of at least 3",
         ),
         (
-            "window_normalised",
+            "window_normalized",
             [seeded(1, 4, 4)],
             {"window": -3},
             "window=-3 is not an odd number of pixels of at least 3",
         ),
-        ("window_normalised", [seeded(1, 1, 1)], {"window": 3}, "images of 1 × 1 pixels have no variance"),
-        ("window_normalised", [seeded(1, 0, 4)], {"window": 3}, "images of 0 × 4 pixels have no variance"),
+        ("window_normalized", [seeded(1, 1, 1)], {"window": 3}, "images of 1 × 1 pixels have no variance"),
+        ("window_normalized", [seeded(1, 0, 4)], {"window": 3}, "images of 0 × 4 pixels have no variance"),
     ],
 )
 def test_bad_input_gets_one_sentence(block: str, tensors: Any, numbers: Any, sentence: str):
@@ -337,7 +337,7 @@ def test_masked_patches_are_not_seen_and_the_others_are(table: Any):
 
 def test_the_mask_token_gets_the_position_of_what_it_stands_for():
     encoder = network(depth=0, table=sincos)
-    found = encoder.unnormalised(normal(1, N, 48), encoder.positions, mask=torch.ones(1, N, dtype=torch.bool))
+    found = encoder.unnormalized(normal(1, N, 48), encoder.positions, mask=torch.ones(1, N, dtype=torch.bool))
     close(found[0, 1:], encoder.mask_token[0] + encoder.positions)  # pyright: ignore
 
 
@@ -345,16 +345,16 @@ def test_without_a_table_positions_are_zero_and_the_class_token_is_itself():
     encoder = network(depth=0)
     assert encoder.pos_embed is None
     assert encoder.positions.equal(torch.zeros(N, 24))
-    assert encoder.unnormalised(normal(1, N, 48), encoder.positions)[:, :1].equal(encoder.cls_token)  # pyright: ignore
+    assert encoder.unnormalized(normal(1, N, 48), encoder.positions)[:, :1].equal(encoder.cls_token)  # pyright: ignore
 
 
 def test_in_mixed_precision_the_residual_stream_stays_float32():
     encoder, patches, mask = network(), normal(2, N, 48), seeded(2, N) < 0.5
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = encoder.unnormalised(patches, encoder.positions, mask=mask)
-        assert encoder.unnormalised(patches, encoder.positions).dtype == torch.float32
+        mixed = encoder.unnormalized(patches, encoder.positions, mask=mask)
+        assert encoder.unnormalized(patches, encoder.positions).dtype == torch.float32
     assert mixed.dtype == torch.float32
-    close(mixed, encoder.unnormalised(patches, encoder.positions, mask=mask), 0.05)
+    close(mixed, encoder.unnormalized(patches, encoder.positions, mask=mask), 0.05)
 
 
 def test_layer_scale_is_a_factor_of_each_channel_of_a_branch():
@@ -395,7 +395,7 @@ def test_simmim_starts_with_normals_cut_at_one_standard_deviation_and_calm_branc
     torch.manual_seed(0)
     sizes = {**SIZES, "dim": 192, "depth": 3}
     encoder = ViT(**sizes, key_bias=False, table=None, relative="each", layer_scale=0.1, mask_token=True)
-    initialise_simmim(encoder)
+    initialize_simmim(encoder)
     for k, block in enumerate(encoder.blocks, start=1):
         for layer in ("attn.qkv", "mlp.fc1"):
             is_cut_normal(block.get_parameter(f"{layer}.weight"))
@@ -413,8 +413,8 @@ def test_simmim_starts_with_normals_cut_at_one_standard_deviation_and_calm_branc
 
 
 def test_only_vectors_and_the_class_token_do_not_decay():
-    method = simmim.SimMIM(simmim.DIGITS, Normalise([0.5], [0.5]))
-    groups = parameter_groups(method, simmim.IMAGENET.optimisation)
+    method = simmim.SimMIM(simmim.DIGITS, Normalize([0.5], [0.5]))
+    groups = parameter_groups(method, simmim.IMAGENET.optimization)
     decay = {name: group["weight_decay"] for group in groups for name in group["names"]}
     assert decay["encoder.mask_token"] == decay[f"encoder.{SHARED_TABLE}"] == decay["head.proj.weight"] == 0.05
     plain = ("gamma_1", "q_bias", "v_bias", "norm1.weight", "cls_token", "proj.bias")
@@ -434,7 +434,7 @@ def test_the_learning_rate_comes_a_step_late_and_jumps_down_where_the_warmup_end
 
 
 def test_at_each_milestone_the_learning_rate_falls_to_a_tenth():
-    settings = replace(simmim.IMAGENET.optimisation, epochs=9, warmup_epochs=1, milestones=(4.0, 6.0))
+    settings = replace(simmim.IMAGENET.optimization, epochs=9, warmup_epochs=1, milestones=(4.0, 6.0))
     rates = [learning_rate(step, settings, 3) for step in range(27)]
     assert rates[0] == rates[1] == pytest.approx(5e-7 * 2048 / 512)
     assert rates[4:13] == pytest.approx([4e-4] * 9)  # the published peak
@@ -444,16 +444,16 @@ def test_at_each_milestone_the_learning_rate_falls_to_a_tenth():
 
 def test_the_presets_are_the_published_ones():
     for settings, peak, start, end in (
-        (simmim.IMAGENET.optimisation, 1e-4, 5e-7, 0.0),
-        (simmim.IMAGENET_100.optimisation, 2e-4, 1e-6, 1e-5),
-        (simmim.IMAGENET.finetune.optimisation, 1.25e-3, 2.5e-7, 2.5e-7),
+        (simmim.IMAGENET.optimization, 1e-4, 5e-7, 0.0),
+        (simmim.IMAGENET_100.optimization, 2e-4, 1e-6, 1e-5),
+        (simmim.IMAGENET.finetune.optimization, 1.25e-3, 2.5e-7, 2.5e-7),
     ):
         scale = settings.batch_size / 512
         assert settings.base_lr * settings.batch_size / 256 == pytest.approx(peak * scale)
         assert (settings.warmup_lr, settings.min_lr) == (pytest.approx(start * scale), pytest.approx(end * scale))
         assert (settings.schedule, settings.clip, settings.betas) == ("last_step", 5.0, (0.9, 0.999))
-    assert (simmim.IMAGENET.optimisation.epochs, simmim.IMAGENET.optimisation.milestones) == (800, (700.0,))
-    assert (simmim.IMAGENET_100.optimisation.epochs, simmim.IMAGENET_100.optimisation.milestones) == (100, ())
+    assert (simmim.IMAGENET.optimization.epochs, simmim.IMAGENET.optimization.milestones) == (800, (700.0,))
+    assert (simmim.IMAGENET_100.optimization.epochs, simmim.IMAGENET_100.optimization.milestones) == (100, ())
 
 
 # The recipe
@@ -462,7 +462,7 @@ def test_the_presets_are_the_published_ones():
 def method(**changes: Any) -> simmim.SimMIM:
     images = Images(image_size=(16, 32), channels=changes.pop("channels", 3))
     config = replace(simmim.DIGITS, images=images, network=Network(size="nano", patch=4), **changes)
-    return shaken(simmim.SimMIM(config, Normalise([0.4] * images.channels, [0.2] * images.channels)))
+    return shaken(simmim.SimMIM(config, Normalize([0.4] * images.channels, [0.2] * images.channels)))
 
 
 def views(channels: int = 3) -> Tensor:
@@ -483,11 +483,11 @@ def pixel_mask(made: simmim.SimMIM, noise: dict[str, Tensor]) -> Tensor:
 def test_the_loss_is_that_of_the_paper_on_whole_pictures(target: Any, channels: int):
     made = method(channels=channels, target=target, window=5, drop_path=0.0)
     noise, images = chance(made), views(channels)
-    picture, pixels = made.normalise(images), pixel_mask(made, noise)
+    picture, pixels = made.normalize(images), pixel_mask(made, noise)
     mask = random_cells(noise["mask"], **made.cells)
     tokens = made.encoder(patchify(picture, patch=4), made.encoder.positions, mask=mask)[:, 1:]
     predicted = unpatchify(made.head(tokens), height=4, width=8, patch=4)
-    wanted = window_normalised(picture, window=5) if target == "window" else picture
+    wanted = window_normalized(picture, window=5) if target == "window" else picture
     loss = ((predicted - wanted).abs() * pixels).sum() / (pixels.sum() + 1e-5) / channels
     close(made(images, noise, torch.tensor(0.0))["loss"], loss)
 
@@ -565,12 +565,12 @@ def test_the_encoder_is_as_large_as_the_published_one():
 def square(**changes: Any) -> simmim.SimMIM:
     images, network = Images(image_size=(16, 16)), Network(size="nano", patch=4)
     config = replace(simmim.DIGITS, images=images, network=network, drop_path=0.0, **changes)
-    return simmim.SimMIM(config, Normalise(IMAGENET_MEAN, IMAGENET_STD)).eval()
+    return simmim.SimMIM(config, Normalize(IMAGENET_MEAN, IMAGENET_STD)).eval()
 
 
 def published(made: simmim.SimMIM, path: Path) -> Path:
     """Write the weights as the authors name them."""
-    weights = {k.replace("head.proj.", "decoder.0."): t for k, t in made.state_dict().items() if "normalise" not in k}
+    weights = {k.replace("head.proj.", "decoder.0."): t for k, t in made.state_dict().items() if "normalize" not in k}
     weights["encoder.rel_pos_bias.relative_position_index"] = vit.relative_index(4, 4)
     torch.save({"model": weights, "config": argparse.Namespace(mask_ratio=0.6), "epoch": 800}, path)
     return path
@@ -592,13 +592,13 @@ def test_a_published_checkpoint_goes_on_where_it_was(tmp_path: Path, capsys: pyt
 def test_the_encoder_of_a_published_checkpoint_is_loaded_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     original = shaken(square())
     path = published(original, tmp_path / "simmim.pth")
-    encoder, normalise = load_encoder(path)
+    encoder, normalize = load_encoder(path)
     printed = capsys.readouterr().out.splitlines()
     assert f"renamed  encoder.{SHARED_TABLE} → {OWN_TABLE.format('*')}" in printed
     assert "renamed  encoder.blocks.0.gamma_1 → blocks.0.gamma_1" in printed
     assert {"dropped  encoder.mask_token", "dropped  decoder.0.weight"} <= set(printed)
     assert (encoder.relative, encoder.mask_token, encoder.layer_scale) == ("each", None, 0.1)
-    patches = patchify(normalise(views()[..., :16]), patch=4)
+    patches = patchify(normalize(views()[..., :16]), patch=4)
     close(encoder(patches, encoder.positions), original.encoder(patches, original.encoder.positions))
     torch.save({name: t for name, t in read_foreign(path).items() if ".1.attn.qkv" not in name}, path)
     with pytest.raises(ValueError, match=r"^1 of \d+ weights are missing in the file: blocks.1.attn.qkv.weight"):
@@ -619,15 +619,15 @@ def test_the_arguments_can_be_read_off_the_shapes(relative: Any, table: Any):
 @pytest.fixture
 def exported(tmp_path: Path) -> tuple[ViT, Path]:
     encoder = network()
-    export(tmp_path / "encoder.safetensors", encoder, Normalise([0.4] * 3, [0.2] * 3))
+    export(tmp_path / "encoder.safetensors", encoder, Normalize([0.4] * 3, [0.2] * 3))
     return encoder, tmp_path / "encoder.safetensors"
 
 
 def test_an_exported_encoder_comes_back_with_a_table_in_each_block(exported: tuple[ViT, Path], capsys: Any):
     encoder, path = exported
-    loaded, normalise = load_encoder(path, drop=0.2)
+    loaded, normalize = load_encoder(path, drop=0.2)
     assert capsys.readouterr().out == ""
-    assert normalise.mean.flatten().tolist() == pytest.approx([0.4] * 3)
+    assert normalize.mean.flatten().tolist() == pytest.approx([0.4] * 3)
     assert [block.drop for block in loaded.blocks] == pytest.approx([0, 0.2])
     patches = normal(2, N, 48)
     close(loaded(patches, loaded.positions), encoder(patches, encoder.positions))
@@ -635,7 +635,7 @@ def test_an_exported_encoder_comes_back_with_a_table_in_each_block(exported: tup
     assert tables[0].equal(tables[1])
     assert tables[0].data_ptr() != tables[1].data_ptr()
     again = path.with_name("again.safetensors")
-    export(again, loaded, normalise)
+    export(again, loaded, normalize)
     close(load_encoder(again)[0](patches, loaded.positions), encoder(patches, encoder.positions))
 
 
@@ -672,14 +672,14 @@ def test_a_resampled_table_keeps_the_offset_of_nothing_and_its_symmetry():
 
 
 def test_fine_tuning_reads_the_mean_and_trains_the_tables(exported: tuple[ViT, Path]):
-    encoder, normalise = load_encoder(exported[1])
-    classifier = Classifier(encoder, normalise, 5, pool="mean", head_scale=1.0)
+    encoder, normalize = load_encoder(exported[1])
+    classifier = Classifier(encoder, normalize, 5, pool="mean", head_scale=1.0)
     images = (256 * seeded(2, 3, 8, 12)).to(torch.uint8)
     noise = classifier.noise(lambda *shape: seeded(*shape), 2)
     classifier((images, torch.eye(5)[:2]), noise, torch.tensor(0.0))["loss"].backward()
     untrained = {name for name, parameter in classifier.named_parameters() if parameter.grad is None}
     assert untrained == {"encoder.norm.weight", "encoder.norm.bias"}
-    groups = parameter_groups(classifier, Optimisation(layer_decay=0.5), depth=2)
+    groups = parameter_groups(classifier, Optimization(layer_decay=0.5), depth=2)
     scales = {name: group["lr_scale"] for group in groups for name in group["names"]}
     assert [scales[f"encoder.{OWN_TABLE.format(i)}"] for i in range(2)] == [0.25, 0.5]
     assert (scales["encoder.cls_token"], scales["fc_norm.weight"], scales["head.weight"]) == (0.125, 1.0, 1.0)

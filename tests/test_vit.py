@@ -3,7 +3,7 @@
 from typing import Any, cast
 
 from common.config import Network
-from common.images import Normalise
+from common.images import Normalize
 from common.vit import (
     SIZES,
     Attention,
@@ -13,8 +13,8 @@ from common.vit import (
     ViT,
     attend,
     drop_path,
-    initialise_mae,
-    initialise_truncated,
+    initialize_mae,
+    initialize_truncated,
     resize_positions,
     timm_arguments,
     timm_arguments_of,
@@ -91,7 +91,7 @@ def test_any_encoder_is_timms_with_the_arguments_that_it_tells(class_token: bool
     images = normal(2, channels, 8, 12)
     patches = patchify(images, patch=4)
     close(encoder(patches, encoder.positions), twin.forward_features(images))
-    blocks_only = encoder.unnormalised(patches, encoder.positions)
+    blocks_only = encoder.unnormalized(patches, encoder.positions)
     close(encoder.norm(blocks_only), twin.forward_features(images))
     assert encoder.num_prefix == int(class_token)
 
@@ -163,7 +163,7 @@ def test_the_class_token_stands_first_at_position_zero():
     nn.init.ones_(encoder.cls_token)  # pyright: ignore
     assert (encoder.pos_embed[0, 0] == 0).all()
     assert encoder.positions.equal(sincos(**GRID, dim=24))
-    assert (encoder.unnormalised(some_patches(), encoder.positions)[:, 0] == 1).all()
+    assert (encoder.unnormalized(some_patches(), encoder.positions)[:, 0] == 1).all()
 
 
 def test_the_position_table_is_frozen_and_can_be_another():
@@ -358,14 +358,14 @@ def test_drop_path_rises_linearly_from_zero_and_each_block_has_its_noise():
     close(encoder(patches, encoder.positions, noise), encoder.norm(x))
 
 
-# Initialisation
+# Initialization
 
 
-def fresh(initialise: Any) -> tuple[ViT, Decoder]:
+def fresh(initialize: Any) -> tuple[ViT, Decoder]:
     torch.manual_seed(0)
     encoder = ViT(**GRID, patch=8, channels=3, dim=192, depth=1, heads=3)
     reads = Decoder(**GRID, encoder_dim=192, dim=96, depth=1, heads=3, outputs=192, key_bias=False)
-    initialise(nn.ModuleList([encoder, reads]))
+    initialize(nn.ModuleList([encoder, reads]))
     return encoder, reads
 
 
@@ -392,7 +392,7 @@ def is_pytorchs_default(parameter: Tensor, fan_in: int) -> None:
 
 
 def test_mae_starts_with_xavier_on_the_stored_matrices():
-    encoder, reads = fresh(initialise_mae)
+    encoder, reads = fresh(initialize_mae)
     block: Any = encoder.blocks[0]
     is_uniform(block.attn.qkv.weight, (6 / (3 * 192 + 192)) ** 0.5)  # queries, keys and values as one matrix
     is_uniform(block.attn.proj.weight, (6 / (192 + 192)) ** 0.5)
@@ -410,7 +410,7 @@ def test_mae_starts_with_xavier_on_the_stored_matrices():
 
 
 def test_beyond_masking_starts_with_normals_cut_at_one_standard_deviation():
-    encoder, reads = fresh(initialise_truncated)
+    encoder, reads = fresh(initialize_truncated)
     for module in (encoder, reads):
         for part in module.modules():
             if isinstance(part, nn.Linear):
@@ -436,14 +436,14 @@ def millions(module: nn.Module) -> float:
 def test_mae_is_as_large_as_the_published_one(size: Any, patch: int, tokens: int, expected: float):
     with torch.device("meta"):
         config = mae.Config(network=Network(size=size, patch=patch))
-        method = mae.MAE(config, Normalise([0.0] * 3, [1.0] * 3))
+        method = mae.MAE(config, Normalize([0.0] * 3, [1.0] * 3))
     table = (1 + tokens) * 512 / 1e6  # of the decoder: counted there, a buffer here
     assert round(millions(method) + table, 1) == expected
 
 
 def test_beyond_masking_is_as_large_as_the_published_one():
     with torch.device("meta"):
-        method = beyond_masking.Integrated(beyond_masking.IMAGENET, Normalise([0.0] * 3, [1.0] * 3))
+        method = beyond_masking.Integrated(beyond_masking.IMAGENET, Normalize([0.0] * 3, [1.0] * 3))
     encoder = millions(method.encoder) - method.encoder.pos_embed.numel() / 1e6  # no parameter there
     assert round(encoder, 1) == 85.6
     assert round(encoder + millions(method.decoder), 1) == 93.3

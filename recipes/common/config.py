@@ -51,7 +51,7 @@ class Images:
     image_size: tuple[int, int] = (224, 224)
     """height and width of what the network sees, in pixels, multiples of --patch"""
     channels: Literal[1, 3] = 3
-    """1: greyscale, 3: RGB"""
+    """1: grayscale, 3: RGB"""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """share of the image's area that a random crop keeps, least and most"""
     flip: float = 0.5
@@ -59,7 +59,7 @@ class Images:
     statistics: Literal["auto", "imagenet", "data"] = "auto"
     """mean and std of the channels: computed from the training images or ImageNet's; auto: ImageNet's for RGB"""
     labels_per_class: int = 10
-    """of the embedded digits: labelled images per class for fine-tuning"""
+    """of the embedded digits: labeled images per class for fine-tuning"""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Optimisation:
+class Optimization:
     """AdamW with warm-up and cosine, per step."""
 
     epochs: int = 800

@@ -3,8 +3,8 @@
 A method is an `nn.Module` with
 
 - `noise(rand, batch)`: all its chance, as a dict of uniform tensors whose first axis is the batch;
-- `forward(batch, noise, progress)`: a dict of 0-d losses; the one called "loss" is minimised, all are logged;
-- `after_step(progress)`, if something follows the optimiser.
+- `forward(batch, noise, progress)`: a dict of 0-d losses; the one called "loss" is minimized, all are logged;
+- `after_step(progress)`, if something follows the optimizer.
 
 `progress` is the share of the training that is done, a 0-d tensor in double precision.
 
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.checkpoint import Checkpoints, write
-from common.config import Optimisation, Run
+from common.config import Optimization, Run
 from common.images import seed_of
 
 import torch
@@ -92,7 +92,7 @@ def loading_processes(run: Run, place: World) -> int:
     return min(16, max(1, cores // place.size - 1))
 
 
-def pieces(settings: Optimisation, devices: int) -> tuple[int, int]:
+def pieces(settings: Optimization, devices: int) -> tuple[int, int]:
     """Cut a batch into equal pieces: images per device at a time, and how many of these make a step.
 
     Raises:
@@ -114,7 +114,7 @@ class Batches:
     images of one step are the same whatever the number of devices and pieces.
     """
 
-    def __init__(self, images: int, settings: Optimisation, place: World, *, seed: int) -> None:
+    def __init__(self, images: int, settings: Optimization, place: World, *, seed: int) -> None:
         self.steps_per_epoch = images // settings.batch_size
         if not self.steps_per_epoch:
             raise ValueError(
@@ -197,13 +197,13 @@ def by_last_step(
     return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * done / steps))
 
 
-def peak_rate(settings: Optimisation) -> float:
+def peak_rate(settings: Optimization) -> float:
     """The learning rate after the warm-up: it grows with the batch size, or with its square root."""
     size, reference = settings.batch_size, settings.sqrt_rule_at
     return settings.base_lr * (size if reference is None else math.sqrt(size * reference)) / 256
 
 
-def learning_rate(step: int, settings: Optimisation, steps_per_epoch: int) -> float:
+def learning_rate(step: int, settings: Optimization, steps_per_epoch: int) -> float:
     """The learning rate of a step, before the scale of a parameter group."""
     lr, end = peak_rate(settings), settings.epochs
     if settings.schedule == "epoch":
@@ -230,7 +230,7 @@ def layer_of(name: str, depth: int) -> int:
     return 0 if name.startswith(("cls_token", "mask_token", "pos_embed", "patch_embed.")) else depth + 1
 
 
-def parameter_groups(module: nn.Module, settings: Optimisation, *, depth: int = 0) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, settings: Optimization, *, depth: int = 0) -> list[dict[str, Any]]:
     """Sort trainable parameters by weight decay and by the layer-wise scale of the learning rate.
 
     Biases, norms and whatever else is 1-D never decay, nor what `settings.undecayed` names. With a layer decay other
@@ -277,7 +277,7 @@ def train(
     load: Callable[[Iterable[list[tuple[int, int]]]], Loader],
     *,
     images: int,
-    settings: Optimisation,
+    settings: Optimization,
     run: Run,
     folder: Path,
     place: World,
@@ -292,7 +292,7 @@ def train(
         method: see the head of this file; moved to the device.
         load: makes the loader of batches from the (epoch, index) of their images.
         images: number of training images.
-        settings: of the optimiser.
+        settings: of the optimizer.
         run: of the program.
         folder: gets `metrics.jsonl`, TensorBoard's events and `checkpoint/`.
         place: from `world`.
@@ -312,7 +312,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     method.to(place.device).train()
     groups = parameter_groups(method, settings, depth=depth)
-    optimiser = torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=1e-8, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=1e-8, fused=True)
     steps, per_epoch = batches.steps, batches.steps_per_epoch
 
     # Where to start
@@ -321,7 +321,7 @@ def train(
     if found is not None:
         start, tensors, state = found
         _refuse_other(config, state["config"], folder)
-        window, last, before = _restore(method, optimiser, tensors, place.device), state["last"], state["seconds"]
+        window, last, before = _restore(method, optimizer, tensors, place.device), state["last"], state["seconds"]
         place.say(f"{title}: resuming at step {start} of {steps}")
     grown = f"{settings.batch_size}" if settings.sqrt_rule_at is None else f"√(that · {settings.sqrt_rule_at})"
     place.say(
@@ -354,7 +354,7 @@ def train(
         if place.first and stored != step:
             tensors = {f"method.{name}": tensor for name, tensor in method.state_dict().items()}
             for i, parameter in enumerate(parameters):
-                tensors |= {f"optimiser.{i}.{name}": value for name, value in optimiser.state[parameter].items()}
+                tensors |= {f"optimizer.{i}.{name}": value for name, value in optimizer.state[parameter].items()}
             tensors |= {} if window is None else {"window": window}
             state = {"config": config, "last": last | {"names": names}, "seconds": before + time.perf_counter() - begin}
             checkpoints.save(step, tensors, state)
@@ -364,7 +364,7 @@ def train(
         for step in range(start, steps):
             progress.fill_(step / steps)
             current = learning_rate(step, settings, per_epoch)
-            for group in optimiser.param_groups:
+            for group in optimizer.param_groups:
                 group["lr"] = current * group["lr_scale"]
             for piece in range(batches.count):
                 asked = time.perf_counter()
@@ -384,8 +384,8 @@ def train(
             window[-1] += 1
             if settings.clip is not None:
                 clip(parameters, settings.clip, each=settings.clip_each)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             if hasattr(method, "after_step"):
                 with torch.no_grad():
                     method.after_step(progress)  # pyright: ignore
@@ -539,15 +539,15 @@ def _agree(flags: list[float], place: World) -> list[float]:
 
 
 def _restore(
-    method: nn.Module, optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor], device: torch.device
+    method: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], device: torch.device
 ) -> Tensor | None:
     prefix = "method."
     method.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, value in tensors.items():
-        if key.startswith("optimiser."):
+        if key.startswith("optimizer."):
             _, index, name = key.split(".")
-            optimiser.state[parameters[int(index)]][name] = value.to(device)
+            optimizer.state[parameters[int(index)]][name] = value.to(device)
     return tensors["window"].to(device) if "window" in tensors else None
 
 

@@ -1,4 +1,4 @@
-"""Fine-tune an encoder on labelled images, as the MAE family does, and measure its accuracy."""
+"""Fine-tune an encoder on labeled images, as the MAE family does, and measure its accuracy."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -6,9 +6,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from common.config import Flat, Images, Optimisation, Run, to_json
+from common.config import Flat, Images, Optimization, Run, to_json
 from common.engine import World, in_bf16, loading_processes, pieces, train
-from common.images import Augment, CentreCrop, CropFlip, Loader, Mix, Normalise, Source, Views, open_images
+from common.images import Augment, CenterCrop, CropFlip, Loader, Mix, Normalize, Source, Views, open_images
 from common.vit import ViT
 from mimkit.tokens import patchify, take
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Finetuning:
-    """How a classifier is trained: the right column of MAE's table for encoders with normalised pixels."""
+    """How a classifier is trained: the right column of MAE's table for encoders with normalized pixels."""
 
     pool: Literal["mean", "class"] = "mean"
     """what the head reads: the mean of the patch tokens through a new norm, or the class token"""
@@ -44,8 +44,8 @@ class Finetuning:
     """share of the short side that the central crop of a test image keeps"""
     head_scale: float = 2e-5
     """std of the head's weights at the start"""
-    optimisation: Flat[Optimisation] = field(
-        default_factory=lambda: Optimisation(
+    optimization: Flat[Optimization] = field(
+        default_factory=lambda: Optimization(
             epochs=100,
             batch_size=1024,
             base_lr=5e-4,
@@ -58,9 +58,9 @@ class Finetuning:
     )
 
 
-def of(settings: Finetuning, *, drop_path: float = 0.1, **optimisation: Any) -> Finetuning:
-    """Return settings with another drop path and other numbers of the optimiser."""
-    return replace(settings, drop_path=drop_path, optimisation=replace(settings.optimisation, **optimisation))
+def of(settings: Finetuning, *, drop_path: float = 0.1, **optimization: Any) -> Finetuning:
+    """Return settings with another drop path and other numbers of the optimizer."""
+    return replace(settings, drop_path=drop_path, optimization=replace(settings.optimization, **optimization))
 
 
 MAE = Finetuning()
@@ -93,7 +93,7 @@ DIGITS = Finetuning(
     erasing=0.0,
     crop_scale=(0.9, 1.0),
     crop_fraction=1.0,
-    optimisation=Optimisation(
+    optimization=Optimization(
         epochs=40,
         batch_size=50,
         base_lr=1e-2,
@@ -115,7 +115,7 @@ class Classifier(nn.Module):
     def __init__(
         self,
         encoder: ViT,
-        normalise: Normalise,
+        normalize: Normalize,
         classes: int,
         *,
         pool: Literal["mean", "class"],
@@ -125,7 +125,7 @@ class Classifier(nn.Module):
         super().__init__()
         if pool == "class" and encoder.cls_token is None:
             raise ValueError("pool=class needs an encoder with a class token")
-        self.encoder, self.normalise, self.pool, self.select = encoder, normalise, pool, select
+        self.encoder, self.normalize, self.pool, self.select = encoder, normalize, pool, select
         if pool == "mean":  # the pre-trained norm has only seen single tokens: a new one reads the mean
             self.fc_norm = nn.LayerNorm(encoder.dim, eps=1e-6)
             encoder.norm.requires_grad_(False)
@@ -139,7 +139,7 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor, noise: Mapping[str, Tensor | None] = MappingProxyType({})) -> Tensor:
         """Return one vector per image. Without noise no path is dropped."""
-        encoder, patches = self.encoder, patchify(self.normalise(images), patch=self.encoder.patch)
+        encoder, patches = self.encoder, patchify(self.normalize(images), patch=self.encoder.patch)
         positions, drop_path = encoder.positions, noise.get("drop_path")
         relative: dict[str, Any] = {}
         if self.select is not None:
@@ -147,7 +147,7 @@ class Classifier(nn.Module):
             patches, positions, relative["buckets"] = take(patches, seen), positions[seen], encoder.buckets_of(seen)
         if self.pool == "class":
             return encoder(patches, positions, drop_path, **relative)[:, 0]
-        tokens = encoder.unnormalised(patches, positions, drop_path, **relative)
+        tokens = encoder.unnormalized(patches, positions, drop_path, **relative)
         return self.fc_norm(tokens[:, encoder.num_prefix :].mean(dim=1))
 
     def forward(self, batch: tuple[Tensor, Tensor], noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
@@ -172,7 +172,7 @@ class Classifier(nn.Module):
 
 def finetune(
     encoder: ViT,
-    normalise: Normalise,
+    normalize: Normalize,
     *,
     settings: Finetuning,
     images: Images,
@@ -182,32 +182,32 @@ def finetune(
     title: str,
     select: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Train a classifier on the labelled images, measure its accuracy on the test images, keep its weights.
+    """Train a classifier on the labeled images, measure its accuracy on the test images, keep its weights.
 
     With `select` it sees a part of the patches only, see `Classifier`.
 
     Returns:
-        the result of `train`, `accuracy` in per cent, and the numbers of labelled and test images.
+        the result of `train`, `accuracy` in per cent, and the numbers of labeled and test images.
 
     Raises:
-        ValueError: if there are no labelled images or no test images.
+        ValueError: if there are no labeled images or no test images.
     """
-    labelled = open_images(
-        images.data, "labelled", channels=images.channels, seed=run.seed, per_class=images.labels_per_class
+    labeled = open_images(
+        images.data, "labeled", channels=images.channels, seed=run.seed, per_class=images.labels_per_class
     )
-    test = open_images(images.data, "test", channels=images.channels, classes=labelled.classes)
-    classes = len(labelled.classes)
+    test = open_images(images.data, "test", channels=images.channels, classes=labeled.classes)
+    classes = len(labeled.classes)
     torch.manual_seed(run.seed)
     head = {"pool": settings.pool, "head_scale": settings.head_scale}
-    classifier = Classifier(encoder, normalise, classes, **head, select=select)
+    classifier = Classifier(encoder, normalize, classes, **head, select=select)
     if encoder.pos_embed is not None:
         encoder.pos_embed.requires_grad_(settings.train_positions)
 
     if settings.randaugment or settings.erasing:
         transform = Augment(
             images.image_size,
-            mean=normalise.mean.flatten().tolist(),
-            std=normalise.std.flatten().tolist(),
+            mean=normalize.mean.flatten().tolist(),
+            std=normalize.std.flatten().tolist(),
             scale=settings.crop_scale,
             flip=images.flip,
             auto_augment=settings.randaugment or None,
@@ -215,7 +215,7 @@ def finetune(
         )
     else:
         transform = CropFlip(images.image_size, scale=settings.crop_scale, flip=images.flip)
-    views = Views(labelled, transform, seed=run.seed, labels=True)
+    views = Views(labeled, transform, seed=run.seed, labels=True)
     workers, pin = loading_processes(run, place), place.device.type == "cuda"
     mix = Mix(classes, mixup=settings.mixup, cutmix=settings.cutmix, smoothing=settings.smoothing)
 
@@ -225,8 +225,8 @@ def finetune(
     result = train(
         classifier,
         load,
-        images=len(labelled),
-        settings=settings.optimisation,
+        images=len(labeled),
+        settings=settings.optimization,
         run=run,
         folder=folder,
         place=place,
@@ -234,16 +234,16 @@ def finetune(
         title=title,
         config={"finetuning": to_json(settings), "images": to_json(images), "seed": run.seed},
     )
-    batch, _ = pieces(settings.optimisation, place.size)
+    batch, _ = pieces(settings.optimization, place.size)
     correct = accuracy(classifier, test, images, settings.crop_fraction, batch=batch, run=run, place=place)
-    return result | {"accuracy": correct, "labelled": len(labelled), "test": len(test)}
+    return result | {"accuracy": correct, "labeled": len(labeled), "test": len(test)}
 
 
 def accuracy(
     classifier: Classifier, test: Source, images: Images, fraction: float, *, batch: int, run: Run, place: World
 ) -> float:
     """Return the share of test images that are classified rightly, in per cent."""
-    views = Views(test, CentreCrop(images.image_size, crop_fraction=fraction), seed=0, labels=True)
+    views = Views(test, CenterCrop(images.image_size, crop_fraction=fraction), seed=0, labels=True)
     mine = [(0, index) for index in range(place.rank, len(test), place.size)]
     loader = Loader(
         views,

@@ -40,7 +40,7 @@ def _norm(width: int, norm: HeadNorm, together: bool) -> nn.Module:
 class BatchNorm(nn.BatchNorm1d):
     """Batch norm over the images of one device, or with `together` over those of all devices, as if they were one.
 
-    PyTorch's own synchronised one asks for a GPU, and for a conversion before the wrapper.
+    PyTorch's own synchronized one asks for a GPU, and for a conversion before the wrapper.
     """
 
     def __init__(self, dim: int, *, together: bool = True) -> None:
@@ -52,13 +52,13 @@ class BatchNorm(nn.BatchNorm1d):
             return super().forward(input)
         x, count = input.float(), len(input) * _devices()
         mean = _total(x.sum(dim=0)) / count
-        centred = x - mean
-        variance = _total(centred.square().sum(dim=0)) / count
+        centered = x - mean
+        variance = _total(centered.square().sum(dim=0)) / count
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)  # pyright: ignore
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)  # pyright: ignore
             self.num_batches_tracked.add_(1)  # pyright: ignore
-        return centred * (variance + self.eps).rsqrt() * self.weight + self.bias
+        return centered * (variance + self.eps).rsqrt() * self.weight + self.bias
 
 
 def refuse_single_images(head: nn.Module, batch: int) -> None:

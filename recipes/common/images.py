@@ -1,6 +1,6 @@
-"""Images from disk to batches: sources, crops, augmentations, loading, normalisation. It knows nothing of masks.
+"""Images from disk to batches: sources, crops, augmentations, loading, normalization. It knows nothing of masks.
 
-An image is uint8 of shape (channels, H, W) until it is on the device, where `Normalise` makes floats of it. All chance
+An image is uint8 of shape (channels, H, W) until it is on the device, where `Normalize` makes floats of it. All chance
 is a function of (seed, epoch, image), so it depends neither on the number of workers nor on where a run was resumed.
 """
 
@@ -63,10 +63,10 @@ class Source(Protocol):
 
 
 class Digits:
-    """scikit-learn's handwritten digits: 1797 real greyscale images of 8 × 8 pixels that come with the package.
+    """scikit-learn's handwritten digits: 1797 real grayscale images of 8 × 8 pixels that come with the package.
 
     `test` holds 497 of them, the same ones for every seed and each digit in proportion. `train` holds the other 1300
-    and tells no labels. `labelled` holds `per_class` of these 1300 for each digit, drawn by `seed`; a larger
+    and tells no labels. `labeled` holds `per_class` of these 1300 for each digit, drawn by `seed`; a larger
     `per_class` keeps the images of a smaller one.
 
     Raises:
@@ -75,7 +75,7 @@ class Digits:
 
     channels = 1
 
-    def __init__(self, split: Literal["train", "labelled", "test"], *, seed: int = 0, per_class: int = 10) -> None:
+    def __init__(self, split: Literal["train", "labeled", "test"], *, seed: int = 0, per_class: int = 10) -> None:
         from sklearn.datasets import load_digits
 
         values, labels = load_digits(return_X_y=True)
@@ -89,11 +89,11 @@ class Digits:
 
         test = [of_digit[:size] for of_digit, size in zip(members, sizes, strict=True)]
         train = [of_digit[size:] for of_digit, size in zip(members, sizes, strict=True)]
-        if split == "labelled":
+        if split == "labeled":
             fewest = min(map(len, train))
             if not 1 <= per_class <= fewest:
                 raise ValueError(f"per_class={per_class} of the {fewest} training images of a digit cannot be drawn")
-            chosen = [sorted(d, key=lambda index: seed_of("labelled", seed, index))[:per_class] for d in train]
+            chosen = [sorted(d, key=lambda index: seed_of("labeled", seed, index))[:per_class] for d in train]
         else:
             chosen = {"train": train, "test": test}[split]
         self._indices = sorted(index for of_digit in chosen for index in of_digit)
@@ -121,7 +121,7 @@ class Folder:
     `train` is every image anywhere below ROOT, without labels.
 
     Args:
-        channels: 1 decodes to greyscale, 3 to RGB.
+        channels: 1 decodes to grayscale, 3 to RGB.
         require_labels: refuse images that belong to no class.
         classes: the classes in their order, of the training split usually; by default those found, sorted.
 
@@ -197,9 +197,9 @@ def _find_images(folder: Path) -> list[str]:
 
 
 def decode(file: str | Path, channels: int) -> Tensor:
-    """Read an image file as greyscale (`channels=1`) or RGB (`channels=3`).
+    """Read an image file as grayscale (`channels=1`) or RGB (`channels=3`).
 
-    It is turned as its EXIF orientation says. What is transparent becomes white. Greyscale of 16 bits is divided by
+    It is turned as its EXIF orientation says. What is transparent becomes white. Grayscale of 16 bits is divided by
     257 and rounded.
     """
     with Image.open(file) as image:
@@ -212,8 +212,8 @@ def decode(file: str | Path, channels: int) -> Tensor:
             pixels = Image.new("RGBA", image.size, "white")
             pixels.alpha_composite(image.convert("RGBA"))
         if channels == 1:
-            grey = pixels if pixels.mode in ("1", "L") else pixels.convert("RGB")
-            return torch.from_numpy(np.array(grey.convert("L")))[None]
+            gray = pixels if pixels.mode in ("1", "L") else pixels.convert("RGB")
+            return torch.from_numpy(np.array(gray.convert("L")))[None]
         return torch.from_numpy(np.array(pixels.convert("RGB"))).permute(2, 0, 1)
 
 
@@ -230,14 +230,14 @@ def open_images(
 
     Args:
         data: the folder; `None` for the digits.
-        split: `train`: all training images, for methods without labels. `labelled`: those to fine-tune on, with labels;
+        split: `train`: all training images, for methods without labels. `labeled`: those to fine-tune on, with labels;
             of a folder all training images. `test`: those to test on, with labels; of a folder those in `val`.
-        seed: draws the labelled digits; a folder does not use it.
-        per_class: labelled images of each digit; a folder does not use it.
+        seed: draws the labeled digits; a folder does not use it.
+        per_class: labeled images of each digit; a folder does not use it.
         classes: the classes in their order, of the training images when the test images are opened.
     """
-    if split not in ("train", "labelled", "test"):
-        raise ValueError(f"the splits are train, labelled and test, not {split}")
+    if split not in ("train", "labeled", "test"):
+        raise ValueError(f"the splits are train, labeled and test, not {split}")
     if data is not None:
         folder = "val" if split == "test" else "train"
         return Folder(data, folder, channels=channels, require_labels=split != "train", classes=classes)
@@ -328,8 +328,8 @@ def _relative(ratio: tuple[float, float], size: tuple[int, int]) -> tuple[float,
 
 
 @dataclass(frozen=True)
-class CentreCrop:
-    """The view to test on: the smallest size that covers `size` / `crop_fraction`, of which the centre is cut out.
+class CenterCrop:
+    """The view to test on: the smallest size that covers `size` / `crop_fraction`, of which the center is cut out.
 
     At `crop_fraction=1` an image of the same shape is merely resized.
     """
@@ -358,17 +358,17 @@ def cover(image: Tensor, height: int, width: int) -> Tensor:
 
 @dataclass(frozen=True)
 class WeakStrong:
-    """Two views of nearly all of an image, each shifted and flipped at random, the second in other colours.
+    """Two views of nearly all of an image, each shifted and flipped at random, the second in other colors.
 
     The image is resized to the smallest size that covers `size`, and each view cut out of it at a place of its own, up
     to `pad` pixels beyond the border. With probability `jitter` brightness, contrast, saturation and hue of the second
-    view change, in random order; then it is made grey, solarised or blurred, always one of the three.
+    view change, in random order; then it is made gray, solarized or blurred, always one of the three.
 
     Args:
         size: height and width in pixels.
         pad: pixels by which a view may reach beyond the image, which is reflected there.
         flip: 0 where left and right have a meaning, as in digits.
-        jitter: 0 to keep the colours before one of the three.
+        jitter: 0 to keep the colors before one of the three.
 
     Raises:
         ValueError: `size` has no `pad` pixels to reflect, or the image neither 1 nor 3 channels.
@@ -385,7 +385,7 @@ class WeakStrong:
 
     def __call__(self, image: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         whole = cover(image, *self.size)
-        return self.crop(whole, generator), self.recolour(self.crop(whole, generator), generator)
+        return self.crop(whole, generator), self.recolor(self.crop(whole, generator), generator)
 
     def crop(self, image: Tensor, generator: Generator) -> Tensor:
         """Cut a view out of an image that covers it."""
@@ -394,14 +394,14 @@ class WeakStrong:
         view = padded_crop(image, int(u_top * (room[0] + 1)), int(u_left * (room[1] + 1)), size=self.size, pad=self.pad)
         return view.flip(-1) if u_flip < self.flip else view
 
-    def recolour(self, view: Tensor, generator: Generator) -> Tensor:
-        """Change the colours."""
+    def recolor(self, view: Tensor, generator: Generator) -> Tensor:
+        """Change the colors."""
         u = torch.rand(7, generator=generator, dtype=torch.float64).tolist()
         order = torch.randperm(4, generator=generator).tolist()
         spreads = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
         changes = [(name, (name != "hue") + (2 * u[i] - 1) * by) for i, (name, by) in enumerate(spreads.items())]
         jitter = [changes[i] for i in order] if u[4] < self.jitter else []
-        return recolour(view, jitter, ("grey", "solarise", "blur")[int(3 * u[5])], radius=0.1 + 1.9 * u[6])
+        return recolor(view, jitter, ("gray", "solarize", "blur")[int(3 * u[5])], radius=0.1 + 1.9 * u[6])
 
 
 def padded_crop(image: Tensor, top: int, left: int, *, size: tuple[int, int], pad: int) -> Tensor:
@@ -413,19 +413,19 @@ def padded_crop(image: Tensor, top: int, left: int, *, size: tuple[int, int], pa
     return image
 
 
-def recolour(
+def recolor(
     image: Tensor,
     jitter: Sequence[tuple[str, float]],
-    effect: Literal["grey", "solarise", "blur"],
+    effect: Literal["gray", "solarize", "blur"],
     *,
     radius: float,
 ) -> Tensor:
-    """Change the colours of a uint8 image, by torchvision on Pillow's images.
+    """Change the colors of a uint8 image, by torchvision on Pillow's images.
 
     Args:
-        image: of 1 or 3 channels. In greyscale saturation and hue change nothing, nor does making it grey.
+        image: of 1 or 3 channels. In grayscale saturation and hue change nothing, nor does making it gray.
         jitter: "brightness", "contrast", "saturation" (factors) and "hue" (−0.5 to 0.5), in the order given.
-        effect: afterwards; solarise turns values from 128 on around.
+        effect: afterwards; solarize turns values from 128 on around.
         radius: of the blur, in pixels.
 
     Raises:
@@ -434,13 +434,13 @@ def recolour(
     from torchvision.transforms.v2 import functional
 
     if len(image) not in (1, 3):
-        raise ValueError(f"colours of 1 or 3 channels can be changed, not of {len(image)}")
+        raise ValueError(f"colors of 1 or 3 channels can be changed, not of {len(image)}")
     picture: Any = Image.fromarray((image[0] if len(image) == 1 else image.permute(1, 2, 0)).numpy())
     for name, by in jitter:
         picture = getattr(functional, f"adjust_{name}")(picture, by)
-    if effect == "grey":
+    if effect == "gray":
         picture = functional.rgb_to_grayscale(picture, num_output_channels=len(image))
-    elif effect == "solarise":
+    elif effect == "solarize":
         picture = functional.solarize(picture, 128)
     else:
         picture = picture.filter(ImageFilter.GaussianBlur(radius))
@@ -498,7 +498,7 @@ class Augment:
 
     def __call__(self, image: Tensor, generator: Generator) -> Tensor:
         if len(image) != self._channels:
-            raise ValueError(f"an image of {len(image)} channels cannot be normalised by {self._channels} means")
+            raise ValueError(f"an image of {len(image)} channels cannot be normalized by {self._channels} means")
         pixels = image[0] if self._channels == 1 else image.permute(1, 2, 0)
         with _global_chance(int(torch.randint(2**32, (), generator=generator))):
             return self._transform(Image.fromarray(pixels.numpy())) * self._std + self._mean
@@ -736,7 +736,7 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     os.setpgid(0, 0)
 
 
-class Normalise(nn.Module):
+class Normalize(nn.Module):
     """Bring images to mean 0 and standard deviation 1 per channel. The numbers are stored with the checkpoint.
 
     Args:
@@ -758,12 +758,12 @@ class Normalise(nn.Module):
         return images if images.is_floating_point() else images.float() / 255
 
     def undo(self, images: Tensor) -> Tensor:
-        """Return normalised images in [0, 1] again."""
+        """Return normalized images in [0, 1] again."""
         return images * self.std + self.mean
 
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[-3] != len(self.mean):
-            raise ValueError(f"images of {images.shape[-3]} channels cannot be normalised by {len(self.mean)} means")
+            raise ValueError(f"images of {images.shape[-3]} channels cannot be normalized by {len(self.mean)} means")
         return (self.unit(images) - self.mean) / self.std
 
     def patches(self, patches: Tensor) -> Tensor:
@@ -774,7 +774,7 @@ class Normalise(nn.Module):
         return torch.addcmul(shift.flatten().repeat(pixels), patches, scale.flatten().repeat(pixels))  # channel fastest
 
     def undo_patches(self, patches: Tensor) -> Tensor:
-        """Return normalised patches in [0, 1] again."""
+        """Return normalized patches in [0, 1] again."""
         return (patches.unflatten(-1, (-1, len(self.mean))) * self.std.flatten() + self.mean.flatten()).flatten(-2)
 
 
@@ -782,7 +782,7 @@ def statistics(source: Source, *, limit: int = 1000) -> tuple[tuple[float, ...],
     """Return mean and standard deviation per channel, for images in [0, 1]; all images weigh the same.
 
     At most `limit` evenly spaced images are looked at, and of these the ones that can be read. A standard deviation is
-    at least one grey level, so that constant channels can be divided by it.
+    at least one gray level, so that constant channels can be divided by it.
     """
     count = min(limit, len(source))
     moments = []  # per image: mean and mean square of each channel

@@ -13,7 +13,7 @@ class LARS(torch.optim.Optimizer):
     The learning rate is applied after the momentum, so past steps follow the schedule, too.
 
     Args:
-        params: as for every optimiser of PyTorch.
+        params: as for every optimizer of PyTorch.
         lr: learning rate.
         weight_decay: added to the gradient of matrices.
         momentum: share of the last step that is kept.

@@ -9,17 +9,17 @@ from typing import Any, Literal, Protocol
 
 from common import report
 from common.checkpoint import Checkpoints, load_weights, read_foreign, read_tensors, write_json, write_tensors
-from common.config import Images, Network, Optimisation, Run, from_json, parse, to_json
+from common.config import Images, Network, Optimization, Run, from_json, parse, to_json
 from common.engine import World, loading_processes, read_metrics, to_device, train, world
 from common.finetuning import Finetuning, finetune
 from common.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    CentreCrop,
+    CenterCrop,
     CropFlip,
     Folder,
     Loader,
-    Normalise,
+    Normalize,
     Source,
     Views,
     open_images,
@@ -32,8 +32,8 @@ from common.vit import (
     SIZES,
     Decoder,
     ViT,
-    initialise_mae,
-    initialise_simmim,
+    initialize_mae,
+    initialize_simmim,
     own_tables,
     resize_positions,
     timm_arguments,
@@ -58,7 +58,7 @@ class Config(Protocol):
     @property
     def network(self) -> Network: ...
     @property
-    def optimisation(self) -> Optimisation: ...
+    def optimization(self) -> Optimization: ...
     @property
     def finetune(self) -> Finetuning: ...
     @property
@@ -80,7 +80,7 @@ class Method(Protocol):
 
 
 def pretrain(
-    method: Callable[[Any, Normalise], Method],
+    method: Callable[[Any, Normalize], Method],
     presets: dict[str, Any],
     *,
     name: str,
@@ -90,7 +90,7 @@ def pretrain(
     """Pre-train, draw what was learned, export the encoder, evaluate it, and print the result.
 
     Args:
-        method: makes the method from its configuration and the normalisation of the images.
+        method: makes the method from its configuration and the normalization of the images.
         presets: configurations by name, as `config.parse` wants them.
         name: of the recipe, and of the run unless `--name` says otherwise.
         description: on top of the help.
@@ -104,7 +104,7 @@ def pretrain(
             raise SystemExit(f"{name}: {error}") from error
 
 
-def _pretrain(make: Callable[[Any, Normalise], Method], config: Config, name: str, place: World) -> dict[str, Any]:
+def _pretrain(make: Callable[[Any, Normalize], Method], config: Config, name: str, place: World) -> dict[str, Any]:
     run, images = config.run, config.images
     folder = run.runs / (run.name or name)
 
@@ -114,9 +114,9 @@ def _pretrain(make: Callable[[Any, Normalise], Method], config: Config, name: st
     written = prepare(folder, name, config, resume=run.resume, place=place)
 
     # 2. The method
-    normalise = normalisation(images, source)
+    normalize = normalization(images, source)
     torch.manual_seed(run.seed)
-    method = make(config, normalise)
+    method = make(config, normalize)
     assert isinstance(method, nn.Module)
     default = CropFlip(method.view_size, scale=images.crop_scale, flip=images.flip)
     views = Views(source, getattr(method, "views", default), seed=run.seed)
@@ -140,7 +140,7 @@ def _pretrain(make: Callable[[Any, Normalise], Method], config: Config, name: st
         method,
         load,
         images=len(source),
-        settings=config.optimisation,
+        settings=config.optimization,
         run=run,
         folder=folder,
         place=place,
@@ -149,7 +149,7 @@ def _pretrain(make: Callable[[Any, Normalise], Method], config: Config, name: st
         draw=draw,
     )
     if place.first:
-        export(folder / "encoder.safetensors", method.encoder, normalise)
+        export(folder / "encoder.safetensors", method.encoder, normalize)
     place.wait()
 
     # 4. The evaluations: of the encoder, tuned or frozen, beside the same network from scratch
@@ -157,10 +157,10 @@ def _pretrain(make: Callable[[Any, Normalise], Method], config: Config, name: st
     for evaluation in evaluations:
         settings, frozen = config.finetune, evaluation in JUDGES
         if evaluation in ("scratch", "budget"):  # a network that knows nothing needs all its layers to learn alike
-            optimisation = replace(settings.optimisation, layer_decay=1.0)
+            optimization = replace(settings.optimization, layer_decay=1.0)
             if evaluation == "budget":
-                optimisation = replace(optimisation, epochs=budget(folder, trained, rows["finetune"], settings, place))
-            settings = replace(settings, optimisation=optimisation)
+                optimization = replace(optimization, epochs=budget(folder, trained, rows["finetune"], settings, place))
+            settings = replace(settings, optimization=optimization)
         encoder, _ = load_encoder(
             folder / "encoder.safetensors",
             image_size=images.image_size,
@@ -172,9 +172,9 @@ def _pretrain(make: Callable[[Any, Normalise], Method], config: Config, name: st
         where: dict[str, Any] = {"images": images, "run": run, "folder": folder / evaluation, "place": place}
         where["title"] = report.TITLES[evaluation]
         if frozen:
-            rows[evaluation] = judge(evaluation, encoder, normalise, finetuning=settings, **where)
+            rows[evaluation] = judge(evaluation, encoder, normalize, finetuning=settings, **where)
         else:
-            rows[evaluation] = finetune(encoder, normalise, settings=settings, **where)
+            rows[evaluation] = finetune(encoder, normalize, settings=settings, **where)
 
     # 5. The result
     result = {"recipe": name, "device": str(place.device), "devices": place.size, "pretraining": trained, **rows}
@@ -207,17 +207,17 @@ def prepare(folder: Path, recipe: str, config: Any, *, resume: bool, place: Worl
     return settings
 
 
-def normalisation(images: Images, source: Source) -> Normalise:
+def normalization(images: Images, source: Source) -> Normalize:
     """Mean and std of the channels: ImageNet's or the training images' own.
 
     Raises:
-        ValueError: if ImageNet's are asked for greyscale images.
+        ValueError: if ImageNet's are asked for grayscale images.
     """
     if images.statistics == "imagenet" or (images.statistics == "auto" and images.data and images.channels == 3):
         if images.channels != 3:
             raise ValueError(f"ImageNet's mean and std have 3 channels, not {images.channels}: use --statistics data")
-        return Normalise(IMAGENET_MEAN, IMAGENET_STD)
-    return Normalise(*statistics(source))
+        return Normalize(IMAGENET_MEAN, IMAGENET_STD)
+    return Normalize(*statistics(source))
 
 
 def grid(images: Images, network: Network) -> tuple[int, int]:
@@ -263,7 +263,7 @@ def encoder_and_decoder(
 
 
 def masking_encoder(images: Images, network: Network, *, drop: float = 0.0) -> ViT:
-    """Build and initialise the ViT of SimMIM and BEiT: mask token, relative positions in one table, layer scale."""
+    """Build and initialize the ViT of SimMIM and BEiT: mask token, relative positions in one table, layer scale."""
     height, width = grid(images, network)
     encoder = ViT(
         height=height,
@@ -278,7 +278,7 @@ def masking_encoder(images: Images, network: Network, *, drop: float = 0.0) -> V
         layer_scale=0.1,
         mask_token=True,
     )
-    initialise_simmim(encoder)
+    initialize_simmim(encoder)
     return encoder
 
 
@@ -331,18 +331,18 @@ def budget(folder: Path, trained: dict[str, Any], tuned: dict[str, Any], setting
     path = folder / "budget.json"
     if place.first and not path.exists():
         seconds = {"pretraining": trained["seconds"], "finetune": tuned["seconds"]}
-        epochs = round(settings.optimisation.epochs * sum(seconds.values()) / seconds["finetune"])
+        epochs = round(settings.optimization.epochs * sum(seconds.values()) / seconds["finetune"])
         write_json(path, {"epochs": epochs, "seconds": seconds})
     place.wait()
     return report.read_json(path)["epochs"]
 
 
-def export(path: Path, encoder: ViT, normalise: Normalise) -> None:
+def export(path: Path, encoder: ViT, normalize: Normalize) -> None:
     """Write an encoder under timm's names, with all that is needed to build it again: by timm, if it has this one."""
     about = {
         "mimkit" if encoder.relative == "contextual" else "timm": timm_arguments(encoder),
-        "mean": normalise.mean.flatten().tolist(),
-        "std": normalise.std.flatten().tolist(),
+        "mean": normalize.mean.flatten().tolist(),
+        "std": normalize.std.flatten().tolist(),
     }
     write_tensors(path, timm_state(encoder), about)
 
@@ -355,8 +355,8 @@ def load_encoder(
     drop: float = 0.0,
     scratch: bool = False,
     seed: int = 0,
-) -> tuple[ViT, Normalise]:
-    """Build an encoder from its file, for another image size if need be, and the normalisation of its images.
+) -> tuple[ViT, Normalize]:
+    """Build an encoder from its file, for another image size if need be, and the normalization of its images.
 
     A table of relative positions that all blocks shared becomes one in each, as fine-tuning wants it: the same network.
     Contextual ones (LoMaR) fit any size as they are.
@@ -404,7 +404,7 @@ def load_encoder(
         relative="contextual" if contextual else "each" if own_table else None,
         layer_scale=arguments.get("init_values"),
     )
-    (initialise_simmim if beit else initialise_mae)(vit)
+    (initialize_simmim if beit else initialize_mae)(vit)
     if vit.pos_embed is not None:
         table = resize_positions(weights["pos_embed"], **sizes)
         # a class token that the file does not have is new, and its position is zero
@@ -423,7 +423,7 @@ def load_encoder(
         report.dropped = [name for name in content if targets.get(name) in (None, *report.dropped)]
         print(f"{path}:\n{report}")
     mean, std = (about["mean"], about["std"]) if exported else (IMAGENET_MEAN, IMAGENET_STD)
-    return vit, Normalise(mean, std)
+    return vit, Normalize(mean, std)
 
 
 def recipe_of(name: str) -> Any:
@@ -462,7 +462,7 @@ def load_method(folder: Path) -> tuple[Any, Any]:
     step, tensors, _ = found
     # What it started from is in its weights, and need not be on the disk any more
     alone = replace(config, weights=None) if hasattr(config, "weights") else config
-    method = recipe.METHOD(alone, Normalise([0.0] * config.images.channels, [1.0] * config.images.channels))
+    method = recipe.METHOD(alone, Normalize([0.0] * config.images.channels, [1.0] * config.images.channels))
     prefix = "method."
     method.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     print(f"{folder}: {recipe.__name__} after {step} steps")
@@ -486,8 +486,8 @@ def images_to_look_at(images: Images, data: Path | None = None, *, split: Litera
 
 
 def central_views(source: Source, method: Method, config: Config, *, batch_size: int) -> Iterator[Tensor]:
-    """Give the images of a source batch by batch, each cut to its centre as in a test."""
-    views = Views(source, CentreCrop(method.view_size, crop_fraction=config.finetune.crop_fraction))
+    """Give the images of a source batch by batch, each cut to its center as in a test."""
+    views = Views(source, CenterCrop(method.view_size, crop_fraction=config.finetune.crop_fraction))
     order = [(0, index) for index in range(len(source))]
     return iter(Loader(views, [order[i : i + batch_size] for i in range(0, len(order), batch_size)]))
 
@@ -498,13 +498,13 @@ def _possible(config: Config, place: World) -> tuple[Evaluation, ...]:
         return ()
     images = config.images
     try:
-        labelled = open_images(images.data, "labelled", channels=images.channels, per_class=images.labels_per_class)
-        open_images(images.data, "test", channels=images.channels, classes=labelled.classes)
+        labeled = open_images(images.data, "labeled", channels=images.channels, per_class=images.labels_per_class)
+        open_images(images.data, "test", channels=images.channels, classes=labeled.classes)
     except ValueError as error:
         place.say(f"no evaluation at the end, pre-training only: {error}")
         return ()
-    batch = config.finetune.optimisation.batch_size
-    if len(labelled) < batch:
-        raise ValueError(f"{len(labelled)} labelled images do not fill a batch of {batch}: --finetune.batch-size")
+    batch = config.finetune.optimization.batch_size
+    if len(labeled) < batch:
+        raise ValueError(f"{len(labeled)} labeled images do not fill a batch of {batch}: --finetune.batch-size")
     wanted = config.evaluate
     return ("finetune", *wanted) if "budget" in wanted and "finetune" not in wanted else wanted

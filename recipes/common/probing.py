@@ -1,4 +1,4 @@
-"""Judge a frozen encoder: by a linear probe, by nearest neighbours, by a few new blocks behind it.
+"""Judge a frozen encoder: by a linear probe, by nearest neighbors, by a few new blocks behind it.
 
 `linear`, `knn` and `nonlinear` are called as `finetuning.finetune` is and return the same kind of result.
 """
@@ -17,9 +17,9 @@ from common.checkpoint import load_weights, read_foreign, read_tensors, write, w
 from common.config import Flat, Images, Run, parse, to_json
 from common.engine import World, by_epoch, in_bf16, loading_processes, read_metrics, world
 from common.finetuning import Finetuning, finetune
-from common.images import CentreCrop, Loader, Normalise, Source, Views, one_shot_crop_size, open_images, resize, seed_of
+from common.images import CenterCrop, Loader, Normalize, Source, Views, one_shot_crop_size, open_images, resize, seed_of
 from common.lars import LARS
-from common.vit import Block, ViT, initialise_mae
+from common.vit import Block, ViT, initialize_mae
 from mimkit.positions import resize_table
 from mimkit.tokens import patchify, unpatchify
 
@@ -48,7 +48,7 @@ class Probed:
     image_size: tuple[int, int] | None = None
     """height and width in pixels; none: those of the encoder. Positions are resampled"""
     labels_per_class: int = 10
-    """of the embedded digits: labelled images per class"""
+    """of the embedded digits: labeled images per class"""
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class Linear:
     """How linear classifiers are trained on frozen features: MAE's protocol, but for the augmentation."""
 
     base_lrs: tuple[float, ...] = (0.1,)
-    """learning rates for 256 images per step. With several, a held-out tenth of the labelled images chooses one"""
-    optimiser: Literal["lars", "sgd"] = "lars"
+    """learning rates for 256 images per step. With several, a held-out tenth of the labeled images chooses one"""
+    optimizer: Literal["lars", "sgd"] = "lars"
     """both with momentum 0.9 and without weight decay"""
     epochs: int = 90
-    """times that every labelled image is seen"""
+    """times that every labeled image is seen"""
     batch_size: int = 16384
     """images per step, or all of them if there are fewer"""
     warmup_epochs: float = 10.0
@@ -77,13 +77,13 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Neighbours:
-    """How nearest neighbours vote."""
+class Neighbors:
+    """How nearest neighbors vote."""
 
     k: tuple[int, ...] = (10, 20, 100, 200)
-    """numbers of neighbours; those above the number of labelled images are left out"""
+    """numbers of neighbors; those above the number of labeled images are left out"""
     temperature: float = 0.07
-    """a neighbour's vote weighs exp(cosine similarity / temperature)"""
+    """a neighbor's vote weighs exp(cosine similarity / temperature)"""
     pool: Pool = "auto"
     """class: the class token; mean: the mean of the patch tokens; after the last norm. auto: class if there is one"""
     crop_fraction: float = 0.875
@@ -136,8 +136,8 @@ class TimmViT(nn.Module):
         return self.model.forward_features(unpatchify(patches, height=self.height, width=self.width, patch=self.patch))
 
 
-def load_timm(path: Path, name: str, *, image_size: tuple[int, int] | None = None) -> tuple[ViT, Normalise]:
-    """Build a timm model from a weights file, and the normalisation of its images.
+def load_timm(path: Path, name: str, *, image_size: tuple[int, int] | None = None) -> tuple[ViT, Normalize]:
+    """Build a timm model from a weights file, and the normalization of its images.
 
     Args:
         path: weights under timm's names, of square images or an export of ours; its head is left out.
@@ -179,25 +179,25 @@ def load_timm(path: Path, name: str, *, image_size: tuple[int, int] | None = Non
     if len(mean) != channels:
         mean, std = ([sum(values) / len(values)] * channels for values in (mean, std))
     if "timm" not in about:
-        print(f"{path}:\n{loaded}\nimages are normalised by mean {list(mean)} and std {list(std)}, timm's for {name}")
-    return cast(ViT, TimmViT(model)), Normalise(mean, std)
+        print(f"{path}:\n{loaded}\nimages are normalized by mean {list(mean)} and std {list(std)}, timm's for {name}")
+    return cast(ViT, TimmViT(model)), Normalize(mean, std)
 
 
 class Frozen(nn.Module):
     """An encoder of which nothing ever changes: images in, one vector per image out."""
 
-    def __init__(self, encoder: ViT, normalise: Normalise, pool: Pool = "auto") -> None:
+    def __init__(self, encoder: ViT, normalize: Normalize, pool: Pool = "auto") -> None:
         super().__init__()
         if pool == "class" and encoder.cls_token is None:
             raise ValueError("pool=class needs an encoder with a class token")
-        self.encoder, self.normalise = encoder.requires_grad_(False), normalise
+        self.encoder, self.normalize = encoder.requires_grad_(False), normalize
         self.pool = ("mean" if encoder.cls_token is None else "class") if pool == "auto" else pool
         self.eval()
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         encoder = self.encoder
-        tokens = encoder(patchify(self.normalise(images), patch=encoder.patch), encoder.positions)
+        tokens = encoder(patchify(self.normalize(images), patch=encoder.patch), encoder.positions)
         return tokens[:, 0] if self.pool == "class" else tokens[:, encoder.num_prefix :].mean(dim=1)
 
 
@@ -213,7 +213,7 @@ class Deepened(nn.Module):
         ratio = cast(Any, encoder.blocks[0]).mlp.fc1.out_features / encoder.dim
         drops = torch.linspace(0, drop, blocks).tolist()
         self.blocks = nn.ModuleList(Block(encoder.dim, encoder.heads, mlp_ratio=ratio, drop=rate) for rate in drops)
-        initialise_mae(self.blocks)
+        initialize_mae(self.blocks)
         self.norm = nn.LayerNorm(encoder.dim, eps=1e-6)
 
     @property
@@ -234,14 +234,14 @@ class Deepened(nn.Module):
         self.encoder.eval()
         return self
 
-    def unnormalised(self, patches: Tensor, positions: Tensor, noise: Tensor | None = None) -> Tensor:
+    def unnormalized(self, patches: Tensor, positions: Tensor, noise: Tensor | None = None) -> Tensor:
         x = self.encoder(patches, positions)
         for i, block in enumerate(self.blocks):
             x = block(x, None if noise is None else noise[:, i])
         return x
 
     def forward(self, patches: Tensor, positions: Tensor, noise: Tensor | None = None) -> Tensor:
-        return self.norm(self.unnormalised(patches, positions, noise))
+        return self.norm(self.unnormalized(patches, positions, noise))
 
 
 # Features
@@ -253,13 +253,13 @@ def encode(
     """Return the features and labels of images of a source; every process encodes its share and gets them all.
 
     Args:
-        fraction: of `CentreCrop`.
+        fraction: of `CenterCrop`.
         only: indices of the images.
 
     Raises:
         ValueError: if a feature is not finite.
     """
-    views = Views(source, CentreCrop(images.image_size, crop_fraction=fraction), labels=True)
+    views = Views(source, CenterCrop(images.image_size, crop_fraction=fraction), labels=True)
     mine = only[place.rank :: place.size]
     batches = [[(0, index) for index in mine[i : i + AT_A_TIME]] for i in range(0, len(mine), AT_A_TIME)]
     bar = tqdm(total=len(mine), desc="encoding", unit="image", disable=None if place.first else True, leave=False)
@@ -353,7 +353,7 @@ def augmented(
 
 
 class Heads(nn.Module):
-    """Linear classifiers on the same features, normalised by their batch, one per learning rate.
+    """Linear classifiers on the same features, normalized by their batch, one per learning rate.
 
     They start alike. `weight` and `bias` hold all of them, so that they train in one pass.
     """
@@ -395,26 +395,26 @@ def fit(
         rates: learning rate of each head after the warm-up.
         steps: per epoch.
     """
-    make = LARS if settings.optimiser == "lars" else torch.optim.SGD
-    # each head is a parameter of its own to the optimiser, a view of the one that holds them all
+    make = LARS if settings.optimizer == "lars" else torch.optim.SGD
+    # each head is a parameter of its own to the optimizer, a view of the one that holds them all
     parts = [[nn.Parameter(part) for part in pair] for pair in zip(heads.weight.data, heads.bias.data, strict=True)]
-    optimiser = make([{"params": pair, "lr": 0.0} for pair in parts], lr=0.0, momentum=0.9)
+    optimizer = make([{"params": pair, "lr": 0.0} for pair in parts], lr=0.0, momentum=0.9)
     warmup = min(settings.warmup_epochs, settings.epochs)
     heads.train()
     history, window = [], []
     for step, (features, labels) in enumerate(batches):
         share = by_epoch(step / steps, lr=1.0, min_lr=0.0, warmup=warmup, epochs=settings.epochs)
-        for group, rate in zip(optimiser.param_groups, rates, strict=True):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * share
         losses = heads.losses(features, labels)
         gradients = torch.autograd.grad(losses.sum(), [heads.weight, heads.bias])
         for pair, *own in zip(parts, *gradients, strict=True):
             for part, gradient in zip(pair, own, strict=True):
                 part.grad = gradient
-        optimiser.step()
+        optimizer.step()
         window.append(losses[-1].detach())
         if len(window) == steps:
-            lr, loss = optimiser.param_groups[-1]["lr"], float(torch.stack(window).mean())
+            lr, loss = optimizer.param_groups[-1]["lr"], float(torch.stack(window).mean())
             history.append({"step": step + 1, "epoch": (step + 1) // steps, "loss": loss, "lr": lr})
             window = []
     return history
@@ -435,13 +435,13 @@ def hold_out(labels: Sequence[int], *, seed: int) -> tuple[list[int], list[int]]
         of_class.setdefault(labels[index], []).append(index)
     apart = [i for members in of_class.values() for i in members[: min(len(members) - 1, max(1, len(members) // 10))]]
     if not apart:
-        raise ValueError("several learning rates need labelled images to choose by, but no class has two: give one")
+        raise ValueError("several learning rates need labeled images to choose by, but no class has two: give one")
     return sorted(set(range(len(labels))) - set(apart)), sorted(apart)
 
 
 def linear(
     encoder: ViT,
-    normalise: Normalise,
+    normalize: Normalize,
     *,
     settings: Linear,
     images: Images,
@@ -452,27 +452,27 @@ def linear(
 ) -> dict[str, Any]:
     """Train linear classifiers on frozen features, and measure the accuracy of one on the test images.
 
-    Of several learning rates, the one that does best on a held-out tenth of the labelled images is taken, and trained
+    Of several learning rates, the one that does best on a held-out tenth of the labeled images is taken, and trained
     again on all of them. Every process encodes its share of the images; the heads are so small that all train them.
 
     Returns:
-        `accuracy` in per cent, the numbers of labelled and test images, the chosen `base_lr` and, if there was a
+        `accuracy` in per cent, the numbers of labeled and test images, the chosen `base_lr` and, if there was a
         choice, `held_out`, the accuracies by learning rate; loss, epochs and seconds.
 
     Raises:
-        ValueError: if there are no labelled images or no test images, or no learning rate gives a finite loss.
+        ValueError: if there are no labeled images or no test images, or no learning rate gives a finite loss.
     """
     _check_linear(settings)
     start = time.perf_counter()
-    labelled, test = _sources(images, run)
-    frozen = Frozen(encoder, normalise, settings.pool).to(place.device)
+    labeled, test = _sources(images, run)
+    frozen = Frozen(encoder, normalize, settings.pool).to(place.device)
     shared = {"run": run, "place": place}
     crop = OneShotCrop(images.image_size, settings.crop_scale, images.flip)
-    views = Views(labelled, crop, seed=run.seed, labels=True)
-    every = list(range(len(labelled)))
+    views = Views(labeled, crop, seed=run.seed, labels=True)
+    every = list(range(len(labeled)))
     features = labels = torch.empty(0)
     if not settings.augment:
-        features, labels = encode(frozen, labelled, images, settings.crop_fraction, only=every, **shared)
+        features, labels = encode(frozen, labeled, images, settings.crop_fraction, only=every, **shared)
 
     def trained(only: list[int], base_lrs: Sequence[float], what: str) -> tuple[Heads, list[dict[str, Any]]]:
         batch, epochs = min(settings.batch_size, len(only)), settings.epochs
@@ -482,7 +482,7 @@ def linear(
             f"learning rate {', '.join(f'{rate:g}' for rate in base_lrs)} × {batch} / 256"
         )
         torch.manual_seed(run.seed)
-        heads = Heads(encoder.dim, len(labelled.classes), len(rates)).to(place.device)
+        heads = Heads(encoder.dim, len(labeled.classes), len(rates)).to(place.device)
         if settings.augment:
             batches = augmented(frozen, views, only, batch=batch, epochs=epochs, **shared)
         else:
@@ -495,9 +495,9 @@ def linear(
 
     base_lr, held_out = settings.base_lrs[0], {}
     if len(settings.base_lrs) > 1:
-        most, apart = hold_out([labelled.label(index) for index in every], seed=run.seed)
+        most, apart = hold_out([labeled.label(index) for index in every], seed=run.seed)
         heads, _ = trained(most, settings.base_lrs, f"choosing a learning rate by {len(apart)} held-out images")
-        judged = encode(frozen, labelled, images, settings.crop_fraction, only=apart, **shared)
+        judged = encode(frozen, labeled, images, settings.crop_fraction, only=apart, **shared)
         correct, losses = (numbers.tolist() for numbers in heads.judge(*judged))
         finite = [i for i, loss in enumerate(losses) if math.isfinite(loss)]
         if not finite:
@@ -514,7 +514,7 @@ def linear(
         write(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history).encode())
     return {
         "accuracy": float(correct),
-        "labelled": len(labelled),
+        "labeled": len(labeled),
         "test": len(test),
         "feature": frozen.pool,
         "base_lr": base_lr,
@@ -531,22 +531,22 @@ def _check_linear(settings: Linear) -> None:
     if settings.epochs < 1:
         raise ValueError(f"--epochs {settings.epochs} trains nothing")
     if settings.batch_size < 2:
-        raise ValueError(f"--batch-size {settings.batch_size} has no statistics to normalise by: at least 2 images")
+        raise ValueError(f"--batch-size {settings.batch_size} has no statistics to normalize by: at least 2 images")
 
 
-# Nearest neighbours
+# Nearest neighbors
 
 
 def nearest(
     features: Tensor, labels: Tensor, queries: Tensor, *, classes: int, k: Sequence[int], temperature: float
 ) -> Tensor:
-    """Let the k nearest of labelled features vote on each query, by exp(cosine similarity / temperature).
+    """Let the k nearest of labeled features vote on each query, by exp(cosine similarity / temperature).
 
     Args:
         features: (n, d), of any length.
         labels: (n,), from 0 to `classes` − 1.
         queries: (q, d), of any length.
-        k: numbers of neighbours, each at most n.
+        k: numbers of neighbors, each at most n.
 
     Returns:
         votes (len(k), q, classes); only their order along the classes means something.
@@ -578,40 +578,40 @@ def _exact_products() -> Iterator[None]:
 
 def knn(
     encoder: ViT,
-    normalise: Normalise,
+    normalize: Normalize,
     *,
-    settings: Neighbours,
+    settings: Neighbors,
     images: Images,
     run: Run,
     folder: Path,
     place: World,
     title: str = "k-NN",
 ) -> dict[str, Any]:
-    """Classify the test images by their nearest labelled neighbours. Every process encodes its share of the images.
+    """Classify the test images by their nearest labeled neighbors. Every process encodes its share of the images.
 
     Returns:
         `accuracy` in per cent of `k` = 20, or of the first usable k if 20 is not among them, so that nothing is chosen
-        on the test images; `by_k`, all accuracies; the numbers of labelled and test images, and seconds.
+        on the test images; `by_k`, all accuracies; the numbers of labeled and test images, and seconds.
 
     Raises:
-        ValueError: if there are no labelled images or no test images, or fewer of the former than neighbours.
+        ValueError: if there are no labeled images or no test images, or fewer of the former than neighbors.
     """
     if not settings.k or min(settings.k) < 1:
         raise ValueError(f"--k {' '.join(map(str, settings.k))}: give one or more positive numbers")
     if not 0 < settings.temperature < math.inf:
         raise ValueError(f"--temperature {settings.temperature} is not a positive number")
     start = time.perf_counter()
-    labelled, test = _sources(images, run)
-    usable = [k for k in settings.k if k <= len(labelled)]
+    labeled, test = _sources(images, run)
+    usable = [k for k in settings.k if k <= len(labeled)]
     if not usable:
-        raise ValueError(f"{len(labelled)} labelled images are fewer than --k {min(settings.k)} neighbours")
-    frozen = Frozen(encoder, normalise, settings.pool).to(place.device)
+        raise ValueError(f"{len(labeled)} labeled images are fewer than --k {min(settings.k)} neighbors")
+    frozen = Frozen(encoder, normalize, settings.pool).to(place.device)
     (features, labels), (queries, truth) = (
         encode(frozen, source, images, settings.crop_fraction, only=range(len(source)), run=run, place=place)
-        for source in (labelled, test)
+        for source in (labeled, test)
     )
-    place.say(f"{title}: {len(test)} images among {len(labelled)} labelled ones, k = {', '.join(map(str, usable))}")
-    sizes: dict[str, Any] = {"classes": len(labelled.classes), "k": usable, "temperature": settings.temperature}
+    place.say(f"{title}: {len(test)} images among {len(labeled)} labeled ones, k = {', '.join(map(str, usable))}")
+    sizes: dict[str, Any] = {"classes": len(labeled.classes), "k": usable, "temperature": settings.temperature}
     right = torch.zeros(len(usable), device=place.device)
     for part, labels_of_part in zip(queries.split(4096), truth.split(4096), strict=True):
         right += (nearest(features, labels, part, **sizes).argmax(dim=-1) == labels_of_part).sum(dim=-1)
@@ -619,7 +619,7 @@ def knn(
     chosen = 20 if 20 in by_k else usable[0]
     return {
         "accuracy": by_k[chosen],
-        "labelled": len(labelled),
+        "labeled": len(labeled),
         "test": len(test),
         "feature": frozen.pool,
         "k": chosen,
@@ -634,7 +634,7 @@ def knn(
 
 def nonlinear(
     encoder: ViT,
-    normalise: Normalise,
+    normalize: Normalize,
     *,
     settings: Nonlinear,
     images: Images,
@@ -655,11 +655,11 @@ def nonlinear(
     """
     torch.manual_seed(run.seed)
     deepened = Deepened(encoder, blocks=settings.blocks, drop=settings.finetune.drop_path)
-    optimisation = replace(settings.finetune.optimisation, layer_decay=1.0)
+    optimization = replace(settings.finetune.optimization, layer_decay=1.0)
     tuned = finetune(
         cast(ViT, deepened),
-        normalise,
-        settings=replace(settings.finetune, train_positions=False, optimisation=optimisation),
+        normalize,
+        settings=replace(settings.finetune, train_positions=False, optimization=optimization),
         images=images,
         run=run,
         folder=folder,
@@ -675,24 +675,24 @@ JUDGES = ("linear", "knn", "nonlinear")
 
 
 def judge(
-    kind: str, encoder: ViT, normalise: Normalise, *, finetuning: Finetuning, images: Images, **where: Any
+    kind: str, encoder: ViT, normalize: Normalize, *, finetuning: Finetuning, images: Images, **where: Any
 ) -> dict[str, Any]:
     """Judge an encoder in one of these ways, with settings that fit the images and their fine-tuning."""
     fraction = finetuning.crop_fraction
     if kind == "linear":
         settings = replace(FOLDER if images.data else DIGITS, crop_fraction=fraction)
-        return linear(encoder, normalise, settings=settings, images=images, **where)
+        return linear(encoder, normalize, settings=settings, images=images, **where)
     if kind == "knn":
-        return knn(encoder, normalise, settings=Neighbours(crop_fraction=fraction), images=images, **where)
+        return knn(encoder, normalize, settings=Neighbors(crop_fraction=fraction), images=images, **where)
     pooled = finetuning if encoder.cls_token is not None else replace(finetuning, pool="mean")
-    return nonlinear(encoder, normalise, settings=Nonlinear(finetune=pooled), images=images, **where)
+    return nonlinear(encoder, normalize, settings=Nonlinear(finetune=pooled), images=images, **where)
 
 
 def _sources(images: Images, run: Run) -> tuple[Source, Source]:
-    labelled = open_images(
-        images.data, "labelled", channels=images.channels, seed=run.seed, per_class=images.labels_per_class
+    labeled = open_images(
+        images.data, "labeled", channels=images.channels, seed=run.seed, per_class=images.labels_per_class
     )
-    return labelled, open_images(images.data, "test", channels=images.channels, classes=labelled.classes)
+    return labeled, open_images(images.data, "test", channels=images.channels, classes=labeled.classes)
 
 
 # From the command line to the table
@@ -737,9 +737,9 @@ def probe(
     with world(run.device) as place:
         try:
             if probed.timm:
-                encoder, normalise = load_timm(probed.encoder, probed.timm, image_size=probed.image_size)
+                encoder, normalize = load_timm(probed.encoder, probed.timm, image_size=probed.image_size)
             else:
-                encoder, normalise = load_encoder(probed.encoder, image_size=probed.image_size)
+                encoder, normalize = load_encoder(probed.encoder, image_size=probed.image_size)
             images = Images(
                 data=probed.data,
                 image_size=(encoder.height * encoder.patch, encoder.width * encoder.patch),
@@ -751,7 +751,7 @@ def probe(
             _refuse_other(folder, to_json(config), resume=run.resume)
             prepare(folder, name, config, resume=run.resume, place=place)
             shared: dict[str, Any] = {"images": images, "run": run, "folder": folder, "place": place, "title": title}
-            result = evaluation(encoder, normalise, settings=config.settings, **shared)
+            result = evaluation(encoder, normalize, settings=config.settings, **shared)
         except ValueError as error:
             raise SystemExit(f"{name}: {error}") from error
         if place.first:
@@ -788,13 +788,13 @@ def table(title: str, result: dict[str, Any], folder: Path) -> str:
             for rate, value in result["held_out"].items()
         ]
     if "by_k" in result:
-        lines += ["", f"{'neighbours':<42}{'accuracy':>10}", "─" * 52]
+        lines += ["", f"{'neighbors':<42}{'accuracy':>10}", "─" * 52]
         lines += [f"{k:<42}{value:>8.1f} %" for k, value in result["by_k"].items()]
     at = f"k = {result['k']}" if "k" in result else f"{result['epoch']} epochs at {result['base_lr']:g}"
     lines += [
         "",
         f"{result['accuracy']:.1f} % of {result['test']} test images are right ({at}), "
-        f"with {result['labelled']} labelled images, in {result['seconds']:.0f} s",
+        f"with {result['labeled']} labeled images, in {result['seconds']:.0f} s",
         "",
         "files:",
     ]

@@ -42,9 +42,9 @@ class Pictures:
     captions: tuple[str, ...] = ()
 
 
-def shown(normalised: Tensor) -> Tensor:
-    """Map normalised pixels to greys by one fixed rule, −2.5 … 2.5 to black … white: nothing is borrowed."""
-    return (normalised / 5 + 0.5).clamp(0, 1)
+def shown(normalized: Tensor) -> Tensor:
+    """Map normalized pixels to grays by one fixed rule, −2.5 … 2.5 to black … white: nothing is borrowed."""
+    return (normalized / 5 + 0.5).clamp(0, 1)
 
 
 def draw_pictures(path: Path, pictures: Pictures) -> None:
@@ -106,7 +106,7 @@ def draw_curves(path: Path, metrics: dict[str, list[dict[str, Any]]]) -> None:
 def draw_grid(
     path: Path, grid: Tensor, *, rows: Sequence[float], columns: Sequence[float], x: str, y: str, title: str
 ) -> None:
-    """Draw per cents as a table of coloured cells, the number in each."""
+    """Draw per cents as a table of colored cells, the number in each."""
     figure, axis = plt.subplots(figsize=(1.1 * len(columns) + 1.5, 0.9 * len(rows) + 1.2))
     axis.imshow(grid.numpy(), cmap="viridis", vmin=0, vmax=100, aspect="auto")
     axis.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])
@@ -139,7 +139,7 @@ def table(name: str, result: dict[str, Any], folder: Path) -> str:
         for title, row in rows:
             what = "pre-trained, then fine-tuned" if title == TITLES["finetune"] else title
             lines.append(f"{what:<42}{row['accuracy']:>8.1f} %{row['epoch']:>9.0f}{row['seconds']:>9.0f}")
-        lines += ["─" * 70, f"{first['labelled']} labelled images"]
+        lines += ["─" * 70, f"{first['labeled']} labeled images"]
     files = "encoder.safetensors", "reconstruction.png", "curves.png", "result.json", "metrics.jsonl"
     return "\n".join([*lines, *_files(folder, *files)])
 
@@ -150,7 +150,7 @@ def tuned_table(title: str, result: dict[str, Any], folder: Path) -> str:
         [
             "",
             f"{title}: {result['accuracy']:.1f} % of {result['test']} test images are right, after "
-            f"{result['epoch']:.0f} epochs of {result['labelled']} labelled images in {result['seconds']:.0f} s, "
+            f"{result['epoch']:.0f} epochs of {result['labeled']} labeled images in {result['seconds']:.0f} s, "
             f"{result['images_per_second']:.0f} images/s, {result['waiting']:.1%} of the time waiting for data",
             *_files(folder, "result.json", "metrics.jsonl", "curves.png"),
         ]
@@ -172,18 +172,18 @@ def _save(figure: Any, path: Path) -> None:
     temporary.replace(path)
 
 
-def grey_out(images: Tensor, mask: Tensor, *, height: int, width: int, patch: int) -> Tensor:
-    """Cover the masked patches of images in [0, 1] with grey: what the encoder does not see."""
+def gray_out(images: Tensor, mask: Tensor, *, height: int, width: int, patch: int) -> Tensor:
+    """Cover the masked patches of images in [0, 1] with gray: what the encoder does not see."""
     cover = mask.view(len(mask), 1, height, 1, width, 1).expand(-1, 1, -1, patch, -1, patch)
     return torch.where(cover.reshape(len(mask), 1, height * patch, width * patch), 0.5, images)
 
 
 def maps(values: Tensor, *, height: int, width: int) -> Tensor:
-    """Draw a value per patch as a colour, dark for the least value of each picture, bright for the greatest."""
+    """Draw a value per patch as a color, dark for the least value of each picture, bright for the greatest."""
     least, most = values.amin(dim=-1, keepdim=True), values.amax(dim=-1, keepdim=True)
     shares = ((values - least) / (most - least).clamp(min=1e-12)).float().cpu().numpy()
-    colours = torch.from_numpy(matplotlib.colormaps["viridis"](shares)[..., :3]).float()  # (b, n, 3)
-    return colours.view(len(values), height, width, 3).movedim(-1, 1)
+    colors = torch.from_numpy(matplotlib.colormaps["viridis"](shares)[..., :3]).float()  # (b, n, 3)
+    return colors.view(len(values), height, width, 3).movedim(-1, 1)
 
 
 def framed(image: Tensor, row: int, column: int, *, patch: int, rows: int = 1, columns: int = 1) -> Tensor:
@@ -194,19 +194,19 @@ def framed(image: Tensor, row: int, column: int, *, patch: int, rows: int = 1, c
     by = max(1, 224 // min(image.shape[-2:]))
     image = image.expand(3, -1, -1).repeat_interleave(by, dim=1).repeat_interleave(by, dim=2)
     framed, line = image.clone(), max(1, patch * by // 8)
-    for colour, depth in (((1.0, 1.0, 1.0), 0), ((1.0, 0.0, 0.0), line), (None, 2 * line)):
+    for color, depth in (((1.0, 1.0, 1.0), 0), ((1.0, 0.0, 0.0), line), (None, 2 * line)):
         down = slice(row * patch * by + depth, (row + rows) * patch * by - depth)
         across = slice(column * patch * by + depth, (column + columns) * patch * by - depth)
         inside = image[:, down, across]
-        framed[:, down, across] = inside if colour is None else torch.tensor(colour).to(inside).view(3, 1, 1)
+        framed[:, down, across] = inside if color is None else torch.tensor(color).to(inside).view(3, 1, 1)
     return framed
 
 
 def heat_maps(images: Tensor, values: Tensor, *, height: int, width: int, patch: int) -> Tensor:
-    """Lay a colour per patch over images in [0, 1], blue for the least value of each image, red for the greatest."""
+    """Lay a color per patch over images in [0, 1], blue for the least value of each image, red for the greatest."""
     least, most = values.amin(dim=-1, keepdim=True), values.amax(dim=-1, keepdim=True)
     shares = ((values - least) / (most - least).clamp(min=1e-12)).float().cpu().numpy()
-    colours = torch.from_numpy(matplotlib.colormaps["jet"](shares)[..., :3]).to(images)  # (b, n, 3)
-    maps = colours.view(len(images), height, 1, width, 1, 3).expand(-1, -1, patch, -1, patch, -1)
-    grey = images.mean(dim=1, keepdim=True)
-    return 0.5 * grey + 0.5 * maps.reshape(len(images), height * patch, width * patch, 3).movedim(-1, 1)
+    colors = torch.from_numpy(matplotlib.colormaps["jet"](shares)[..., :3]).to(images)  # (b, n, 3)
+    maps = colors.view(len(images), height, 1, width, 1, 3).expand(-1, -1, patch, -1, patch, -1)
+    gray = images.mean(dim=1, keepdim=True)
+    return 0.5 * gray + 0.5 * maps.reshape(len(images), height * patch, width * patch, 3).movedim(-1, 1)

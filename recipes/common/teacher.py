@@ -12,7 +12,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def teacher_of(student: M) -> M:
-    """Copy a network. No gradient reaches the copy, so that the optimiser and DDP leave it alone; it is saved with
+    """Copy a network. No gradient reaches the copy, so that the optimizer and DDP leave it alone; it is saved with
     whatever module holds it.
     """
     return copy.deepcopy(student).requires_grad_(False)

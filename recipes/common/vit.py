@@ -355,7 +355,7 @@ class ViT(nn.Module):
         visible, _ = split(mask, num_masked=mask.shape[1] - patches.shape[1])
         return put(x.to(self.mask_token.dtype), visible, self.mask_token.expand(*mask.shape, -1))
 
-    def unnormalised(
+    def unnormalized(
         self,
         patches: Float[Tensor, "b k values"],
         positions: Float[Tensor, "*b n d"] | None,
@@ -407,7 +407,7 @@ class ViT(nn.Module):
         Raises:
             ValueError: if relative positions are to be those of all patches, and these are not all.
         """
-        return self.norm(self.unnormalised(patches, positions, noise, mask, num_outputs, buckets))
+        return self.norm(self.unnormalized(patches, positions, noise, mask, num_outputs, buckets))
 
 
 class Predictor(nn.Module):
@@ -533,8 +533,8 @@ class PixelHead(nn.Module):
         return F.linear(x, weight, bias)
 
 
-def initialise_mae(module: nn.Module) -> None:
-    """Initialise as MAE does: Xavier on every stored matrix (qkv as one), tokens normal with std 0.02.
+def initialize_mae(module: nn.Module) -> None:
+    """Initialize as MAE does: Xavier on every stored matrix (qkv as one), tokens normal with std 0.02.
 
     The bias of the patch embedding keeps PyTorch's default. Source: MAE, arXiv 2111.06377 (published code).
     """
@@ -550,8 +550,8 @@ def initialise_mae(module: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.02)
 
 
-def initialise_truncated(module: nn.Module) -> None:
-    """Initialise as Beyond Masking does: matrices and mask token normal with std 0.02, cut at one std.
+def initialize_truncated(module: nn.Module) -> None:
+    """Initialize as Beyond Masking does: matrices and mask token normal with std 0.02, cut at one std.
 
     The patch embedding keeps PyTorch's default. Source: Beyond Masking, arXiv 2203.14313 (published code).
     """
@@ -565,8 +565,8 @@ def initialise_truncated(module: nn.Module) -> None:
             nn.init.trunc_normal_(parameter, std=0.02, a=-0.02, b=0.02)
 
 
-def initialise_simmim(vit: ViT) -> None:
-    """Initialise as SimMIM does: matrices and tokens normal with std 0.02, cut at one std, biases zero.
+def initialize_simmim(vit: ViT) -> None:
+    """Initialize as SimMIM does: matrices and tokens normal with std 0.02, cut at one std, biases zero.
 
     What ends the residual branches of block k, counted from 1, is divided by √(2k). Source: SimMIM, arXiv 2111.09886
     (published code, of BEiT's descent).

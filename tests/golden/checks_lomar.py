@@ -10,7 +10,7 @@ from common import vit
 from common.checkpoint import load_weights
 from common.config import Images, Network
 from common.finetuning import Classifier
-from common.images import Normalise
+from common.images import Normalize
 from common.pretraining import load_encoder
 from mimkit.masking import random_tokens
 from mimkit.relative import (
@@ -39,7 +39,7 @@ ZERO = torch.zeros(())
 METHODS: dict[str, Method] = {
     "product": "product",
     "euc": "euclidean",
-    "quant": "quantised",
+    "quant": "quantized",
     "cross_rows": "rows",
     "cross_cols": "columns",
 }
@@ -171,7 +171,7 @@ def loss(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
         given: dict[str, Any] = {"patch": patch, "embed_dim": 4, "depth": 1, "heads": 1, "img_size": pixels}
         given |= {"M": count, "K": side, "mask_ratio": ratio}
         for kind in ("norm", "raw"):
-            method = _lomar(given, monkeypatch, normalise_target=kind == "norm")
+            method = _lomar(given, monkeypatch, normalize_target=kind == "norm")
             prediction = golden[f"{i}.pred"].requires_grad_()
             of_each, of_rows = ids[rows].unflatten(0, (images, count)), prediction[rows]
             monkeypatch.setattr(method, "patches_of", lambda _, windows=of_each: windows)
@@ -197,7 +197,7 @@ def model(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     params, images, names = golden.params, golden["imgs"], golden.params["param_order"]
 
     def fresh(**options: Any) -> tuple[lomar.LoMaR, dict[str, Tensor]]:
-        options = {"normalise_target": params["norm_pix_loss"], "windows_of": _pairings(params)[0]} | options
+        options = {"normalize_target": params["norm_pix_loss"], "windows_of": _pairings(params)[0]} | options
         return _loaded(golden, monkeypatch, **options)
 
     method, parameters = fresh()
@@ -218,17 +218,17 @@ def model(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
         if name.startswith("g."):
             golden.close(name, _gradient(parameters[name.removeprefix("g.")]))
 
-    optimiser = torch.optim.SGD(method.parameters(), lr=_learning_rate(golden))
+    optimizer = torch.optim.SGD(method.parameters(), lr=_learning_rate(golden))
     losses = [loss]
     while len(losses) < len(golden["sgd_losses"]):
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(method(images, noise, ZERO)["loss"])
         losses[-1].backward()
     golden.close("sgd_losses", torch.stack(losses))
 
     # other targets; the published pairing of images and windows, which here is each with each; no positions
-    method, _ = fresh(normalise_target=False)
+    method, _ = fresh(normalize_target=False)
     golden.close("loss_raw", method(images, noise, ZERO)["loss"])
     method, parameters = fresh(windows_of="release")
     noise, _ = _noise(golden, method)
@@ -266,7 +266,7 @@ def classifier(golden: Golden, _: Any) -> None:
     assert (encoders[0].depth, encoders[0].heads) == (params["depth"], params["heads"])
 
     mean, first = (
-        Classifier(encoder, Normalise(*AS_THEY_ARE), params["classes"], pool=pool, head_scale=0.01)
+        Classifier(encoder, Normalize(*AS_THEY_ARE), params["classes"], pool=pool, head_scale=0.01)
         for encoder, pool in zip(encoders, ("mean", "class"), strict=True)
     )
     mean.load_state_dict(mean.state_dict() | own)
@@ -290,8 +290,8 @@ def mae_with_relative_positions(golden: Golden, monkeypatch: pytest.MonkeyPatch)
     ratio = 1 - (params["keep"] + 0.5) / tokens  # what is kept is cut
     sizes |= {"p": params["patch"], "img": params["img_size"], "mask_ratio": ratio}
     config = mae.Config(**settings_for(sizes, monkeypatch), positions="relative")
-    method = mae.MAE(config, Normalise(*AS_THEY_ARE))
-    report = load_weights(method, golden.weights, renames=mae.NAMES, optional=(r"normalise\.",))
+    method = mae.MAE(config, Normalize(*AS_THEY_ARE))
+    report = load_weights(method, golden.weights, renames=mae.NAMES, optional=(r"normalize\.",))
     parameters = _published(method, report.renamed)
     assert set(parameters) == set(names)
 
@@ -345,13 +345,13 @@ def _lomar(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **options: A
         network=Network(size="golden", patch=params["patch"]),  # pyright: ignore
         **options,
     )
-    return lomar.LoMaR(config, Normalise(*AS_THEY_ARE))
+    return lomar.LoMaR(config, Normalize(*AS_THEY_ARE))
 
 
 def _loaded(golden: Golden, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[lomar.LoMaR, dict[str, Tensor]]:
     """The recipe with the weights of a file, and its parameters by their published names."""
     method = _lomar(golden.params, monkeypatch, **options)
-    optional = (r"normalise\.", r"encoder\.pos_embed")
+    optional = (r"normalize\.", r"encoder\.pos_embed")
     report = load_weights(method, golden.weights, renames=lomar.NAMES, optional=optional)
     assert report.dropped == []
     parameters = _published(method, report.renamed)

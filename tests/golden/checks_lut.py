@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from common.checkpoint import load_weights
-from common.config import Optimisation
+from common.config import Optimization
 from common.engine import learning_rate, peak_rate
 from common.heads import mlp
-from common.images import IMAGENET_MEAN, IMAGENET_STD, Normalise, WeakStrong, cover, padded_crop, recolour
+from common.images import IMAGENET_MEAN, IMAGENET_STD, Normalize, WeakStrong, cover, padded_crop, recolor
 from common.pretraining import count_masked
 from common.teacher import cosine_momentum, follow, teacher_of
-from mimkit.losses import cosine_distance, normalised_patches, squared_error
+from mimkit.losses import cosine_distance, normalized_patches, squared_error
 from mimkit.masking import disjoint_views
 from mimkit.tokens import patchify, put, split, take, unpatchify
 
@@ -53,7 +53,7 @@ def pixel_loss(golden: Golden, _: Any) -> None:
     grid = {"height": images.shape[-2] // patch, "width": images.shape[-1] // patch, "patch": patch}
     golden.close("unpatchify_pred", unpatchify(golden["pred"], **grid))
     patches, mask = patchify(images, patch=patch), golden["mask"]
-    for kind, target in {"raw": patches, "norm": normalised_patches(patches)}.items():
+    for kind, target in {"raw": patches, "norm": normalized_patches(patches)}.items():
         prediction = golden["pred"].requires_grad_()
         loss = (squared_error(prediction, target) * mask).sum() / mask.sum()
         loss.backward()
@@ -125,7 +125,7 @@ def _load(module: nn.Module, golden: Golden, prefix: str) -> None:
 @check("lut_lr")
 def rates(golden: Golden, _: Any) -> None:
     for name, params in golden.params["schedules"].items():
-        settings = Optimisation(
+        settings = Optimization(
             epochs=params["epochs"],
             batch_size=params["B_eff"],
             base_lr=params["blr"],
@@ -141,14 +141,14 @@ def rates(golden: Golden, _: Any) -> None:
     for name, params in golden.params["layer_decay"].items():
         depth = params["depth"]
         classifier = classifier_of({"img": 16, "p": 8, "dim": 8, "heads": 2, "depth": depth, "classes": 3}, "mean")
-        groups = groups_of(classifier, Optimisation(layer_decay=params["gamma"]), depth=depth)
+        groups = groups_of(classifier, Optimization(layer_decay=params["gamma"]), depth=depth)
         parts = ["encoder.cls_token", *(f"encoder.blocks.{i}.norm1.weight" for i in range(depth)), "head.weight"]
         golden.close(f"{name}/scales", [groups[part][1] for part in parts])
 
 
 @check("lut_views")
 def views(golden: Golden, _: Any) -> None:
-    side, normalise = golden.params["input_size"], Normalise(IMAGENET_MEAN, IMAGENET_STD)
+    side, normalize = golden.params["input_size"], Normalize(IMAGENET_MEAN, IMAGENET_STD)
     views = WeakStrong((side, side))
 
     def picture(name: str) -> Tensor:
@@ -156,8 +156,7 @@ def views(golden: Golden, _: Any) -> None:
 
     resized = cover(picture("source"), side, side)
     assert resized.shape == picture("resized").shape
-    assert (resized.int() - picture("resized").int()).abs().max() <= 1  # grey level: rounding, see common.images.resize
-    effects = {"gray": "grey", "solarize": "solarise", "blur": "blur"}
+    assert (resized.int() - picture("resized").int()).abs().max() <= 1  # gray level: rounding, see common.images.resize
     operations = ["brightness", "contrast", "saturation", "hue"]
     for case in sorted({name.split("/")[0] for name in golden.arrays if "/" in name}):
         crops = []
@@ -171,9 +170,9 @@ def views(golden: Golden, _: Any) -> None:
             factors, order = golden[f"{case}/jitter_factors"].tolist(), golden[f"{case}/jitter_order"].tolist()
             jitter = [(operations[i], factors[i]) for i in order]
         radius = float(golden[f"{case}/blur_radius"]) if f"{case}/blur_radius" in golden else 0.0
-        strong = recolour(crops[1], jitter, effects[case.split("_")[0]], radius=radius)  # pyright: ignore
-        golden.close(f"{case}/view1", normalise(crops[0]))
-        golden.close(f"{case}/view2", normalise(strong))
+        strong = recolor(crops[1], jitter, case.split("_")[0], radius=radius)  # pyright: ignore
+        golden.close(f"{case}/view1", normalize(crops[0]))
+        golden.close(f"{case}/view2", normalize(strong))
 
 
 @check("lut_whole")
@@ -303,9 +302,9 @@ def _lut(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> lut.LUT:
         head_width=given["hidden"],
         context_weight=given["w_bc"],
         momentum=given["m0"],
-        normalise_target=given["norm_pix"],
+        normalize_target=given["norm_pix"],
     )
-    return lut.LUT(config, Normalise([0.0] * 3, [1.0] * 3))
+    return lut.LUT(config, Normalize([0.0] * 3, [1.0] * 3))
 
 
 def _published(method: lut.LUT) -> nn.ModuleDict:

@@ -6,13 +6,13 @@ from typing import Any
 
 from common import vit
 from common.checkpoint import load_weights
-from common.config import Images, Network, Optimisation
+from common.config import Images, Network, Optimization
 from common.engine import learning_rate
 from common.finetuning import Classifier
-from common.images import Normalise
+from common.images import Normalize
 from common.pretraining import load_encoder, whole_cells
 from common.vit import PatchEmbed, PixelHead, RelativeBias, ViT, relative_index
-from mimkit.losses import absolute_error, window_normalised
+from mimkit.losses import absolute_error, window_normalized
 from mimkit.masking import random_cells
 from mimkit.tokens import patchify, unpatchify
 
@@ -65,7 +65,7 @@ def embedding(golden: Golden, _: Any) -> None:
     encoder.patch_embed = embed
     encoder.load_state_dict({"mask_token": golden["mask_token"]}, strict=False)
     mask = golden["token_mask"].flatten(1).bool()
-    golden.close("embeddings_masked", encoder.unnormalised(patches, encoder.positions, mask=mask))
+    golden.close("embeddings_masked", encoder.unnormalized(patches, encoder.positions, mask=mask))
 
 
 @check("simmim_head")
@@ -94,13 +94,13 @@ def loss(golden: Golden, _: Any) -> None:
 def windows(golden: Golden, _: Any) -> None:
     for name, case in golden.params["cases"].items():
         images, window, valid = golden[f"{name}/target"], case["window"], golden[f"{name}/valid"].bool()
-        ours = window_normalised(images, window=window)
+        ours = window_normalized(images, window=window)
         for right in (f"{name}/out", f"{name}/out64"):
             golden.close(right, ours.where(valid, golden[right]))
         # how many pixels are in the window of a lone bright pixel: its mean there is 1 / n, its variance, too
         H, W = images.shape[-2:]
         lone = torch.eye(H * W).unflatten(-1, (1, H, W))
-        brightest = window_normalised(lone, window=window).flatten(1).diagonal().unflatten(0, (H, W))
+        brightest = window_normalized(lone, window=window).flatten(1).diagonal().unflatten(0, (H, W))
         n = golden[f"{name}/count"]
         torch.testing.assert_close(brightest, (1 - 1 / n) / (1 / n + 1e-6).sqrt(), rtol=1e-3, atol=0.0)
 
@@ -108,7 +108,7 @@ def windows(golden: Golden, _: Any) -> None:
 @check("simmim_lr")
 def schedule(golden: Golden, _: Any) -> None:
     for name, case in golden.params["cases"].items():
-        settings = Optimisation(
+        settings = Optimization(
             epochs=case["epochs"],
             batch_size=256,
             base_lr=case["peak"],
@@ -138,8 +138,8 @@ def whole(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = {name.removeprefix("w/"): golden[name] for name in golden.arrays if name.startswith("w/")}
     index = weights["encoder.rel_pos_bias.relative_position_index"]
 
-    method = simmim.SimMIM(config, Normalise(*AS_THEY_ARE))
-    report = load_weights(method, weights, renames=simmim.NAMES, optional=(r"normalise\.",))
+    method = simmim.SimMIM(config, Normalize(*AS_THEY_ARE))
+    report = load_weights(method, weights, renames=simmim.NAMES, optional=(r"normalize\.",))
     assert report.dropped == ["encoder.rel_pos_bias.relative_position_index"]
     assert relative_index(method.height, method.width).equal(index)
     parameters = {name.replace("head.proj.", "decoder.0."): p for name, p in method.named_parameters()}
@@ -155,7 +155,7 @@ def whole(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     golden.close("attn_last", (q @ k.mT * q.shape[-1] ** -0.5 + bias).softmax(dim=-1))
 
     # the forward pass, and three steps
-    optimiser, step = torch.optim.SGD(method.parameters(), lr=params["lr"]), 0
+    optimizer, step = torch.optim.SGD(method.parameters(), lr=params["lr"]), 0
     while f"step{step}/loss" in golden:
         mask = golden[f"mask{step}"].bool()
         if f"step{step}/z" in golden:
@@ -169,8 +169,8 @@ def whole(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
         loss.backward()
         golden.close(f"step{step}/loss", loss)
         golden.close(f"step{step}/gradnorm", torch.stack([_norm(parameters[name].grad) for name in names]))
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         step += 1
     assert step
     for name in names:
@@ -181,7 +181,7 @@ def whole(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.save({"model": weights}, Path(folder, "simmim.pth"))
         encoder, _ = load_encoder(Path(folder, "simmim.pth"))
     classes = len(golden["cls/head.bias"])
-    classifier = Classifier(encoder, Normalise(*AS_THEY_ARE), classes, pool="mean", head_scale=0.01)
+    classifier = Classifier(encoder, Normalize(*AS_THEY_ARE), classes, pool="mean", head_scale=0.01)
     for part in ("fc_norm", "head"):
         state = {kind: golden[f"cls/{part}.{kind}"] for kind in ("weight", "bias")}
         classifier.get_submodule(part).load_state_dict(state)

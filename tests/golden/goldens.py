@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from common import vit
-from common.config import Images, Network, Optimisation
+from common.config import Images, Network, Optimization
 from common.engine import parameter_groups
 from common.finetuning import Classifier
-from common.images import Normalise
+from common.images import Normalize
 from mimkit.positions import sincos, sinusoid
 
 import numpy as np
@@ -50,7 +50,7 @@ README: dict[str, dict[str, tuple[float, float] | float]] = {
     "lomar_mae_rpe": LOMAR,
 }
 
-# Intermediate values of the published programs that our way to the outputs does not have: 8-bit colours, the order of
+# Intermediate values of the published programs that our way to the outputs does not have: 8-bit colors, the order of
 # tokens, where a crop lies, the terms of a sum, a teacher's count of batches
 NOT_OURS = {
     "beyond_masking_decolorize": "luma|quant_(H|V|S_.*)",
@@ -180,11 +180,11 @@ def classifier_of(params: dict[str, Any], pool: Any, *, key_bias: bool = True, p
         table=sincos if positions else sinusoid,
     )
     encoder.pos_embed.requires_grad_(positions)
-    normalise = Normalise([0.0] * 3, [1.0] * 3)
-    return Classifier(encoder, normalise, params["classes"], pool=pool, head_scale=0.01)
+    normalize = Normalize([0.0] * 3, [1.0] * 3)
+    return Classifier(encoder, normalize, params["classes"], pool=pool, head_scale=0.01)
 
 
-def groups_of(module: nn.Module, settings: Optimisation, *, depth: int = 0) -> dict[str, tuple[float, float]]:
+def groups_of(module: nn.Module, settings: Optimization, *, depth: int = 0) -> dict[str, tuple[float, float]]:
     """Weight decay and scale of each trainable parameter."""
     groups = parameter_groups(module, settings, depth=depth)
     return {name: (group["weight_decay"], group["lr_scale"]) for group in groups for name in group["names"]}

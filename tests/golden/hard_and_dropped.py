@@ -10,12 +10,12 @@ from typing import Any
 
 from common import engine, finetuning, vit
 from common.checkpoint import load_weights
-from common.config import Images, Optimisation, Run
+from common.config import Images, Optimization, Run
 from common.engine import World, by_epoch, clip, layer_of, read_metrics
-from common.images import Normalise
+from common.images import Normalize
 from common.probing import nearest
 from common.teacher import follow, teacher_of
-from mimkit.losses import normalised_patches, ranking_loss, squared_error
+from mimkit.losses import normalized_patches, ranking_loss, squared_error
 from mimkit.masking import random_tokens
 from mimkit.positions import attentive_weights, sincos, smoothed_targets
 from mimkit.tokens import patchify, split, take
@@ -72,7 +72,7 @@ def _groups(golden: Golden, build: Any, finetune: finetuning.Finetuning) -> None
     names = golden.about["pretrain_names"]
     sizes = SMALL | {"depth": _blocks(names, "blocks"), "dec_depth": _blocks(names, "decoder_blocks")}
     method = build(sizes)
-    found = groups_of(method, Optimisation(weight_decay=golden.params["pretrain"]["wd"]))
+    found = groups_of(method, Optimization(weight_decay=golden.params["pretrain"]["wd"]))
     ours = _renamed(method, names)
     assert set(found) == set(ours.values())
     golden.close("pretrain_weight_decay", [found[ours[name]][0] for name in names])
@@ -82,7 +82,7 @@ def _groups(golden: Golden, build: Any, finetune: finetuning.Finetuning) -> None
     sizes = {"img": 16, "p": 8, "dim": 8, "heads": 2, "depth": params["depth"], "classes": 3}
     classifier = classifier_of(sizes, finetune.pool)
     classifier.encoder.pos_embed.requires_grad_(finetune.train_positions)
-    settings = replace(finetune.optimisation, layer_decay=params["ld"], weight_decay=params["wd"])
+    settings = replace(finetune.optimization, layer_decay=params["ld"], weight_decay=params["wd"])
     groups = groups_of(classifier, settings, depth=params["depth"])
     found = {name.removeprefix("encoder."): group for name, group in groups.items()}
     assert set(found) == set(names)
@@ -100,7 +100,7 @@ def reconstruction_targets(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> N
     patches = patchify(golden["imgs"], patch=golden.params["patch"])
     golden.close("patches", patches)
     _, masked = split(golden["mask"].bool(), num_masked=golden.params["masked"])
-    targets = {"pixels": take(patches, masked), "normalised": normalised_patches(take(patches, masked))}
+    targets = {"pixels": take(patches, masked), "normalized": normalized_patches(take(patches, masked))}
     for i, (kind, target) in enumerate(targets.items()):
         golden.close(f"target_normpix{i}", target)
         prediction = golden["pred"].requires_grad_()
@@ -169,7 +169,7 @@ def predicted_losses(golden: Golden, _: Any) -> None:
 def _predicted(objective: str, prediction: Tensor, errors: Tensor) -> Tensor:
     """The loss of the predictor, written as in the recipe."""
     if objective == "absolute":
-        return squared_error(prediction, normalised_patches(errors)).mean()
+        return squared_error(prediction, normalized_patches(errors)).mean()
     loss, _, pairs = ranking_loss(prediction, errors)
     return loss.sum() / pairs.sum().clamp(min=1)
 
@@ -189,14 +189,14 @@ def hpm_schedules(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @check("hpm_knn")
-def nearest_neighbours(golden: Golden, _: Any) -> None:
+def nearest_neighbors(golden: Golden, _: Any) -> None:
     names = "train_features", "train_labels", "test_features"
     labels, counts = golden["test_labels"], golden["k"].tolist()
     sizes = {"classes": golden.params["C"], "k": counts, "temperature": golden.params["T"]}
     best = nearest(*(golden[name] for name in names), **sizes).topk(min(5, golden.params["C"]), dim=-1).indices
     for right, (top1, top5) in zip(best == labels[:, None], golden["top1_top5"].tolist(), strict=True):
         assert 100 * float(right[:, 0].double().mean()) == pytest.approx(top1, abs=1e-4)
-        # where the neighbours are of fewer than five classes, the order of the others is anyone's
+        # where the neighbors are of fewer than five classes, the order of the others is anyone's
         assert 100 * float(right.any(dim=-1).double().mean()) == pytest.approx(top5, abs=1)
 
 
@@ -206,13 +206,13 @@ def half_of_the_patches(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(vit, "Block", functools.partial(vit.Block, mlp_ratio=params["mlp_ratio"]))
     classifier = classifier_of(params | {"p": params["patch"]}, "mean")
     renames = {r"(?=cls_token|pos_embed|patch_embed|blocks)": "encoder."}
-    load_weights(classifier, golden.weights, renames=renames, optional=(r"normalise\.", r"encoder\.norm\."))
+    load_weights(classifier, golden.weights, renames=renames, optional=(r"normalize\.", r"encoder\.norm\."))
     golden.close("logits_all", classifier.head(classifier.features(images)))
     encoder, patches = classifier.encoder, patchify(images, patch=params["patch"])
     half = patches.shape[1] // 2
     hard = split(random_tokens(golden["score"], num_masked=half), num_masked=half)
     for name, kept in zip(("bottom50", "top50"), hard, strict=True):
-        tokens = encoder.unnormalised(take(patches, kept), encoder.positions[kept])
+        tokens = encoder.unnormalized(take(patches, kept), encoder.positions[kept])
         golden.close(f"logits_{name}", classifier.head(classifier.fc_norm(tokens[:, encoder.num_prefix :].mean(dim=1))))
     for name in golden.arrays:
         if name.startswith("pos_embed_resized"):
@@ -495,7 +495,7 @@ def _config(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str
     }
     sizes |= {f"enc_{name}": params[name] for name in ("dim", "depth", "heads")}
     sized = settings_for(sizes | {k: v for k, v in params.items() if k.startswith("dec_")}, monkeypatch)
-    return sized | {"optimisation": Optimisation(epochs=params.get("epochs", 1))}
+    return sized | {"optimization": Optimization(epochs=params.get("epochs", 1))}
 
 
 def _hpm(
@@ -505,7 +505,7 @@ def _hpm(
     if image_size is not None:
         sized["images"] = Images(image_size=image_size)
     if "norm_pix_loss" in params:
-        more["target"] = "normalised" if params["norm_pix_loss"] else "pixels"
+        more["target"] = "normalized" if params["norm_pix_loss"] else "pixels"
     return hpm.HPM(hpm.Config(**sized, **more), _as_they_are())
 
 
@@ -514,16 +514,16 @@ def _droppos(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **more: An
     return droppos.DropPos(droppos.Config(**_config(params, monkeypatch), **more), _as_they_are())
 
 
-def _as_they_are() -> Normalise:
-    """The files' images are normalised already."""
-    return Normalise([0.0] * 3, [1.0] * 3)
+def _as_they_are() -> Normalize:
+    """The files' images are normalized already."""
+    return Normalize([0.0] * 3, [1.0] * 3)
 
 
 def _loaded(golden: Golden, build: Any) -> tuple[Any, dict[str, str]]:
     """A method with the weights of a file, and our name of each of its parameters."""
     method = build()
     names = hpm.NAMES if isinstance(method, hpm.HPM) else droppos.NAMES
-    report = load_weights(method, golden.weights, renames=names, optional=(r"normalise\.", r"teacher\."))
+    report = load_weights(method, golden.weights, renames=names, optional=(r"normalize\.", r"teacher\."))
     assert set(report.dropped) <= {"decoder_pos_embed"}  # a frozen table, and ours is the same:
     if "decoder_pos_embed" in golden.weights:
         torch.testing.assert_close(method.decoder.pos_embed, golden.weights["decoder_pos_embed"][0, 1:])
@@ -611,7 +611,7 @@ def _mask(
     easy_to_hard = hpm.easy_to_hard
     with monkeypatch.context() as patched:
         patched.setattr(hpm, "easy_to_hard", watched)
-        mask = method.mask(difficulty, {"mask": noise}, _progress(epoch, method.config.optimisation.epochs))
+        mask = method.mask(difficulty, {"mask": noise}, _progress(epoch, method.config.optimization.epochs))
     return mask, asked[0]
 
 
@@ -647,7 +647,7 @@ def _trained(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Tensor]]]:
     """Train with our engine on the images and the noise of a file; return its log and the gradients, unclipped."""
     batch = params["batch"]
-    settings = Optimisation(
+    settings = Optimization(
         epochs=params["epochs"],
         batch_size=batch,
         base_lr=params["lr"] * 256 / batch,

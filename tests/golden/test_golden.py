@@ -9,17 +9,17 @@ from typing import Any
 
 from common import vit
 from common.checkpoint import load_weights
-from common.config import Optimisation
+from common.config import Optimization
 from common.engine import by_epoch, by_step, layer_of, parameter_groups
 from common.finetuning import Classifier
-from common.images import Mix, Normalise, one_shot_crop_size
+from common.images import Mix, Normalize, one_shot_crop_size
 from common.lars import LARS
 from common.pretraining import count_masked
 from mimkit.degrade import (
     area_resize,
     central_crop,
     convolve_each,
-    decolorise,
+    decolorize,
     fisheye_at,
     mirror_fill,
     paste,
@@ -29,7 +29,7 @@ from mimkit.degrade import (
     zoom_in_anywhere,
     zoom_out,
 )
-from mimkit.losses import channel_normalised_patches, normalised_patches, squared_error
+from mimkit.losses import channel_normalized_patches, normalized_patches, squared_error
 from mimkit.masking import all_but_block, random_tokens
 from mimkit.positions import sincos, sinusoid
 from mimkit.tokens import patchify, put, split, take, unpatchify
@@ -106,8 +106,8 @@ def patch_targets(golden: Golden, _: Any) -> None:
         golden.close(f"patches_{i}", patches)
         grid = {"height": images.shape[-2] // case["p"], "width": images.shape[-1] // case["p"]}
         assert (unpatchify(patches, **grid, **size) == images).all()
-        golden.close(f"target_norm_{i}", normalised_patches(patches))
-        for kind, target in {"raw": patches, "norm": normalised_patches(patches)}.items():
+        golden.close(f"target_norm_{i}", normalized_patches(patches))
+        for kind, target in {"raw": patches, "norm": normalized_patches(patches)}.items():
             prediction = golden[f"pred_{i}"].requires_grad_()
             loss = (squared_error(prediction, target) * mask).sum() / mask.sum()
             loss.backward()
@@ -142,14 +142,14 @@ def groups(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = 1 + max(int(name.split(".")[1]) for name in names if name.startswith("decoder_blocks."))
     sizes = {"img": 16, "p": 8, "enc_dim": 8, "enc_depth": depth, "enc_heads": 2, "mask_ratio": 0.5}
     sizes |= {"dec_dim": 8, "dec_depth": decoder, "dec_heads": 2}
-    found = groups_of(_mae(sizes, monkeypatch), Optimisation(weight_decay=golden.params["wd"]))
+    found = groups_of(_mae(sizes, monkeypatch), Optimization(weight_decay=golden.params["wd"]))
     published = {_mae_name(name): group for name, group in found.items()}
     golden.close("weight_decay_pretrain", [published.pop(name)[0] for name in names])
     assert not published
     for pool, ours in (("pool", "mean"), ("cls", "class")):
         names = golden.about[f"names_{pool}"]
         classifier = classifier_of({"img": 16, "p": 8, "dim": 8, "heads": 2, "depth": depth, "classes": 3}, ours)
-        settings = Optimisation(
+        settings = Optimization(
             weight_decay=golden.params["wd"],
             layer_decay=golden.params["layer_decay"],
             undecayed=("cls_token", "pos_embed"),
@@ -165,14 +165,14 @@ def groups(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
 def lars(golden: Golden, _: Any) -> None:
     for i, case in enumerate(golden.params["cases"]):
         parameters = {kind: nn.Parameter(golden[f"p0_{kind}_{i}"]) for kind in ("w", "b")}
-        optimiser = LARS(
+        optimizer = LARS(
             parameters.values(), lr=case["lr"], weight_decay=case["wd"], momentum=case["mom"], trust=case["eta"]
         )
         step = 0
         while f"grad_w_{i}_{step}" in golden:
             for kind, parameter in parameters.items():
                 parameter.grad = golden[f"grad_{kind}_{i}_{step}"]
-            optimiser.step()
+            optimizer.step()
             for kind, parameter in parameters.items():
                 golden.close(f"p_{kind}_{i}_{step}", parameter)
             step += 1
@@ -193,8 +193,8 @@ def mixup(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind, images, target in (("mix", "mixed", "target_mix"), ("cut", "cut", "target_cut")):
         draw = float(golden[f"lam_{kind}"]), kind == "cut"
         monkeypatch.setattr(timm.data.mixup.Mixup, "_params_per_batch", lambda self, draw=draw: draw)
-        centre = iter(golden["cy_cx"].tolist())
-        monkeypatch.setattr(np.random, "randint", lambda *args, centre=centre, **kwargs: next(centre))
+        center = iter(golden["cy_cx"].tolist())
+        monkeypatch.setattr(np.random, "randint", lambda *args, center=center, **kwargs: next(center))
         mixed, targets = mix((golden["image"], golden["label"]), 0)
         golden.close(images, mixed)
         golden.close(target, targets)
@@ -209,8 +209,8 @@ def mae_model(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     images, noise = golden["image"], {"mask": golden["noise"]}
 
     def fresh() -> Any:
-        method = _mae(golden.params, monkeypatch, normalise_target=golden.params["norm_pix_loss"])
-        report = load_weights(method, golden.weights, renames=mae.NAMES, optional=(r"normalise\.",))
+        method = _mae(golden.params, monkeypatch, normalize_target=golden.params["norm_pix_loss"])
+        report = load_weights(method, golden.weights, renames=mae.NAMES, optional=(r"normalize\.",))
         assert report.dropped == ["decoder_pos_embed"]
         return method
 
@@ -227,13 +227,13 @@ def mae_model(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     loss.backward()
     golden.close("loss", loss)
     _check_gradients(golden, method, _mae_name)
-    for name, optimiser in {
+    for name, optimizer in {
         "sgd_losses": lambda groups: torch.optim.SGD(groups, lr=0.1),
         "adamw_losses": lambda groups: torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, fused=True),
     }.items():
         if name in golden:
             method = fresh()
-            stepper = optimiser(_plain(parameter_groups(method, Optimisation(weight_decay=0.05)), name))
+            stepper = optimizer(_plain(parameter_groups(method, Optimization(weight_decay=0.05)), name))
             losses = list(_losses(stepper, lambda method=method: method(images, noise, torch.tensor(0.0))["loss"]))
             golden.close(name, torch.stack(losses))
 
@@ -250,7 +250,7 @@ def mae_classifier(golden: Golden, _: Any) -> None:
             if ours == "mean":
                 weights |= {f"fc_norm.{kind}": weights[f"norm.{kind}"] for kind in ("weight", "bias")}
             renames = {r"(?=cls_token|pos_embed|patch_embed|blocks|norm)": "encoder."}
-            load_weights(classifier, weights, renames=renames, optional=(r"normalise\.",))
+            load_weights(classifier, weights, renames=renames, optional=(r"normalize\.",))
             return classifier
 
         classifier = fresh()
@@ -267,7 +267,7 @@ def mae_classifier(golden: Golden, _: Any) -> None:
         golden.close(f"grad_norm_{pool}", torch.stack([found[name].norm() for name in names]))
 
         classifier = fresh()
-        settings = Optimisation(layer_decay=params["layer_decay"], undecayed=("cls_token", "pos_embed"))
+        settings = Optimization(layer_decay=params["layer_decay"], undecayed=("cls_token", "pos_embed"))
         groups = parameter_groups(classifier, settings, depth=params["depth"])
         for group in groups:
             group["lr"] = 1e-3 * group["lr_scale"]
@@ -292,7 +292,7 @@ def channel_targets(golden: Golden, _: Any) -> None:
     for i, case in enumerate(golden.params["cases"]):
         images = golden[f"image_{i}"]
         golden.close(f"patches_{i}", patchify(images, patch=case["p"]))
-        target = channel_normalised_patches(patchify(images * STD + MEAN, patch=case["p"]), channels=3)
+        target = channel_normalized_patches(patchify(images * STD + MEAN, patch=case["p"]), channels=3)
         assert target[0, 0].abs().max() <= 0.1  # a constant patch: rounding noise
         target[0, 0] = 0
         golden.close(f"target_{i}", target)
@@ -334,7 +334,7 @@ def beyond_masking_groups(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> No
     names = golden.about["finetune_names"]
     sizes = {"img": 16, "p": 8, "dim": 8, "heads": 2, "depth": depth, "classes": 3}
     classifier = classifier_of(sizes, "class", key_bias=False, positions=False)
-    settings = Optimisation(layer_decay=decay, undecayed=("cls_token", "pos_embed"))
+    settings = Optimization(layer_decay=decay, undecayed=("cls_token", "pos_embed"))
     found = {k.removeprefix("encoder."): v for k, v in groups_of(classifier, settings, depth=depth).items()}
     assert set(found) == set(names)
     golden.close("finetune_weight_decay", [found[name][0] for name in names])
@@ -345,7 +345,7 @@ def beyond_masking_groups(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> No
     sizes = {"img": 16, "p": 8, "big": 20, "enc_dim": 8, "enc_depth": depth, "enc_heads": 2, "mask_ratio": 0.5}
     decoder = 1 + max(int(name.split(".")[2]) for name in names if name.startswith("decoder.blocks."))
     sizes |= {"dec_dim": 8, "dec_depth": decoder, "dec_heads": 2}
-    found = groups_of(_integrated(sizes, monkeypatch), Optimisation(undecayed=("mask_token",)))
+    found = groups_of(_integrated(sizes, monkeypatch), Optimization(undecayed=("mask_token",)))
     published = {_beyond_masking_name(name): group[0] for name, group in found.items()}
     published["encoder.cls_token"] = 0.05  # in the release a parameter that nothing uses; there is none here
     golden.close("pretrain_weight_decay", [published.pop(name) for name in names])
@@ -417,7 +417,7 @@ def integrated_model(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
 def beyond_masking_classifier(golden: Golden, _: Any) -> None:
     classifier = classifier_of(golden.params, "class", key_bias=False, positions=False)
     renames = {r"(?=cls_token|patch_embed|blocks|norm)": "encoder."}
-    load_weights(classifier, golden.weights, renames=renames, optional=(r"normalise\.", r"encoder\.pos_embed"))
+    load_weights(classifier, golden.weights, renames=renames, optional=(r"normalize\.", r"encoder\.pos_embed"))
     encoder = classifier.encoder
     golden.close("features", encoder(patchify(golden["image"], patch=encoder.patch), encoder.positions))
     golden.close("logits", classifier.head(classifier.features(golden["image"])))
@@ -426,18 +426,18 @@ def beyond_masking_classifier(golden: Golden, _: Any) -> None:
 @check("beyond_masking_fisheye")
 def bent(golden: Golden, _: Any) -> None:
     for i in golden.cases():
-        images, centres, twists = golden[f"image_{i}"], golden[f"center_{i}"].flip(-1)[None], golden[f"m_{i}"][None]
-        golden.close(f"distorted_{i}", fisheye_at(images, centres, twists))
+        images, centers, twists = golden[f"image_{i}"], golden[f"center_{i}"].flip(-1)[None], golden[f"m_{i}"][None]
+        golden.close(f"distorted_{i}", fisheye_at(images, centers, twists))
         # an image of its own coordinates, bent, is the grid, but for what lies outside
         H, W = images.shape[-2:]
         columns, rows = torch.meshgrid(torch.linspace(-1, 1, W), torch.linspace(-1, 1, H), indexing="xy")
-        ours = fisheye_at(torch.stack([columns, rows])[None], centres, twists).movedim(1, -1)
+        ours = fisheye_at(torch.stack([columns, rows])[None], centers, twists).movedim(1, -1)
         right = golden[f"grid_{i}"]
         inside = (right.abs() <= 1).all(dim=-1, keepdim=True)
         golden.close(f"grid_{i}", ours.where(inside, right))
-    view, centres, twists = golden["big_image"], golden["big_center"].flip(-1)[None], golden["big_m"][None]
+    view, centers, twists = golden["big_image"], golden["big_center"].flip(-1)[None], golden["big_m"][None]
     H, W = golden["big_input"].shape[-2:]
-    golden.close("big_input", area_resize(fisheye_at(view, centres, twists), H=H, W=W))
+    golden.close("big_input", area_resize(fisheye_at(view, centers, twists), H=H, W=W))
     golden.close("big_target_image", central_crop(view, H=H, W=W))
 
 
@@ -468,7 +468,7 @@ def zoomed_out(golden: Golden, _: Any) -> None:
         return patchify(zoom_out(picture, noise, small_H=h, small_W=w), patch=patch)
 
     def target(images: Tensor) -> Tensor:
-        return channel_normalised_patches(patchify(images * STD + MEAN, patch=patch), channels=3)
+        return channel_normalized_patches(patchify(images * STD + MEAN, patch=patch), channels=3)
 
     error = squared_error(on_canvas(prediction), on_canvas(target(area_resize(small, H=H, W=W))))
     loss = (error * golden["loss_mask"]).sum() / golden["loss_mask"].sum()
@@ -495,16 +495,16 @@ def blurred(golden: Golden, _: Any) -> None:
 
 
 @check("beyond_masking_decolorize")
-def decolorised(golden: Golden, _: Any) -> None:
+def decolorized(golden: Golden, _: Any) -> None:
     for factor in golden.params["factors"]:
         name = f"f{round(100 * factor)}"
-        ours = decolorise(golden["rgb"], saturation=factor)
+        ours = decolorize(golden["rgb"], saturation=factor)
         golden.close(f"out_{name}", ours)
         # the published 8-bit version, of a corner of the image
-        quantised = golden[f"quant_rgb_{name}"].permute(2, 0, 1) / 255
-        corner = ours[0, :, : quantised.shape[1], : quantised.shape[2]]
+        quantized = golden[f"quant_rgb_{name}"].permute(2, 0, 1) / 255
+        corner = ours[0, :, : quantized.shape[1], : quantized.shape[2]]
         most = float(golden.about["tolerance"]["quantised_vs_float"].split()[-1])
-        assert (corner - quantised).abs().max() <= most
+        assert (corner - quantized).abs().max() <= most
 
 
 @check("beyond_masking_ablations")
@@ -540,7 +540,7 @@ def task_model(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     def fresh() -> Any:
         sized = settings_for(params | {"mask_ratio": 0.75}, monkeypatch)
         config = beyond_masking_tasks.Config(**sized, task="distorted")
-        method = beyond_masking_tasks.Task(config, Normalise(MEAN.flatten().tolist(), STD.flatten().tolist()))
+        method = beyond_masking_tasks.Task(config, Normalize(MEAN.flatten().tolist(), STD.flatten().tolist()))
         monkeypatch.setattr(method, "degrade", lambda *_: (golden["degraded"], original))
         load_weights(method, golden.weights, renames=beyond_masking_tasks.NAMES, optional=OWN)
         return method
@@ -549,7 +549,7 @@ def task_model(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     visible = torch.arange(golden["pred"].shape[1]).expand(len(bends), -1)
     latent = method.encode(golden["degraded"], visible)
     golden.close("pred", method.decoder(latent, visible, visible[:, :0], visible_too=True))
-    target = channel_normalised_patches(patchify(original, patch=params["p"]), channels=3)
+    target = channel_normalized_patches(patchify(original, patch=params["p"]), channels=3)
     golden.close("target", target)
     loss = method(original, noise, torch.tensor(0.0))["loss"]
     loss.backward()
@@ -563,16 +563,16 @@ def task_model(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
 
 # What the checks share
 
-OWN = (r"normalise\.", r"encoder\.pos_embed")
+OWN = (r"normalize\.", r"encoder\.pos_embed")
 
 
 def _mae(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **more: Any) -> mae.MAE:
-    return mae.MAE(mae.Config(**settings_for(params, monkeypatch), **more), Normalise([0.0] * 3, [1.0] * 3))
+    return mae.MAE(mae.Config(**settings_for(params, monkeypatch), **more), Normalize([0.0] * 3, [1.0] * 3))
 
 
 def _integrated(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> beyond_masking.Integrated:
     config = beyond_masking.Config(**settings_for(params, monkeypatch), view_size=(params["big"], params["big"]))
-    return beyond_masking.Integrated(config, Normalise(MEAN.flatten().tolist(), STD.flatten().tolist()))
+    return beyond_masking.Integrated(config, Normalize(MEAN.flatten().tolist(), STD.flatten().tolist()))
 
 
 def _noise_of(place: list[int], images: Tensor, *, room: tuple[int, int]) -> Tensor:
@@ -616,11 +616,11 @@ def _check_gradients(golden: Golden, module: nn.Module, published: Callable[[str
             golden.close(f"grad.{name}", found[name])
 
 
-def _losses(optimiser: torch.optim.Optimizer, losses: Callable[[], Tensor]) -> Iterator[Tensor]:
-    """The losses before the first and after each of three steps; the first of several is minimised."""
+def _losses(optimizer: torch.optim.Optimizer, losses: Callable[[], Tensor]) -> Iterator[Tensor]:
+    """The losses before the first and after each of three steps; the first of several is minimized."""
     for _ in range(4):
         values = losses()
         yield values.detach()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         values.flatten()[0].backward()
-        optimiser.step()
+        optimizer.step()
