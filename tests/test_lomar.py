@@ -632,7 +632,7 @@ def test_an_exported_encoder_gives_the_same_tokens(exported: tuple[ViT, Path], c
     assert capsys.readouterr().out == ""
     assert normalize.mean.flatten().tolist() == pytest.approx([0.4] * 3)
     assert set(read_tensors(path)[1]) == {"mimkit", "mean", "std"}  # timm has no such network
-    assert [block.drop for block in loaded.blocks] == pytest.approx([0, 0.2])
+    assert [float(block.drop) for block in loaded.blocks] == pytest.approx([0, 0.2])  # pyright: ignore
     patches = normal(2, 12, 48)
     assert loaded(patches, loaded.positions).equal(encoder(patches, None))
     again = path.with_name("again.safetensors")

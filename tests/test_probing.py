@@ -310,7 +310,7 @@ def test_new_blocks_are_trained_behind_the_frozen_ones() -> None:
     ]
     assert shapes[0] == shapes[1]
     assert not any(block.mlp.fc1.bias.any() for block in deepened.blocks)  # pyright: ignore
-    assert [block.drop for block in deepened.blocks] == pytest.approx([0, 0.1, 0.2])  # pyright: ignore
+    assert [float(block.drop) for block in deepened.blocks] == pytest.approx([0, 0.1, 0.2])  # pyright: ignore
     patches = torch.rand(2, 4, 64)
     deepened(patches, deepened.positions, torch.rand(2, 3, 2)).square().sum().backward()
     learning = {name for name, parameter in deepened.named_parameters() if parameter.grad is not None}

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from common import engine
 from common.checkpoint import read_tensors
 from common.images import Normalize
 from common.pretraining import pretrain
@@ -260,3 +261,19 @@ def test_a_step_never_waits_for_the_device(make: Any, digits: Any) -> None:
     assert all(loss.shape == () for loss in losses.values())
     if hasattr(method, "after_step"):
         method.after_step(progress)
+
+
+@pytest.mark.parametrize("last", [2, 4])
+def test_weights_that_are_not_finite_are_neither_kept_nor_exported(
+    last: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss is computed before the step that destroys the weights, and that step may be the last one."""
+    monkeypatch.setattr(engine, "learning_rate", lambda step, *_: np.inf if step == last else 1e-3)
+    args = [*SMALL, "--evaluate", "--runs", str(tmp_path), "--epochs", "1", "--log-every", "1"]
+    with pytest.raises(
+        SystemExit, match=f"weights after step {last + 1} are not finite; the checkpoint of step {last}"
+    ):
+        pretrain(mae.MAE, mae.PRESETS, name="mae", description=None, args=[*args, "--checkpoint-minutes", "0"])
+    assert not (tmp_path / "mae" / "encoder.safetensors").exists()
+    for tensor in kept(tmp_path / "mae").values():
+        assert not tensor.is_floating_point() or tensor.isfinite().all()

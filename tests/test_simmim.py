@@ -628,7 +628,7 @@ def test_an_exported_encoder_comes_back_with_a_table_in_each_block(exported: tup
     loaded, normalize = load_encoder(path, drop=0.2)
     assert capsys.readouterr().out == ""
     assert normalize.mean.flatten().tolist() == pytest.approx([0.4] * 3)
-    assert [block.drop for block in loaded.blocks] == pytest.approx([0, 0.2])
+    assert [float(block.drop) for block in loaded.blocks] == pytest.approx([0, 0.2])  # pyright: ignore
     patches = normal(2, N, 48)
     close(loaded(patches, loaded.positions), encoder(patches, encoder.positions))
     tables = [loaded.get_parameter(OWN_TABLE.format(i)) for i in range(2)]

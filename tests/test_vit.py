@@ -312,7 +312,7 @@ def test_the_table_of_the_decoder_is_neither_trained_nor_stored():
 def test_drop_path_keeps_the_mean_over_its_noise(dtype: torch.dtype):
     branch = normal(1, 2, 3).to(dtype).expand(8, 2, 3)
     every = (torch.arange(8) + 0.5) / 8
-    dropped = drop_path(branch, every, 0.25)
+    dropped = drop_path(branch, every, torch.tensor(0.25))
     assert dropped.dtype == dtype
     assert (dropped[:2] == 0).all()
     close(dropped.float().mean(dim=0), branch[0].float(), 0.02 if dtype == torch.bfloat16 else 1e-6)
@@ -321,14 +321,16 @@ def test_drop_path_keeps_the_mean_over_its_noise(dtype: torch.dtype):
 def test_a_rate_of_zero_drops_nothing():
     block, x = shaken(Block(12, 3)), normal(2, N, 12)
     close(block(x, torch.zeros(2, 2)), block(x))
-    assert drop_path(x, torch.zeros(2), 0.0).equal(x)
+    assert drop_path(x, torch.zeros(2), torch.tensor(0.0)).equal(x)
 
 
 def test_noise_just_below_one_drops_nothing():
     x = normal(2, N, 12)
     highest = torch.full((2,), 1.0).nextafter(torch.zeros(2))
-    close(drop_path(x, highest, 0.5), 2 * x)
-    close(drop_path(x, torch.full((2,), 0.5), 0.5), 2 * x)  # the rate itself is kept: noise is below it as often
+    close(drop_path(x, highest, torch.tensor(0.5)), 2 * x)
+    close(
+        drop_path(x, torch.full((2,), 0.5), torch.tensor(0.5)), 2 * x
+    )  # the rate itself is kept: noise is below it as often
 
 
 def test_a_dropped_block_returns_its_input():
@@ -350,7 +352,7 @@ def test_each_branch_of_each_sample_is_dropped_alone():
 
 def test_drop_path_rises_linearly_from_zero_and_each_block_has_its_noise():
     encoder, patches = network(depth=3, drop=0.4), some_patches()
-    assert [block.drop for block in encoder.blocks] == pytest.approx([0, 0.2, 0.4])
+    assert [float(block.drop) for block in encoder.blocks] == pytest.approx([0, 0.2, 0.4])  # pyright: ignore
     noise = torch.tensor([0.5, 0.1, 0.9]).view(1, 3, 1).expand(2, 3, 2)  # drops the second block alone
     x = torch.cat([encoder.cls_token + encoder.pos_embed[:, :1]] * 2)  # pyright: ignore
     x = torch.cat([x, encoder.patch_embed(patches) + encoder.positions], dim=1)

@@ -360,6 +360,16 @@ def train(
             checkpoints.save(step, tensors, state)
         stored = step
 
+    def refuse_broken(step: int) -> None:
+        """What is saved and exported is finite: a loss that was, is from before the step."""
+        kept = [*method.state_dict().values(), *(x for state in optimizer.state.values() for x in state.values())]
+        if _agree([1.0 - float(all_finite(kept))], place)[0]:
+            raise ValueError(f"the weights after step {step} are not finite; {kept_checkpoint()}")
+
+    def kept_checkpoint() -> str:
+        saved = checkpoints.steps()
+        return f"the checkpoint of step {saved[-1]} is kept" if saved else "no checkpoint was written yet"
+
     try:
         for step in range(start, steps):
             progress.fill_(step / steps)
@@ -400,14 +410,7 @@ def train(
             due = done == steps or now - saved > run.checkpoint_minutes * 60
             broken, stop, due = _agree([float(bad), float(signals.asked), float(due)], place)
             if broken >= 0:
-                raise ValueError(
-                    f"the loss of step {int(broken)} is not finite; "
-                    + (
-                        f"the checkpoint of step {checkpoints.steps()[-1]} is kept"
-                        if checkpoints.steps()
-                        else "no checkpoint was written yet"
-                    )
-                )
+                raise ValueError(f"the loss of step {int(broken)} is not finite; {kept_checkpoint()}")
             if boundary:
                 mean = _mean(window, place)
                 window, seconds = None, now - checked
@@ -423,6 +426,7 @@ def train(
                     place.say(f"{title}: {done}/{steps} steps, loss {last['loss']:.4f}, {speed:.0f} img/s")
                 checked, waited = now, 0.0
             if due or stop:
+                refuse_broken(done)
                 save(done)
                 saved = time.perf_counter()
             if stop and done < steps:
@@ -439,7 +443,8 @@ def train(
     if loader.unreadable:
         place.say(f"{title}: {len(loader.unreadable)} unreadable images were skipped: {', '.join(loader.unreadable)}")
     if draw is not None and place.first:
-        draw(folder)
+        with torch.compiler.set_stance("force_eager"):  # other shapes would fill the cache of compiled blocks
+            draw(folder)
     place.wait()
     records = [record for record in read_metrics(log) if "images_per_second" in record]
     speeds = sorted(record["images_per_second"] for record in records)
@@ -502,6 +507,8 @@ class _Signals:
 def _compiled(method: nn.Module, run: Run, place: World, *, static: bool) -> Callable[..., dict[str, Tensor]]:
     """Wrap a method for its devices: compiled whole on one, block by block before the wrapper on many."""
     wanted = run.compile == "on" or (run.compile == "auto" and place.device.type == "cuda")
+    if wanted:
+        torch.compiler.reset()  # the graphs of one training leave all of the cache to those of the next
     if place.size == 1:
         return torch.compile(method, fullgraph=True, dynamic=False) if wanted else method
     if wanted:
@@ -516,6 +523,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     return type(batch)(to_device(part, device) for part in batch)
+
+
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Whether all numbers are finite, a 0-d tensor; the device is not waited for."""
+    return torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
 
 
 def _padded(values: Tensor) -> Tensor:

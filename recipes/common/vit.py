@@ -52,9 +52,11 @@ def attend(
     return F.scaled_dot_product_attention(q, k, v, bias)
 
 
-def drop_path(branch: Float[Tensor, "b n d"], noise: Float[Tensor, " b"], rate: float) -> Float[Tensor, "b n d"]:
+def drop_path(
+    branch: Float[Tensor, "b n d"], noise: Float[Tensor, " b"], rate: Float[Tensor, ""]
+) -> Float[Tensor, "b n d"]:
     """Drop a residual branch for the samples whose noise is below `rate`, and scale up what is kept."""
-    return branch * ((noise >= rate) / (1 - rate)).to(branch.dtype)[:, None, None]
+    return branch * ((noise >= rate).float() / (1 - rate)).to(branch.dtype)[:, None, None]
 
 
 def relative_index(height: int, width: int) -> Int[Tensor, "1+n 1+n"]:
@@ -202,6 +204,7 @@ class Block(nn.Module):
     """
 
     compile_alone = True  # for the engine, when the whole cannot be compiled
+    drop: Tensor
 
     def __init__(
         self,
@@ -218,7 +221,8 @@ class Block(nn.Module):
         super().__init__()
         if not 0 <= drop < 1:
             raise ValueError(f"drop={drop} is not a probability below 1")
-        self.drop = drop
+        # a tensor, because it differs from block to block: compiled block by block, all share one graph
+        self.register_buffer("drop", torch.tensor(drop, dtype=torch.float64), persistent=False)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads, key_bias=key_bias, grid=grid, buckets=buckets)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)

@@ -1,0 +1,67 @@
+"""Run recipes as `torchrun` runs them, and count what is compiled: `compiled.py REPORT DEPTH -- recipe options -- …`.
+
+Graphs are captured but not lowered, which is cheap. Encoders and decoders have DEPTH blocks. The first process writes a
+line of JSON per training: its number of graphs, and the step in which each was captured.
+"""
+
+import json
+import os
+import runpy
+import sys
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+
+from common import engine
+from common.vit import SIZES
+
+import torch
+import torch.distributed as dist
+
+report, depth, _, *rest = sys.argv[1:]
+runs = [list(words) for dashes, words in groupby(rest, lambda word: word == "--") if not dashes]
+trainings: list[dict[str, Any]] = []
+train, step, compile_module = engine.train, torch.optim.AdamW.step, torch.nn.Module.compile
+SIZES["nano"] = {"dim": 12, "depth": int(depth), "heads": 2}
+
+
+def counting_train(*args: Any, **kwargs: Any) -> Any:
+    trainings.append({"title": kwargs["title"], "step": 0, "captured": []})
+    return train(*args, **kwargs)
+
+
+def counting_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+    trainings[-1]["step"] += 1
+    return step(self, *args, **kwargs)
+
+
+def counting_backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    trainings[-1]["captured"].append(trainings[-1]["step"])
+    return graph.forward
+
+
+def counting_compile(self: torch.nn.Module, **options: Any) -> None:
+    compile_module(self, **options, backend=counting_backend)
+
+
+def do_nothing(*args: Any, **kwargs: Any) -> None:
+    """Keep the process group for the next recipe: `torchrun` gives its processes one meeting place."""
+
+
+if __name__ == "__main__":
+    for module in (engine, *(sys.modules[name] for name in list(sys.modules) if name.startswith("common."))):
+        if getattr(module, "train", None) is train:
+            module.train = counting_train  # pyright: ignore
+    torch.optim.AdamW.step = counting_step
+    torch.nn.Module.compile = counting_compile
+    dist.init_process_group("gloo")
+    dist.init_process_group = dist.destroy_process_group = do_nothing
+    for name, *options in runs:
+        trainings.clear()
+        sys.argv = [str(Path(sys.path[0], f"{name}.py")), *options, "--compile", "on", "--device", "cpu"]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        if os.environ.get("RANK", "0") == "0":
+            with Path(report).open("a") as file:
+                file.write(json.dumps({"recipe": name, "trainings": trainings}) + "\n")
