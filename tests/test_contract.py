@@ -103,7 +103,6 @@ ROWS = {
     "windows.random_anchors": Row(
         [seeded(6, 3, 2)], {"height": 6, "width": 5, "window_height": 2, "window_width": 3}, torch.int64
     ),
-    "windows.released_pairs": Row([some.unflatten(-1, (5, 1))], {"num_images": 4}, torch.int64),
     "windows.window_patches": Row([some[:, :2]], {"width": 9, "window_height": 2, "window_width": 3}, torch.int64),
 }
 
