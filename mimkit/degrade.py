@@ -34,8 +34,7 @@ def area_resize(images: Float[Tensor, "*batch c H0 W0"], *, H: int, W: int) -> F
     """
     if min(*images.shape[-2:], H, W) < 1:
         raise ValueError(f"images of {images.shape[-2]} × {images.shape[-1]} pixels cannot be resized to {H} × {W}")
-    planes = images.reshape(images.shape[:-2].numel(), *images.shape[-2:])
-    return F.adaptive_avg_pool2d(planes, (H, W)).reshape(*images.shape[:-2], H, W)
+    return F.adaptive_avg_pool2d(images.flatten(0, -3), (H, W)).reshape(*images.shape[:-2], H, W)
 
 
 def central_crop(images: Shaped[Tensor, "*batch c H0 W0"], *, H: int, W: int) -> Shaped[Tensor, "*batch c {H} {W}"]:
@@ -342,7 +341,7 @@ def wave(images: Float[Tensor, "*batch c H W"], *, amplitude: float, frequency: 
     Source: Beyond Masking, arXiv 2203.14313, appendix A.3, "horizontal wave", of which there is neither formula nor
     code; this is the second transform of the tutorial from which the published fisheye is taken.
     """
-    if not (math.isfinite(amplitude) and math.isfinite(frequency)):
+    if not (abs(amplitude) < math.inf and abs(frequency) < math.inf):  # `math.isfinite` has no dynamic graph
         raise ValueError(f"amplitude={amplitude} and frequency={frequency} make no wave")
     rows, columns = _coordinates(images)
     rows = rows.unsqueeze(-1) + amplitude * torch.cos(frequency * columns)
@@ -369,7 +368,7 @@ def random_kernels(noise: Float[Tensor, "*batch k k"], *, mean: float, std: floa
 
     Source: Beyond Masking, arXiv 2203.14313, task (d); mean and std are those of the published code for k = 7.
     """
-    if not (math.isfinite(mean) and 0 <= std < math.inf):
+    if not (abs(mean) < math.inf and 0 <= std < math.inf):
         raise ValueError(f"mean={mean} and std={std} are not those of a normal distribution")
     return mean + std * _normal(noise)
 
@@ -543,9 +542,9 @@ def _shrunken_axis(
     Shrinking repeats itself in blocks of p old pixels, and all lengths have the same number of blocks. A block has room
     for the q new pixels of the largest length; what smaller ones leave free is nowhere looked for.
     """
-    blocks = math.gcd(size, *lengths)
     # products with very small matrices are slow: at least 16 pixels in a block where that is possible
-    blocks = max(n for n in range(1, blocks + 1) if blocks % n == 0 and (size >= 16 * n or n == 1))
+    most = max(size // 16, 1)
+    blocks = max(n for n in range(1, most + 1) if all(length % n == 0 for length in (size, *lengths)))
     p, q = size // blocks, max(lengths) // blocks
     length = _listed(which, lengths)
     new = (length // blocks)[..., None, None]
@@ -574,7 +573,7 @@ def _sample(
     outside: str,
 ) -> Float[Tensor, "*batch c H W"]:
     """Read images at rows and columns from −1 to 1, bilinearly."""
-    count, (c, H, W) = images.shape[:-3].numel(), images.shape[-3:]
+    count, (c, H, W) = math.prod(images.shape[:-3]), images.shape[-3:]
     grids = torch.stack([columns, rows], dim=-3).expand(*images.shape[:-3], 2, H, W)
     grids = grids.reshape(count, 2, H, W).movedim(1, -1)
     planes = images.reshape(count, c, H, W).float()

@@ -288,9 +288,9 @@ def ranking_loss(
     return loss + (gradient * (prediction - p)).sum(dim=-1), right, pairs
 
 
-def _window_mean(images: Float[Tensor, "*batch H W"], window: int) -> Float[Tensor, "*batch H W"]:
+def _window_mean(images: Float[Tensor, "*batch c H W"], window: int) -> Float[Tensor, "*batch c H W"]:
     """Average over a square window around each pixel, those pixels of it that are in the image; rows, then columns."""
-    flat = images.reshape(images.shape[:-2].numel(), 1, *images.shape[-2:])
+    flat = images.flatten(0, -3).unsqueeze(1)
     for kernel, padding in (((1, window), (0, window // 2)), ((window, 1), (window // 2, 0))):
         flat = F.avg_pool2d(flat, kernel, stride=1, padding=padding, count_include_pad=False)
     return flat.reshape(images.shape)

@@ -1,5 +1,7 @@
 """Position tables: one row per patch in raster order, no row for a class token."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -107,7 +109,7 @@ def resize_table(
     if (height, width) == (new_height, new_width):
         return table.clone()
     grid = rearrange(table, "... (h w) d -> ... d h w", h=height, w=width)
-    flat = grid.reshape(table.shape[:-2].numel(), table.shape[-1], height, width)
+    flat = grid.reshape(math.prod(table.shape[:-2]), table.shape[-1], height, width)
     resized = F.interpolate(flat.float(), (new_height, new_width), mode="bicubic", align_corners=False)
     resized = resized.to(table.dtype).reshape(*grid.shape[:-2], new_height, new_width)
     return rearrange(resized, "... d h w -> ... (h w) d")

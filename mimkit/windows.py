@@ -109,30 +109,3 @@ def window_patches(
     rows = anchors[..., :1] + torch.arange(window_height, device=anchors.device)
     columns = anchors[..., 1:] + torch.arange(window_width, device=anchors.device)
     return (rows.unsqueeze(-1) * width + columns.unsqueeze(-2)).flatten(-2)
-
-
-def released_pairs(windows: Int[Tensor, "*batch w k"], *, num_images: int) -> Int[Tensor, "*batch {num_images} w k"]:
-    """Give images their windows as the published code of LoMaR pairs them, which is not each image with each window.
-
-    There image n meets window (n + num_images · j) mod w, for j = 0…w − 1: if both counts have a common divisor c, only
-    w / c windows, each c times. To pair each with each, expand `windows` along the images.
-
-    Args:
-        windows: of the whole batch; their patches, or their anchors.
-        num_images: images that share them, of one device.
-
-    Raises:
-        ValueError: if `num_images` is negative.
-
-    Example:
-        >>> released_pairs(torch.tensor([[0], [1]]), num_images=2).squeeze(-1)  # one window each, twice
-        tensor([[0, 0],
-                [1, 1]])
-
-    Source: LoMaR, arXiv 2206.00790 (published code; the paper means every pair).
-    """
-    if num_images < 0:
-        raise ValueError(f"num_images={num_images} is negative")
-    count, device = windows.shape[-2], windows.device
-    slots = num_images * torch.arange(count, device=device)
-    return windows[..., (torch.arange(num_images, device=device)[:, None] + slots) % max(count, 1), :]

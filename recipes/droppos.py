@@ -41,9 +41,6 @@ class Config:
     """what stands for a dropped position: a learned vector, zeros, or the position of another one"""
     sigma: tuple[float, float] = (1.0, 0.0)
     """width of the smoothed targets in patches, at the start and (were there one epoch more) at the end"""
-    smoothing: Literal["rows", "columns", "released"] = "rows"
-    """targets whose rows sum to one; the columns, as in the published code; these for a grid of --patch × --patch,
-    as it computes them for 224 × 224"""
     temperature: float = 0.1
     """patches that resemble the class token weigh more, the more so the lower this is; inf: all weigh alike"""
     confident: bool = True
@@ -73,8 +70,6 @@ class DropPos(nn.Module):
         self.decoder = Predictor(network.decoder_dim, network.decoder_depth, network.decoder_heads, outputs=places)
         if config.dropped == "learned":
             self.position_token = nn.Parameter(torch.zeros(1, 1, self.encoder.dim))
-        if config.smoothing == "released" and places > self.patch**2:
-            raise ValueError(f"--smoothing released has targets for {self.patch**2} patches (--patch²), not {places}")
         self.num_masked, self.num_dropped = self.count(config.mask_ratio, config.drop_ratio)
         initialize_mae(self)
 
@@ -136,11 +131,7 @@ class DropPos(nn.Module):
 
     def targets(self, sigma: Tensor) -> Tensor:
         """Return the target of every position."""
-        if self.config.smoothing != "released":
-            targets = smoothed_targets(sigma, height=self.height, width=self.width)
-            return targets if self.config.smoothing == "rows" else targets.mT
-        places = self.height * self.width
-        return smoothed_targets(sigma, height=self.patch, width=self.patch).mT[:places, :places]
+        return smoothed_targets(sigma, height=self.height, width=self.width)
 
     @torch.no_grad()
     def attention(self, patches: Tensor, visible: Tensor, masked: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from mimkit.masking import random_tokens
 from mimkit.positions import sincos
 from mimkit.relative import relative_buckets
 from mimkit.tokens import put, split, take, take_patches, unpatchify
-from mimkit.windows import distinct_anchors, random_anchors, released_pairs, window_patches
+from mimkit.windows import distinct_anchors, random_anchors, window_patches
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +45,8 @@ class Config:
     """said to attention by offsets of each two patches (iRPE), so that a window knows not where it is; or added"""
     anchors: Literal["distinct", "independent"] = "distinct"
     """distinct: no two windows of an image share their first row or their first column; independent: anywhere"""
-    windows_of: Literal["image", "batch", "release"] = "image"
-    """image: each image has windows of its own; batch: all images at a time share them, as in the published code;
-    release: and they are paired as there, so that with 4 windows and 256 images each image has one, four times"""
+    windows_of: Literal["image", "batch"] = "image"
+    """image: each image has windows of its own; batch: all images at a time share them"""
     normalize_target: bool = True
     """predict pixels normalized per patch, better for accuracy"""
     weights: Path | None = None
@@ -134,8 +133,6 @@ class LoMaR(nn.Module):
             anchors = distinct_anchors(noise["rows"], noise["columns"], num_windows=self.count)
         if self.config.windows_of == "batch":
             return anchors[:1].expand_as(anchors)
-        if self.config.windows_of == "release":
-            return released_pairs(anchors[0], num_images=len(anchors))
         return anchors
 
     def patches_of(self, anchors: Tensor) -> Tensor:

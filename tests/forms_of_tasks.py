@@ -51,9 +51,8 @@ FORMS: list[tuple[Any, Any, list[dict[str, Any]]]] = [
         droppos.DIGITS,
         [
             {},
-            {"dropped": "zero", "smoothing": "columns", "temperature": torch.inf},
+            {"dropped": "zero", "sigma": (0.0, 0.0), "temperature": torch.inf},
             {"dropped": "permuted", "shuffle": True, "confident": False},
-            {"smoothing": "released", "network": replace(droppos.DIGITS.network, patch=8), "sigma": (0.0, 0.0)},
             {"mask_ratio": 0.0, "drop_ratio": 1.0, "sigma": (0.0, 2.0)},
         ],
     ),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from strategies import SOURCES, copied, seeded
-from torch import Tensor
+from torch import Tensor, nn
 
 # PyTorch warns about the variance of nothing when the batch is empty
 pytestmark = pytest.mark.filterwarnings("ignore:.*degrees of freedom")
@@ -103,7 +103,6 @@ ROWS = {
     "windows.random_anchors": Row(
         [seeded(6, 3, 2)], {"height": 6, "width": 5, "window_height": 2, "window_width": 3}, torch.int64
     ),
-    "windows.released_pairs": Row([some.unflatten(-1, (5, 1))], {"num_images": 4}, torch.int64),
     "windows.window_patches": Row([some[:, :2]], {"width": 9, "window_height": 2, "window_width": 3}, torch.int64),
 }
 
@@ -208,6 +207,36 @@ def test_a_block_compiles_in_one_graph(name):
     torch.compiler.reset()  # each block is compiled afresh, none counts as a recompilation of another
     compiled = torch.compile(block(name, checked=False), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*tensors), block(name)(*tensors))
+
+
+@pytest.mark.parametrize("name", ["degrade.random_kernels", "degrade.wave", "degrade.zoom_out_any_size"])
+def test_python_numbers_may_be_symbols_of_a_dynamic_graph(name):
+    """These blocks compute with their numbers; the others only pass them on."""
+    tensors = ROWS[name].tensors
+    torch.compiler.reset()
+    compiled = torch.compile(block(name, checked=False), fullgraph=True, dynamic=True, backend="eager")
+    torch.testing.assert_close(compiled(*tensors), block(name)(*tensors))
+
+
+class Exportable(nn.Module):
+    """A block as a module, which is what `torch.export` takes."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.call = block(name, checked=False)
+
+    def forward(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        return self.call(*tensors)
+
+
+@every_block_of_tensors
+def test_an_exported_block_takes_a_batch_of_another_size(name):
+    tensors, batch = ROWS[name].tensors, torch.export.Dim("batch")
+    shapes = ([{0: batch} for _ in tensors],)
+    program = torch.export.export(Exportable(name), (tensors,), dynamic_shapes=shapes, strict=False).module()
+    for size in (4, 1):
+        part = [tensor[:size] for tensor in tensors]
+        torch.testing.assert_close(program(part), block(name)(*part))
 
 
 @every_block

@@ -178,7 +178,6 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(name: str, tmp_path: Path) -
         ("droppos", ["--mask-ratio", "1"], "--mask-ratio 1.0 and --drop-ratio 0.75 of 64 leave nothing to locate"),
         ("droppos", ["--mask-ratio", "nan"], "--mask-ratio nan and --drop-ratio 0.75 of 64 leave nothing to locate"),
         ("droppos", ["--drop-ratio", "0"], "--mask-ratio 0.75 and --drop-ratio 0.0 of 64 leave nothing to locate"),
-        ("droppos", ["--smoothing", "released"], "--smoothing released has targets for 16 patches (--patch²), not 64"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence(name: str, args: list[str], sentence: str, tmp_path: Path) -> None:

@@ -1,16 +1,14 @@
-"""Windows: where they may be, which patches they have, and which image meets which, as LoMaR says."""
+"""Windows of LoMaR: where they lie in the grid, and which patches they have."""
 
-import math
 import re
-from collections import Counter
 
-from mimkit.windows import distinct_anchors, random_anchors, released_pairs, window_patches
+from mimkit.windows import distinct_anchors, random_anchors, window_patches
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import batches, copied, fast, intervals, rows, seeded, uniforms, uniforms_like
+from strategies import copied, fast, intervals, rows, seeded, uniforms, uniforms_like
 from torch import Tensor
 
 
@@ -159,65 +157,6 @@ def test_row_and_column_have_noise_of_their_own():
     assert random_anchors(torch.tensor([[0.99, 0.3]]), **sizes).tolist() == [[7, 1]]
 
 
-# Which image meets which window
-
-
-@st.composite
-def windows_of_a_batch(draw: st.DrawFn) -> tuple[Tensor, int]:
-    """Some windows with two numbers each that tell them apart, and images to share them."""
-    count = draw(st.integers(0, 9))
-    windows = torch.arange(count * 2).view(count, 2) + 100 * torch.arange(6).view(2, 3, 1, 1)
-    batch = draw(st.sampled_from([(), (3,), (2, 3)]))
-    return windows[(0,) * (2 - len(batch))], draw(st.integers(0, 9))
-
-
-@fast
-@given(windows_of_a_batch())
-def test_row_r_of_the_published_code_is_image_r_mod_n_with_window_r_mod_m(arguments):
-    windows, num_images = arguments
-    count = windows.shape[-2]
-    pairs = released_pairs(windows, num_images=num_images)
-    assert pairs.shape == (*windows.shape[:-2], num_images, count, 2)
-    met: dict[int, list[Tensor]] = {image: [] for image in range(num_images)}
-    for row in range(num_images * count):
-        met[row % num_images].append(windows[..., row % count, :])
-    for image, expected in met.items():
-        for slot, window in enumerate(expected):
-            assert pairs[..., image, slot, :].equal(window)
-
-
-@pytest.mark.parametrize(
-    ("num_images", "windows", "distinct"),
-    [
-        *[(256, count, number) for count, number in {1: 1, 2: 1, 4: 1, 6: 3, 8: 1, 9: 9}.items()],
-        *[(253, count, count) for count in (1, 2, 4, 6, 8, 9)],
-    ],
-)
-def test_an_image_meets_as_many_windows_as_the_greatest_common_divisor_leaves(num_images, windows, distinct):
-    pairs = released_pairs(torch.arange(windows).view(-1, 1), num_images=num_images).squeeze(-1)
-    common = math.gcd(num_images, windows)
-    assert distinct == windows // common
-    for image, met in enumerate(pairs.tolist()):
-        assert Counter(met) == {window: common for window in range(windows) if window % common == image % common}
-
-
-@given(st.integers(1, 12), st.integers(1, 9))
-def test_every_pair_is_met_once_if_there_is_no_common_divisor_and_only_then(num_images, windows):
-    pairs = released_pairs(torch.arange(windows).view(-1, 1), num_images=num_images).squeeze(-1)
-    each_once = all(sorted(met) == list(range(windows)) for met in pairs.tolist())
-    assert each_once == (math.gcd(num_images, windows) == 1)
-    assert len(set(pairs.flatten().tolist())) == windows  # the batch meets all of them
-
-
-@given(batches, st.integers(0, 5))
-def test_windows_may_be_patches_or_anchors_of_several_batches(batch, num_images):
-    windows = (100 * seeded(*batch, 3, 7)).long()
-    pairs = released_pairs(windows, num_images=num_images)
-    for column in range(7):
-        alone = released_pairs(windows[..., column : column + 1], num_images=num_images)
-        assert pairs[..., column].equal(alone.squeeze(-1))
-
-
 def noise(*shape: int) -> Tensor:
     return torch.zeros(shape)
 
@@ -293,7 +232,6 @@ WINDOW = {"width": 6, "window_height": 2, "window_width": 3}
             )
             for change in ({"window_height": 0}, {"window_width": 0}, {"window_width": 7}, {"width": 2})
         ],
-        ("released_pairs", [places(2, 3)], {"num_images": -1}, "num_images=-1 is negative"),
     ],
 )
 def test_bad_input_gets_one_clear_sentence(name, tensors, numbers, message):

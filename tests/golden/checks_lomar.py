@@ -23,7 +23,7 @@ from mimkit.relative import (
     relative_buckets,
 )
 from mimkit.tokens import patchify, put, split, take
-from mimkit.windows import distinct_anchors, released_pairs, window_patches
+from mimkit.windows import distinct_anchors, window_patches
 
 import lomar
 import mae
@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from goldens import Golden, check, settings_for
+from released import ReleasedLoMaR, released_pairs
 from torch import Tensor, nn
 
 AS_THEY_ARE = [0.0] * 3, [1.0] * 3
@@ -149,7 +150,7 @@ def masks(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
         golden.close(f"{i}.row_window", pairs.mT.flatten())
         given = small | {"N": images, "M": count, "K": side, "img_size": grid, "mask_ratio": ratio}
         for pairing in _pairings(given):
-            method = _lomar(given, monkeypatch, windows_of=pairing)
+            method = _lomar(given, monkeypatch, pairing)
             noise, rows = _noise(golden, method, f"{i}.")
             _same_draw(golden, method, noise, rows, f"{i}.")
     golden.close("count_K", [side for side, _ in golden.params["counts"]])
@@ -196,11 +197,11 @@ def loss(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
 def model(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     params, images, names = golden.params, golden["imgs"], golden.params["param_order"]
 
-    def fresh(**options: Any) -> tuple[lomar.LoMaR, dict[str, Tensor]]:
-        options = {"normalize_target": params["norm_pix_loss"], "windows_of": _pairings(params)[0]} | options
-        return _loaded(golden, monkeypatch, **options)
+    def fresh(pairing: type[lomar.LoMaR], **options: Any) -> tuple[lomar.LoMaR, dict[str, Tensor]]:
+        return _loaded(golden, monkeypatch, pairing, **{"normalize_target": params["norm_pix_loss"]} | options)
 
-    method, parameters = fresh()
+    pairing = _pairings(params)[0]
+    method, parameters = fresh(pairing)
     assert (method.height, method.num_masked) == (params["grid"], params["masked_per_window"])
     assert method.encoder.norm.eps == params["ln_eps"]
     noise, rows = _noise(golden, method)
@@ -228,9 +229,9 @@ def model(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     golden.close("sgd_losses", torch.stack(losses))
 
     # other targets; the published pairing of images and windows, which here is each with each; no positions
-    method, _ = fresh(normalize_target=False)
+    method, _ = fresh(pairing, normalize_target=False)
     golden.close("loss_raw", method(images, noise, ZERO)["loss"])
-    method, parameters = fresh(windows_of="release")
+    method, parameters = fresh(ReleasedLoMaR)
     noise, _ = _noise(golden, method)
     golden.close("loss", method(images, noise, ZERO)["loss"])
     with torch.no_grad():
@@ -242,8 +243,7 @@ def model(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @check("lomar_ape")
 def absolute_positions(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
-    options: dict[str, Any] = {"positions": "absolute", "windows_of": _pairings(golden.params)[0]}
-    method, _ = _loaded(golden, monkeypatch, **options)
+    method, _ = _loaded(golden, monkeypatch, _pairings(golden.params)[0], positions="absolute")
     golden.close("pos_embed", method.encoder.pos_embed)
     noise, rows = _noise(golden, method)
     _same_draw(golden, method, noise, rows)
@@ -328,12 +328,17 @@ def mae_with_relative_positions(golden: Golden, monkeypatch: pytest.MonkeyPatch)
     golden.close("loss_square_trap", method(images, noise, ZERO)["loss"])
 
 
-def _pairings(params: dict[str, Any]) -> list[Any]:
-    """Ways of the recipe to give images the windows of a file, whose rows are each with each or only some pairs."""
-    return ["image", "release"] if math.gcd(params["N"], params["M"]) == 1 else ["release"]
+def _pairings(params: dict[str, Any]) -> list[type[lomar.LoMaR]]:
+    """Methods that pair images and windows as a file does: where it holds every pair, the recipe is one of them."""
+    return [lomar.LoMaR, ReleasedLoMaR] if math.gcd(params["N"], params["M"]) == 1 else [ReleasedLoMaR]
 
 
-def _lomar(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **options: Any) -> lomar.LoMaR:
+def _lomar(
+    params: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    method: type[lomar.LoMaR] = lomar.LoMaR,
+    **options: Any,
+) -> lomar.LoMaR:
     """The recipe for the sizes of a file."""
     sizes = {"dim": params["embed_dim"], "depth": params["depth"], "heads": params["heads"]}
     monkeypatch.setitem(vit.SIZES, "golden", sizes)
@@ -345,12 +350,14 @@ def _lomar(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **options: A
         network=Network(size="golden", patch=params["patch"]),  # pyright: ignore
         **options,
     )
-    return lomar.LoMaR(config, Normalize(*AS_THEY_ARE))
+    return method(config, Normalize(*AS_THEY_ARE))
 
 
-def _loaded(golden: Golden, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[lomar.LoMaR, dict[str, Tensor]]:
+def _loaded(
+    golden: Golden, monkeypatch: pytest.MonkeyPatch, pairing: type[lomar.LoMaR], **options: Any
+) -> tuple[lomar.LoMaR, dict[str, Tensor]]:
     """The recipe with the weights of a file, and its parameters by their published names."""
-    method = _lomar(golden.params, monkeypatch, **options)
+    method = _lomar(golden.params, monkeypatch, pairing, **options)
     optional = (r"normalize\.", r"encoder\.pos_embed")
     report = load_weights(method, golden.weights, renames=lomar.NAMES, optional=optional)
     assert report.dropped == []
@@ -379,7 +386,7 @@ def _first(chosen: Tensor, places: int) -> Tensor:
 def _noise(golden: Golden, method: lomar.LoMaR, case: str = "") -> tuple[dict[str, Tensor], Tensor]:
     """Noise from which the recipe draws a file's windows and masks, and which row of the file each of its own is."""
     image, window, noise = golden[f"{case}row_image"], golden[f"{case}row_window"], golden[f"{case}noise"]
-    key = image if method.config.windows_of == "release" else image * method.count + window
+    key = image if isinstance(method, ReleasedLoMaR) else image * method.count + window
     rows = key.argsort(stable=True)
     anchors = (
         _first(golden[f"{case}{name}"], side - method.size + 1).expand(len(noise), -1)

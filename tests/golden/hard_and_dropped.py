@@ -25,6 +25,7 @@ import hpm
 import pytest
 import torch
 from goldens import Golden, check, classifier_of, groups_of, settings_for
+from released import ColumnDropPos, ReleasedDropPos
 from torch import Tensor, nn
 
 # Both
@@ -330,7 +331,7 @@ def smoothed(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
         if name.startswith("as_run"):
             pixels, side = map(int, re.findall(r"\d+", name))
             sizes = SMALL | {"img": pixels, "patch": pixels // side}
-            method = _droppos(sizes, monkeypatch, smoothing="released")
+            method = _droppos(sizes, monkeypatch, ReleasedDropPos)
             golden.close(name, method.targets(torch.tensor(1.0)))
 
 
@@ -362,7 +363,7 @@ def located(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, form in forms.items():
         side = round(places**0.5)
         sizes = SMALL | {"img": SMALL["patch"] * side, "gamma": 1 - (visible.shape[1] + 0.5) / places}
-        method = _droppos(sizes, monkeypatch, **{"temperature": torch.inf, "smoothing": "columns"} | form)
+        method = _droppos(sizes, monkeypatch, ColumnDropPos, **{"temperature": torch.inf} | form)
         logits = golden["logits"].requires_grad_()
         masks = iter([mask, golden["pos_mask"].gather(1, order).bool()])
         monkeypatch.setattr(droppos, "random_tokens", lambda *_, masks=masks, **__: next(masks))
@@ -388,7 +389,7 @@ def droppos_schedules(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
 @check("droppos_model")
 def droppos_model(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     names, rows = golden.about["param_names"], []
-    method, ours = _loaded(golden, lambda: _droppos(golden.params, monkeypatch, smoothing="columns"))
+    method, ours = _loaded(golden, lambda: _droppos(golden.params, monkeypatch, ColumnDropPos))
     stepper = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
     for k in range(len(golden["losses"])):
         images, width, now = golden[f"s{k}_imgs"], float(golden[f"s{k}_sigma"]), _progress(0, 1)
@@ -439,8 +440,8 @@ def droppos_model(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
 @check("droppos_train_loop")
 def droppos_training(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     params, names, steps = golden.params, golden.about["param_names"], list(_steps(golden.params))
-    form = {"smoothing": "columns", "sigma": (params["sigma0"], 0.0)}
-    method, ours = _loaded(golden, lambda: _droppos(params, monkeypatch, **form))
+    sigma = (params["sigma0"], 0.0)
+    method, ours = _loaded(golden, lambda: _droppos(params, monkeypatch, ColumnDropPos, sigma=sigma))
     for epoch in range(params["epochs"]):
         golden.close(f"e{epoch}_smooth", method.targets(method.sigma(_progress(epoch, params["epochs"]))))
     noise = []
@@ -509,9 +510,14 @@ def _hpm(
     return hpm.HPM(hpm.Config(**sized, **more), _as_they_are())
 
 
-def _droppos(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **more: Any) -> droppos.DropPos:
+def _droppos(
+    params: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    method: type[droppos.DropPos] = droppos.DropPos,
+    **more: Any,
+) -> droppos.DropPos:
     more = {"drop_ratio": params.get("gamma_pos", 0.5), "temperature": params.get("tau", 0.1)} | more
-    return droppos.DropPos(droppos.Config(**_config(params, monkeypatch), **more), _as_they_are())
+    return method(droppos.Config(**_config(params, monkeypatch), **more), _as_they_are())
 
 
 def _as_they_are() -> Normalize:
