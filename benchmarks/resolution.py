@@ -40,8 +40,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))  # recipes are sc
 
 import common  # noqa: F401  it says where torch, not loaded yet, gets its memory
 from common.config import Network
-from common.images import IMAGENET_MEAN, IMAGENET_STD, Normalize
-from common.vit import SIZES, attend, explicit
+from common.data.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
+from common.networks.attention import attend, explicit
+from common.networks.vit import SIZES
 from mimkit.masking import random_tokens
 from mimkit.relative import buckets_of, contextual_bias, num_buckets, relative_buckets
 from mimkit.tokens import patchify, split, take, take_patches

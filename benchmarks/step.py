@@ -46,9 +46,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))  # recipes are scripts beside this folder, not a package
 
 from common.config import Optimization
-from common.engine import clip, parameter_groups
-from common.images import IMAGENET_MEAN, IMAGENET_STD, Normalize
-from common.vit import SIZES
+from common.data.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
+from common.networks.vit import SIZES
+from common.training.optimizer import clip, parameter_groups
 
 import droppos
 import hpm

@@ -16,8 +16,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))  # recipes are scripts beside this folder, not a package
 
-from common.images import IMAGENET_MEAN, IMAGENET_STD, Normalize, resize
-from common.report import gray_out
+from common.data.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
+from common.data.views import resize
+from common.report.pictures import gray_out
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

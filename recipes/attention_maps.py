@@ -2,7 +2,7 @@
 
     python recipes/attention_maps.py --encoder runs/lut/encoder.safetensors --queries 3,4 7,7
     python recipes/attention_maps.py --encoder mae_pretrain_vit_base.pth --data photo.jpg --queries 7,7
-    python recipes/attention_maps.py --encoder vit.safetensors --timm vit_base_patch16_224.dino --data DIR --count 4
+    python recipes/attention_maps.py --encoder timm:vit_base_patch16_224.dino:vit.safetensors --data DIR --count 4
 
 Each map goes from the least (dark) to the greatest (bright) attention of its head to a patch. Above it stands how far
 the head looks on average over many images and all queries, in pixels.
@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import Images
-from common.images import CenterCrop, Loader, Normalize, Source, Views, decode
-from common.pretraining import images_to_look_at, load_encoder
-from common.probing import load_timm
-from common.report import Pictures, draw_pictures, framed, maps
-from common.vit import ViT
+from common.analysis import images_to_look_at
+from common.config import SettingsError
+from common.data.loading import Loader, ViewDataset
+from common.data.normalize import Normalize
+from common.data.sources import Source, decode
+from common.data.views import CenterCrop
+from common.networks.encoder import Encoder
+from common.report.pictures import Pictures, draw_pictures, framed, maps
+from common.weights.encoders import open_encoder
 from mimkit.tokens import patchify
 
 import torch
@@ -33,10 +36,9 @@ from torch.overrides import TorchFunctionMode
 class Config:
     """What is drawn."""
 
-    encoder: Path
-    """encoder.safetensors of a run, a published checkpoint of the MAE family, or the weights of a timm model"""
-    timm: str = ""
-    """timm's name of the vision transformer whose weights --encoder holds"""
+    encoder: str
+    """encoder.safetensors of a run, a published checkpoint of the MAE family, or timm:NAME:FILE with timm's name of a
+    vision transformer and a file of its weights"""
     data: Path | None = None
     """an image, or a folder with val/CLASS/*.jpg or of any images; none: the handwritten digits of scikit-learn"""
     image_size: tuple[int, int] | None = None
@@ -63,7 +65,7 @@ class _LastAttention(TorchFunctionMode):
 
 
 @torch.no_grad()
-def last_attention(encoder: ViT, patches: Tensor) -> Tensor:
+def last_attention(encoder: Encoder, patches: Tensor) -> Tensor:
     """Compute the attention of the last block from its own queries and keys: softmax(q kᵀ · scale + bias).
 
     They are taken from its call of `scaled_dot_product_attention`, so all that stands before that is in them, norms of
@@ -76,12 +78,12 @@ def last_attention(encoder: ViT, patches: Tensor) -> Tensor:
         (b, heads, prefix + n, prefix + n): the row of a query sums to one.
 
     Raises:
-        ValueError: if the encoder computes its attention in another way.
+        SettingsError: if the encoder computes its attention in another way.
     """
     with _LastAttention() as seen:
         encoder(patches, encoder.positions)
     if seen.called_with is None:
-        raise ValueError("the encoder does not call scaled_dot_product_attention: what it attends to is not known")
+        raise SettingsError("the encoder does not call scaled_dot_product_attention: what it attends to is not known")
     (query, key, _, *more), named = seen.called_with
     bias, scale = named.get("attn_mask", more[0] if more else None), named.get("scale")
     scores = query.float() @ key.float().transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
@@ -107,13 +109,13 @@ def parse_queries(queries: tuple[str, ...], *, height: int, width: int) -> list[
     """Read rows and columns.
 
     Raises:
-        ValueError: if one is not a patch of the grid.
+        SettingsError: if one is not a patch of the grid.
     """
     found = []
     for query in queries or (f"{height // 2},{width // 2}", "0,0"):
         row, _, column = query.partition(",")
         if not (row.isdecimal() and column.isdecimal() and int(row) < height and int(column) < width):
-            raise ValueError(
+            raise SettingsError(
                 f"--queries {query}: no row,column of {height} × {width} patches, which are counted from 0,0"
             )
         found.append((int(row), int(column)))
@@ -139,16 +141,14 @@ class _File:
         return str(self.path)
 
 
-def load(config: Config) -> tuple[ViT, Normalize, Source]:
+def load(config: Config) -> tuple[Any, Normalize, Source]:
     """Open the encoder and the images."""
-    if config.timm:
-        encoder, normalize = load_timm(config.encoder, config.timm, image_size=config.image_size)
-    else:
-        encoder, normalize = load_encoder(config.encoder, image_size=config.image_size)
+    encoder, normalize = open_encoder(config.encoder, image_size=config.image_size)
+    network: Any = encoder
     channels = encoder.channels
     if config.data is not None and config.data.is_file():
-        return encoder.eval(), normalize, _File(config.data, channels)
-    return encoder.eval(), normalize, images_to_look_at(Images(channels=channels), config.data)  # pyright: ignore
+        return network.eval(), normalize, _File(config.data, channels)
+    return network.eval(), normalize, images_to_look_at(DataSettings(channels=channels), config.data)  # pyright: ignore
 
 
 def main(config: Config) -> None:
@@ -159,7 +159,7 @@ def main(config: Config) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder.to(device)
     normalize.to(device)
-    views = Views(
+    views = ViewDataset(
         source, CenterCrop((encoder.height * encoder.patch, encoder.width * encoder.patch), crop_fraction=1.0)
     )
 
@@ -185,8 +185,9 @@ def main(config: Config) -> None:
     for head, distance in enumerate(distances.tolist()):
         values = torch.stack([attention[i, head, row * encoder.width + column] for i, row, column in rows])
         columns[f"head {head + 1}: {distance:.1f} px"] = maps(values, **grid)
-    path = config.out or config.encoder.parent / "attention_maps.png"
-    note = f"last block of {config.encoder.name}: each map from its least (dark) to its greatest (bright) attention"
+    file = Path(config.encoder.split(":")[-1])
+    path = config.out or file.parent / "attention_maps.png"
+    note = f"last block of {file.name}: each map from its least (dark) to its greatest (bright) attention"
     draw_pictures(path, Pictures(columns, note, tuple(f"patch {row},{column}" for _, row, column in rows)))
     print(path)
 
@@ -194,5 +195,5 @@ def main(config: Config) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Config, description=__doc__))
-    except ValueError as error:
+    except SettingsError as error:
         raise SystemExit(f"attention_maps: {error}") from error

@@ -8,16 +8,19 @@ Paper: Beyond Masking: Demystifying Token-Based Pre-Training for Vision Transfor
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Literal
 
-from common import finetuning
-from common.config import Flat, Images, Network, Optimization, Run
-from common.finetuning import Finetuning
-from common.images import Normalize
-from common.pretraining import Evaluation, count_masked, encoder_and_decoder, pretrain
-from common.report import Pictures, gray_out, shown
-from common.vit import initialize_truncated
+from common import recipe
+from common.config import Network, Optimization
+from common.data.normalize import Normalize
+from common.evaluation import finetuning
+from common.networks.building import count_masked, encoder_and_decoder
+from common.networks.initialization import initialize_truncated
+from common.pretraining import pretrain
+from common.recipe import SMALL_DECODER, Recipe, digits, folder
+from common.report.pictures import Pictures, gray_out
+from common.report.reconstruction import reconstruction
 from mimkit.degrade import (
     area_resize,
     central_crop,
@@ -35,14 +38,14 @@ from mimkit.degrade import (
 from mimkit.losses import channel_normalized_patches, squared_error
 from mimkit.masking import all_but_block, random_tokens
 from mimkit.positions import sinusoid
-from mimkit.tokens import patchify, put, split, take, unpatchify
+from mimkit.tokens import patchify, split, take
 
 import torch
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(recipe.Config):
     """The settings of the paper are the preset "imagenet". Options of other tasks than --task are not used."""
 
     task: Literal["masked", "zoom_in", "zoom_out", "distorted", "blurred", "decolorized"] = "masked"
@@ -72,24 +75,17 @@ class Config:
     """blurred: kernels that mix the channels"""
     saturation: float = 0.3
     """decolorized: share of the saturation that stays"""
-    evaluate: tuple[Evaluation, ...] = ("finetune",)
-    """fine-tune the encoder; the same network from scratch for as many epochs, for as much time; judge it frozen"""
-    run: Flat[Run] = field(default_factory=Run)
-    images: Flat[Images] = field(default_factory=Images)
-    network: Flat[Network] = field(default_factory=Network)
-    optimization: Flat[Optimization] = field(default_factory=Optimization)
-    finetune: Finetuning = field(default_factory=Finetuning)
 
 
 class Task(nn.Module):
     def __init__(self, config: Config, normalize: Normalize) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder_and_decoder(
-            config.images, config.network, class_token=False, key_bias=False, embed_bias=False, table=sinusoid
+            config.data, config.network, class_token=False, key_bias=False, embed_bias=False, table=sinusoid
         )
-        self.config, self.normalize, self.channels = config, normalize, config.images.channels
+        self.config, self.normalize, self.channels = config, normalize, config.data.channels
         self.height, self.width, self.patch = self.encoder.height, self.encoder.width, self.encoder.patch
-        self.image_size = config.images.image_size
+        self.image_size = config.data.image_size
         part = {"view": 7 / 10, "lossless": 7 / 9}.get(self.variant, 1.0)  # of the view that the image takes
         H, W = (side + 2 * round(side * (1 / part - 1) / 2) for side in self.image_size)
         self.view_size = (H, W)
@@ -117,19 +113,23 @@ class Task(nn.Module):
         return noise
 
     def forward(self, images: Tensor, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
-        # 1. Degrade the images; what is asked for is the original, in [0, 1].
+        prediction, target, _ = self.reconstruct(images, noise)
+        # 4. The loss is the mean squared error.
+        return {"loss": squared_error(prediction, target).mean()}
+
+    def reconstruct(self, images: Tensor, noise: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return prediction and target of patches, and which these are."""
+        # 1. Degrade the images; the target is the original, in [0, 1].
         degraded, original = self.degrade(self.normalize.unit(images), noise)
         # 2. Encode their patches, or those of them that are visible.
         visible, masked = split(self.mask(noise), num_masked=self.num_masked)
         latent = self.encode(degraded, visible)
-        # 3. Predict all patches of the original, or those that were masked, normalized per patch and channel.
-        target = patchify(original, patch=self.patch)
-        if self.config.task == "masked" or self.variant == "inner":
-            prediction, target = self.decoder(latent, visible, masked), take(target, masked)
-        else:
-            prediction = self.decoder(latent, visible, masked, visible_too=True)
-            target = take(target, torch.cat([visible, masked], dim=-1))
-        return {"loss": squared_error(prediction, channel_normalized_patches(target, channels=self.channels)).mean()}
+        # 3. Predict all patches of the original, or only the masked ones, normalized per patch and channel.
+        hidden_only = self.config.task == "masked" or self.variant == "inner"
+        prediction = self.decoder(latent, visible, masked, visible_too=not hidden_only)
+        indices = masked if hidden_only else torch.cat([visible, masked], dim=-1)
+        target = take(patchify(original, patch=self.patch), indices)
+        return prediction, channel_normalized_patches(target, channels=self.channels), indices
 
     def degrade(self, view: Tensor, noise: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return what the encoder may see, normalized, and the original, in [0, 1]."""
@@ -186,26 +186,11 @@ class Task(nn.Module):
         return self.encoder(patches, self.encoder.positions[visible])
 
     def pictures(self, images: Tensor, noise: dict[str, Tensor]) -> Pictures:
-        sizes = {"height": self.height, "width": self.width, "patch": self.patch}
         degraded, original = self.degrade(self.normalize.unit(images), noise)
-        mask = self.mask(noise)
-        visible, masked = split(mask, num_masked=self.num_masked)
-        prediction = self.decoder(self.encode(degraded, visible), visible, masked, visible_too=True)
-        order = torch.cat([visible, masked], dim=-1)
-        patches = put(prediction.float(), order, into=torch.zeros_like(prediction.float()))
-        seen = self.normalize.undo(degraded)
+        seen, mask = self.normalize.undo(degraded), self.mask(noise)
         if self.num_masked and self.variant != "none":
-            seen = gray_out(seen, mask, **sizes)
-        target = channel_normalized_patches(patchify(original, patch=self.patch), channels=self.channels)
-        return Pictures(
-            {
-                "input": original,
-                "seen": seen,
-                "prediction": shown(unpatchify(patches, **sizes)),
-                "target": shown(unpatchify(target, **sizes)),
-            },
-            "prediction and target are normalized per patch and channel: its brightness and contrast are not in them",
-        )
+            seen = gray_out(seen, mask, height=self.height, width=self.width, patch=self.patch)
+        return reconstruction(self, original, *self.reconstruct(images, noise), seen=seen)
 
 
 def _window(side: int, share: float) -> int:
@@ -213,7 +198,7 @@ def _window(side: int, share: float) -> int:
     return side - 2 * round(side * (1 - share) / 2)
 
 
-# Names of the released model, for `common.checkpoint.load_weights`
+# From the names of the released model to ours
 NAMES = {r"mask_token": "decoder.mask_token", r"encoder_to_decoder\.": "decoder.embed."}
 
 IMAGENET = Config(
@@ -223,23 +208,12 @@ IMAGENET = Config(
     ),
     finetune=finetuning.BEYOND_MASKING,
 )
-FOLDER = replace(
-    IMAGENET,
-    evaluate=("finetune", "scratch"),
-    network=replace(IMAGENET.network, size="small"),
-    optimization=replace(IMAGENET.optimization, batch_size=256),
-    finetune=finetuning.FOLDER,
-)
-DIGITS = Config(
-    evaluate=("finetune", "scratch"),
-    kernels=(5,),  # of 32 pixels; the paper's 9 are of 224
-    images=Images(image_size=(32, 32), channels=1, crop_scale=(0.6, 1.0), flip=0.0),
-    network=Network(size="nano", patch=4, decoder_dim=48, decoder_depth=1, decoder_heads=3),
-    optimization=replace(IMAGENET.optimization, epochs=40, batch_size=64, base_lr=4e-3, warmup_epochs=4),
-    finetune=finetuning.DIGITS,
-)
-
-METHOD, PRESETS = Task, {"digits": DIGITS, "folder": FOLDER, "imagenet": IMAGENET}
+PRESETS = {
+    "digits": digits(IMAGENET, kernels=(5,), **SMALL_DECODER),  # of 32 pixels; the paper's 9 are of 224
+    "folder": folder(IMAGENET),
+    "imagenet": IMAGENET,
+}
+RECIPE = Recipe(Task, PRESETS, NAMES)
 
 if __name__ == "__main__":
-    pretrain(METHOD, PRESETS, name="beyond_masking", description=__doc__)
+    pretrain(RECIPE, name="beyond_masking", description=__doc__)

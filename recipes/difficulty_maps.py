@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.pretraining import central_views, images_to_look_at, load_method
-from common.report import Pictures, draw_pictures, heat_maps
+from common.analysis import central_views, images_to_look_at, load_method
+from common.config import SettingsError
+from common.report.pictures import Pictures, draw_pictures, heat_maps
 from mimkit.losses import ranking_loss
 from mimkit.masking import random_tokens
 from mimkit.tokens import patchify, split, take
@@ -51,7 +52,7 @@ def measured_difficulty(method: Any, patches: Tensor, noise: Tensor) -> Tensor:
     Returns:
         (b, n): the mean error over the masks that hide the patch, 0 if none does.
     """
-    _, features = method.ask_teacher(patches)
+    _, features = method.predict_difficulty(patches)
     total = torch.zeros(patches.shape[:2], device=patches.device)
     times = torch.zeros_like(total)
     for chance in noise:
@@ -65,14 +66,12 @@ def measured_difficulty(method: Any, patches: Tensor, noise: Tensor) -> Tensor:
 
 
 def main(config: Config) -> None:
-    method, trained = load_method(config.run)
-    if not hasattr(method, "ask_teacher"):
-        raise ValueError(f"{config.run} is no run of hpm.py: nothing in it predicts how hard patches are")
-    source = images_to_look_at(trained.images, config.data)
+    method, trained = load_method(config.run, needs="predict_difficulty", of="hpm.py")
+    source = images_to_look_at(trained.data, config.data)
     images = next(central_views(source, method, trained, batch_size=config.count))
     generator = torch.Generator().manual_seed(config.seed)
     patches = patchify(method.normalize(images), patch=method.patch)
-    predicted, _ = method.ask_teacher(patches)
+    predicted, _ = method.predict_difficulty(patches)
     measured = measured_difficulty(method, patches, torch.rand(config.masks, *predicted.shape, generator=generator))
     _, right, pairs = ranking_loss(predicted, measured)
     sizes = {"height": method.height, "width": method.width, "patch": method.patch}
@@ -88,5 +87,5 @@ def main(config: Config) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Config, description=__doc__))
-    except ValueError as error:
+    except SettingsError as error:
         raise SystemExit(f"difficulty_maps: {error}") from error

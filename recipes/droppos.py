@@ -9,17 +9,21 @@ Paper: DropPos: Pre-Training Vision Transformers by Reconstructing Dropped Posit
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Literal
 
-from common import finetuning
-from common.config import Flat, Images, Network, Optimization, Run
-from common.engine import epoch_of
-from common.finetuning import Finetuning
-from common.images import Normalize
-from common.pretraining import Evaluation, grid, pretrain
-from common.report import Pictures, gray_out
-from common.vit import SIZES, Predictor, ViT, initialize_mae
+from common import recipe
+from common.config import Network, Optimization, SettingsError
+from common.data.normalize import Normalize
+from common.evaluation import finetuning
+from common.networks.building import grid
+from common.networks.decoder import Predictor
+from common.networks.initialization import initialize_mae
+from common.networks.vit import SIZES, ViT
+from common.pretraining import pretrain
+from common.recipe import SMALL_DECODER, Recipe, digits, folder
+from common.report.pictures import Pictures, gray_out
+from common.training.schedules import epoch_of
 from mimkit.losses import soft_cross_entropy
 from mimkit.masking import random_tokens
 from mimkit.positions import attentive_weights, drop_positions, permute_positions, shuffle, smoothed_targets
@@ -30,7 +34,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(recipe.Config):
     """The settings of the paper are the preset "imagenet"."""
 
     mask_ratio: float = 0.75
@@ -47,21 +51,14 @@ class Config:
     """whether patches count whose true position is already as probable as in the target"""
     shuffle: bool = False
     """shuffle the tokens before the encoder, and undo it after the decoder"""
-    evaluate: tuple[Evaluation, ...] = ("finetune",)
-    """fine-tune the encoder; the same network from scratch for as many epochs, for as much time; judge it frozen"""
-    run: Flat[Run] = field(default_factory=Run)
-    images: Flat[Images] = field(default_factory=Images)
-    network: Flat[Network] = field(default_factory=Network)
-    optimization: Flat[Optimization] = field(default_factory=Optimization)
-    finetune: Finetuning = field(default_factory=Finetuning)
 
 
 class DropPos(nn.Module):
     def __init__(self, config: Config, normalize: Normalize) -> None:
         super().__init__()
         network, self.config, self.normalize = config.network, config, normalize
-        self.view_size, self.patch, channels = config.images.image_size, network.patch, config.images.channels
-        self.height, self.width = grid(config.images, network)
+        self.view_size, self.patch, channels = config.data.image_size, network.patch, config.data.channels
+        self.height, self.width = grid(config.data, network)
         sizes = {"height": self.height, "width": self.width, "patch": self.patch, "channels": channels}
         self.encoder = ViT(**sizes, **SIZES[network.size])
         # The decoder knows no position but those that the anchors bring along
@@ -168,12 +165,14 @@ def count_dropped(places: int, mask_ratio: float, drop_ratio: float) -> tuple[in
     """Count the patches to mask and the positions to drop: what is kept is truncated, in double precision.
 
     Raises:
-        ValueError: if nothing would be visible or no position dropped.
+        SettingsError: if nothing would be visible or no position dropped.
     """
     visible = int(places * (1 - mask_ratio)) if 0 <= mask_ratio < 1 else 0
     dropped = visible - int(visible * (1 - drop_ratio)) if 0 < drop_ratio <= 1 else 0
     if not visible or not dropped:
-        raise ValueError(f"--mask-ratio {mask_ratio} and --drop-ratio {drop_ratio} of {places} leave nothing to locate")
+        raise SettingsError(
+            f"--mask-ratio {mask_ratio} and --drop-ratio {drop_ratio} of {places} leave nothing to locate"
+        )
     return places - visible, dropped
 
 
@@ -182,7 +181,7 @@ def own(values: Tensor, places: Tensor) -> Tensor:
     return values.gather(-1, places[..., None]).squeeze(-1)
 
 
-# Names of the released model, for `common.checkpoint.load_weights`
+# From the names of the released model to ours
 NAMES = {
     r"mask_pos_token": "position_token",
     r"decoder_embed\.": "embed.",
@@ -196,22 +195,8 @@ IMAGENET = Config(
     optimization=Optimization(epochs=200, warmup_epochs=10, clip=5.0, clip_each=True),
     finetune=finetuning.DROPPOS,
 )
-FOLDER = replace(
-    IMAGENET,
-    evaluate=("finetune", "scratch"),
-    network=replace(IMAGENET.network, size="small"),
-    optimization=replace(IMAGENET.optimization, epochs=300, batch_size=256, warmup_epochs=20),
-    finetune=finetuning.FOLDER,
-)
-DIGITS = Config(
-    evaluate=("finetune", "scratch"),
-    images=Images(image_size=(32, 32), channels=1, crop_scale=(0.6, 1.0), flip=0.0),
-    network=Network(size="nano", patch=4, decoder_dim=48, decoder_depth=1, decoder_heads=3),
-    optimization=Optimization(epochs=40, batch_size=64, base_lr=4e-3, warmup_epochs=4, clip=5.0, clip_each=True),
-    finetune=finetuning.DIGITS,
-)
-
-METHOD, PRESETS = DropPos, {"digits": DIGITS, "folder": FOLDER, "imagenet": IMAGENET}
+PRESETS = {"digits": digits(IMAGENET, **SMALL_DECODER), "folder": folder(IMAGENET), "imagenet": IMAGENET}
+RECIPE = Recipe(DropPos, PRESETS, NAMES)
 
 if __name__ == "__main__":
-    pretrain(METHOD, PRESETS, name="droppos", description=__doc__)
+    pretrain(RECIPE, name="droppos", description=__doc__)

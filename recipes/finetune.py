@@ -10,12 +10,28 @@ The encoder is an export of any recipe here, or a published checkpoint of the MA
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import report
-from common.checkpoint import write_json
-from common.config import Flat, Images, Run, parse
-from common.engine import read_metrics, world
-from common.finetuning import BEYOND_MASKING, DIGITS, FOLDER, LUT, MAE, SIMMIM, Finetuning, finetune, of
-from common.pretraining import load_encoder, prepare
+from common.config import Count, Counts, DataSettings, Flat, Run, SettingsError, Share, parse
+from common.data.sources import open_data
+from common.evaluation.evaluations import EVALUATIONS
+from common.evaluation.finetuning import (
+    BEYOND_MASKING,
+    DIGITS,
+    FOLDER,
+    LUT,
+    MAE,
+    SIMMIM,
+    Finetuning,
+    check_finetuning,
+    finetune,
+    of,
+)
+from common.files import write_json
+from common.report.curves import draw_curves
+from common.report.tables import tuned_table
+from common.runs import Stage, prepare
+from common.training.distributed import join_processes
+from common.training.log import read_metrics
+from common.weights.encoders import load_encoder
 
 
 @dataclass(frozen=True)
@@ -28,11 +44,11 @@ class Config:
     """train the same network from random weights instead"""
     data: Path | None = None
     """folder with train/CLASS/*.jpg and val/CLASS/*.jpg; none: the handwritten digits that come with scikit-learn"""
-    image_size: tuple[int, int] | None = None
+    image_size: Counts | None = None
     """height and width in pixels; none: those of the encoder. Positions are resampled"""
-    flip: float = 0.5
+    flip: Share = 0.5
     """probability of a horizontal flip"""
-    labels_per_class: int = 10
+    labels_per_class: Count = 10
     """of the embedded digits: labeled images per class"""
     run: Flat[Run] = field(default_factory=Run)
     finetune: Flat[Finetuning] = field(default_factory=Finetuning)
@@ -54,44 +70,37 @@ PRESETS = {
 
 
 def main(config: Config) -> None:
-    run = config.run
+    run, settings = config.run, config.finetune
     folder = run.runs / (run.name or "finetune")
-    with world(run.device) as place:
+    with join_processes(run.device) as processes:
         encoder, normalize = load_encoder(
             config.encoder,
             image_size=config.image_size,
-            class_token=config.finetune.pool == "class",
-            drop=config.finetune.drop_path,
+            class_token=settings.pool == "class",
+            drop=settings.drop_path,
             scratch=config.scratch,
             seed=run.seed,
         )
-        images = Images(
-            data=config.data,
+        images = DataSettings(
+            path=config.data,
             image_size=(encoder.height * encoder.patch, encoder.width * encoder.patch),
             channels=encoder.channels,  # pyright: ignore
             flip=config.flip,
             labels_per_class=config.labels_per_class,
         )
-        prepare(folder, "finetune", config, resume=run.resume, place=place)
-        title = report.TITLES["scratch" if config.scratch else "finetune"]
-        result = finetune(
-            encoder,
-            normalize,
-            settings=config.finetune,
-            images=images,
-            run=run,
-            folder=folder,
-            place=place,
-            title=title,
-        )
-        if place.first:
+        data = open_data(images, seed=run.seed)
+        check_finetuning(settings, data, world_size=processes.world_size)
+        prepare(folder, "finetune", config, processes=processes)
+        title = EVALUATIONS["scratch" if config.scratch else "finetune"].title
+        result = finetune(encoder, normalize, settings=settings, stage=Stage(processes, data, run, folder, title))
+        if processes.is_main:
             write_json(folder / "result.json", {"recipe": "finetune", "encoder": str(config.encoder), **result})
-            report.draw_curves(folder / "curves.png", {title: read_metrics(folder / "metrics.jsonl")})
-            place.say(report.tuned_table(title, result, folder))
+            draw_curves(folder / "curves.png", {title: read_metrics(folder / "metrics.jsonl")})
+            processes.print(tuned_table(title, result, folder))
 
 
 if __name__ == "__main__":
     try:
-        main(parse(PRESETS, description=__doc__))
-    except ValueError as error:
+        main(parse(PRESETS, name="finetune", description=__doc__))
+    except SettingsError as error:
         raise SystemExit(f"finetune: {error}") from error

@@ -14,11 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from common.checkpoint import write_json
-from common.config import to_json
-from common.engine import world
-from common.finetuning import finetune
-from common.pretraining import load_encoder, load_method
+from common.analysis import load_method
+from common.config import SettingsError, to_json
+from common.data.sources import open_data
+from common.evaluation.finetuning import finetune
+from common.files import write_json
+from common.runs import Stage
+from common.training.distributed import join_processes
+from common.weights.encoders import load_encoder
 from mimkit.masking import easy_to_hard
 from mimkit.tokens import split
 
@@ -59,10 +62,10 @@ class Half(nn.Module):
         tokens = method.height * method.width
         self.num_hidden = tokens - int(tokens * share)
         if not 0 < share < 1 or self.num_hidden == tokens:
-            raise ValueError(f"--share {share} of {tokens} patches does not leave both seen and unseen ones")
+            raise SettingsError(f"--share {share} of {tokens} patches does not leave both seen and unseen ones")
 
     def forward(self, patches: Tensor, noise: Tensor) -> Tensor:
-        difficulty, _ = self.method.ask_teacher(patches)
+        difficulty, _ = self.method.predict_difficulty(patches)
         num_hard = 0 if self.part == "random" else self.num_hidden
         hidden = easy_to_hard(
             difficulty if self.part == "easiest" else -difficulty, noise, num_masked=self.num_hidden, num_hard=num_hard
@@ -71,16 +74,16 @@ class Half(nn.Module):
 
 
 def main(config: Config) -> None:
-    method, trained = load_method(config.run)
-    if not hasattr(method, "ask_teacher"):
-        raise ValueError(f"{config.run} is no run of hpm.py: nothing in it predicts how hard patches are")
-    images = replace(trained.images, data=config.data or trained.images.data, labels_per_class=config.labels_per_class)
+    method, trained = load_method(config.run, needs="predict_difficulty", of="hpm.py")
+    path = config.data or trained.data.path
     settings = replace(trained.finetune, optimization=replace(trained.finetune.optimization, layer_decay=1.0))
     if config.epochs is not None:
         settings = replace(settings, optimization=replace(settings.optimization, epochs=config.epochs))
     accuracies: dict[str, list[float]] = {part: [] for part in config.parts}
-    with world(trained.run.device) as place:
+    with join_processes(trained.run.device) as processes:
         for seed in config.seeds:
+            images = replace(trained.data, path=path, labels_per_class=config.labels_per_class)
+            data = open_data(images, seed=seed)
             for part in config.parts:
                 run = replace(trained.run, seed=seed, resume=True, workers=config.workers)
                 folder = config.run / "half_patches" / f"{part}-{seed}"
@@ -91,29 +94,21 @@ def main(config: Config) -> None:
                     scratch=True,
                     seed=seed,
                 )
-                result = finetune(
-                    encoder,
-                    normalize,
-                    settings=settings,
-                    images=images,
-                    run=run,
-                    folder=folder,
-                    place=place,
-                    title=f"{part}, seed {seed}",
-                    select=None if part == "all" else Half(method, part, config.share),
-                )
+                select = None if part == "all" else Half(method, part, config.share)
+                stage = Stage(processes, data, run, folder, f"{part}, seed {seed}")
+                result = finetune(encoder, normalize, settings=settings, stage=stage, select=select)
                 accuracies[part].append(result["accuracy"])
         rows = {
             part: f"{statistics.mean(found):.1f} % ({min(found):.1f} – {max(found):.1f})"
             for part, found in accuracies.items()
         }
-        if place.first:
+        if processes.is_main:
             write_json(config.run / "half_patches" / "result.json", {"config": to_json(config), **accuracies})
-        place.say("\n".join(["", *(f"{part:<10}{row}" for part, row in rows.items())]))
+        processes.print("\n".join(["", *(f"{part:<10}{row}" for part, row in rows.items())]))
 
 
 if __name__ == "__main__":
     try:
         main(tyro.cli(Config, description=__doc__))
-    except ValueError as error:
+    except SettingsError as error:
         raise SystemExit(f"half_patches: {error}") from error

@@ -8,21 +8,25 @@ Paper: Hard Patches Mining for Masked Image Modeling, arXiv 2304.05919.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Literal
 
-from common import finetuning
-from common.config import Flat, Images, Network, Optimization, Run
-from common.engine import epoch_of
-from common.finetuning import Finetuning
-from common.images import Normalize
-from common.pretraining import Evaluation, count_masked, encoder_and_decoder, pretrain
-from common.report import Pictures, gray_out, heat_maps, shown
-from common.teacher import follow, teacher_of
-from common.vit import Predictor, initialize_mae
+from common import recipe
+from common.config import Optimization, Positive
+from common.data.normalize import Normalize
+from common.evaluation import finetuning
+from common.networks.building import count_masked, encoder_and_decoder
+from common.networks.decoder import Predictor
+from common.networks.ema import ema_copy, ema_update
+from common.networks.initialization import initialize_mae
+from common.pretraining import pretrain
+from common.recipe import SMALL_DECODER, Recipe, digits, folder
+from common.report.pictures import Pictures, gray_out, heat_maps
+from common.report.reconstruction import reconstruction
+from common.training.schedules import epoch_of
 from mimkit.losses import cosine_distance, normalized_patches, ranking_loss, squared_error
 from mimkit.masking import easy_to_hard
-from mimkit.tokens import patchify, put, split, take, unpatchify
+from mimkit.tokens import patchify, split, take
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +34,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(recipe.Config):
     """The settings of the paper are the preset "imagenet"."""
 
     mask_ratio: float = 0.75
@@ -46,36 +50,27 @@ class Config:
     """what is reconstructed: pixels, as in all published commands; normalized per patch; the teacher's features"""
     momentum: tuple[float, float] = (0.999, 0.9999)
     """of the teacher, in the first epoch and after --momentum-epochs"""
-    momentum_epochs: float = 100.0
+    momentum_epochs: Positive = 100.0
     """epochs in which the momentum rises, whatever the length of the training"""
-    evaluate: tuple[Evaluation, ...] = ("finetune",)
-    """fine-tune the encoder; the same network from scratch for as many epochs, for as much time; judge it frozen"""
-    run: Flat[Run] = field(default_factory=Run)
-    images: Flat[Images] = field(default_factory=Images)
-    network: Flat[Network] = field(default_factory=Network)
-    optimization: Flat[Optimization] = field(default_factory=Optimization)
-    finetune: Finetuning = field(default_factory=Finetuning)
 
 
 class HPM(nn.Module):
     def __init__(self, config: Config, normalize: Normalize) -> None:
         super().__init__()
-        self.encoder, self.decoder = encoder_and_decoder(config.images, config.network)
+        self.encoder, self.decoder = encoder_and_decoder(config.data, config.network)
         self.height, self.width, self.patch = self.encoder.height, self.encoder.width, self.encoder.patch
-        network, outputs = config.network, self.patch**2 * config.images.channels
+        network, outputs = config.network, self.patch**2 * config.data.channels
         if config.target == "features":
             self.decoder.head = nn.Linear(network.decoder_dim, self.encoder.dim)
         # The published head predicts as many values as a patch has, and what counts is their mean
         self.predictor = Predictor(network.decoder_dim, network.decoder_depth, network.decoder_heads, outputs)
-        self.config, self.normalize, self.view_size = config, normalize, config.images.image_size
+        self.config, self.normalize, self.view_size = config, normalize, config.data.image_size
         self.num_masked = count_masked(self.height * self.width, config.mask_ratio)
-        if not config.momentum_epochs > 0:
-            raise ValueError(f"--momentum-epochs {config.momentum_epochs} is not above 0")
         initialize_mae(self)
-        self.teacher = teacher_of(self.student())
+        self.teacher = ema_copy(self.student())
 
     def student(self) -> nn.ModuleList:
-        """What the teacher needs to predict how hard patches are."""
+        """Return the networks of which the teacher is a moving average: what predicts how hard patches are."""
         return nn.ModuleList([self.encoder, self.decoder.embed, self.predictor])
 
     def noise(self, rand: Callable[..., Tensor], batch: int) -> dict[str, Tensor]:
@@ -84,12 +79,12 @@ class HPM(nn.Module):
     def forward(self, images: Tensor, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
         # 1. The teacher sees the whole image and predicts how hard each patch is to reconstruct.
         patches = patchify(self.normalize(images), patch=self.patch)
-        difficulty, features = self.ask_teacher(patches)
+        difficulty, features = self.predict_difficulty(patches)
         # 2. Mask the hardest ones, more of them as training goes on, and others at random.
         visible, masked = split(self.mask(difficulty, noise, progress), num_masked=self.num_masked)
         # 3. Encode the visible ones; from the same tokens one decoder reconstructs what is masked, the other predicts
         #    how well that goes.
-        latent = self.encoder(take(patches, visible), self.encoder.positions[visible])
+        latent = self.encode(patches, visible)
         sequence = self.decoder.sequence(latent, visible, masked)
         reconstructed = self.decoder.predict(sequence, self.num_masked)
         predicted = self.predictor.predict_mean(sequence, self.num_masked)
@@ -105,7 +100,7 @@ class HPM(nn.Module):
         return losses | {"pair_accuracy": accuracy}
 
     @torch.no_grad()
-    def ask_teacher(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+    def predict_difficulty(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Return how hard each patch is, predicted from the whole image, and its features."""
         encoder, embed, predictor = self.teacher
         latent = encoder(patches, encoder.positions)
@@ -119,43 +114,43 @@ class HPM(nn.Module):
         count = {"num_masked": self.num_masked, "num_hard": (self.num_masked * share).long()}
         return easy_to_hard(difficulty if self.config.choose == "hardest" else -difficulty, noise["mask"], **count)
 
+    def encode(self, patches: Tensor, visible: Tensor) -> Tensor:
+        """Encode the visible patches, with their positions."""
+        return self.encoder(take(patches, visible), self.encoder.positions[visible])
+
+    def target(self, patches: Tensor) -> Tensor:
+        """Return what is reconstructed of patches, unless it is features."""
+        return normalized_patches(patches) if self.config.target == "normalized" else patches
+
     def errors(self, prediction: Tensor, patches: Tensor, features: Tensor) -> Tensor:
-        """Return how far off each prediction is."""
-        match self.config.target:
-            case "pixels":
-                return squared_error(prediction, patches)
-            case "normalized":
-                return squared_error(prediction, normalized_patches(patches))
-            case "features":
-                return cosine_distance(prediction, features)
+        """Return the reconstruction error of each patch."""
+        if self.config.target == "features":
+            return cosine_distance(prediction, features)
+        return squared_error(prediction, self.target(patches))
 
     def after_step(self, progress: Tensor) -> None:
-        """Let the teacher follow."""
+        """Update the teacher."""
         (start, end), epoch = self.config.momentum, epoch_of(progress, self.config.optimization.epochs)
-        follow(self.teacher, self.student(), start + (end - start) * (epoch / self.config.momentum_epochs).clamp(max=1))
+        ema_update(
+            self.teacher, self.student(), start + (end - start) * (epoch / self.config.momentum_epochs).clamp(max=1)
+        )
 
     def pictures(self, images: Tensor, noise: dict[str, Tensor]) -> Pictures:
-        sizes = {"height": self.height, "width": self.width, "patch": self.patch}
         patches = patchify(self.normalize(images), patch=self.patch)
-        difficulty, _ = self.ask_teacher(patches)
-        last = torch.tensor(1 - 1 / self.config.optimization.epochs, dtype=torch.float64)
-        mask = self.mask(difficulty, noise, last.to(images.device))
-        image = self.normalize.unit(images)
-        columns = {"input": image, "hard (red) and easy": heat_maps(image, difficulty, **sizes)}
-        columns["seen"] = gray_out(image, mask, **sizes)
-        note = "masks are those of the last epoch"
-        if self.config.target == "features":
-            return Pictures(columns, note)
+        difficulty, _ = self.predict_difficulty(patches)
+        last = torch.tensor(1 - 1 / self.config.optimization.epochs, dtype=torch.float64, device=images.device)
+        mask = self.mask(difficulty, noise, last)
         visible, masked = split(mask, num_masked=self.num_masked)
-        latent = self.encoder(take(patches, visible), self.encoder.positions[visible])
-        target = patches if self.config.target == "pixels" else normalized_patches(patches)
-        prediction = put(self.decoder(latent, visible, masked), masked, target)
-        show = self.normalize.undo if self.config.target == "pixels" else shown
-        columns |= {"prediction": show(unpatchify(prediction, **sizes)), "target": show(unpatchify(target, **sizes))}
-        return Pictures(columns, note + "; prediction: visible patches are the input's")
+        image, sizes = self.normalize.unit(images), {"height": self.height, "width": self.width, "patch": self.patch}
+        drawn = Pictures({"input": image, "seen": gray_out(image, mask, **sizes)})
+        if self.config.target != "features":
+            prediction = self.decoder(self.encode(patches, visible), visible, masked)
+            drawn = reconstruction(self, image, prediction, self.target(take(patches, masked)), masked)
+        columns = {"hard (red) and easy": heat_maps(image, difficulty, **sizes)} | drawn.columns
+        return Pictures(columns, "; ".join(filter(None, ("masks are those of the last epoch", drawn.note))))
 
 
-# Names of the released model, for `common.checkpoint.load_weights`
+# From the names of the released model to ours
 NAMES = {
     r"mask_token": "decoder.mask_token",
     r"decoder_(blocks|norm)_losspred\.": r"predictor.\1.",
@@ -165,27 +160,14 @@ NAMES = {
     r"(?=cls_token|pos_embed|patch_embed|blocks|norm)": "encoder.",
 }
 
-IMAGENET = Config(
-    optimization=Optimization(epochs=200, warmup_epochs=10, clip=5.0),
-    finetune=finetuning.HPM,
-)
-FOLDER = replace(
-    IMAGENET,
-    evaluate=("finetune", "scratch"),
-    network=Network(size="small"),
-    optimization=replace(IMAGENET.optimization, epochs=300, batch_size=256, warmup_epochs=20),
-    finetune=finetuning.FOLDER,
-)
-DIGITS = Config(
-    evaluate=("finetune", "scratch"),
-    momentum=(0.99, 0.99),  # of some hundred steps; the paper's are of 100,000
-    images=Images(image_size=(32, 32), channels=1, crop_scale=(0.6, 1.0), flip=0.0),
-    network=Network(size="nano", patch=4, decoder_dim=48, decoder_depth=1, decoder_heads=3),
-    optimization=Optimization(epochs=40, batch_size=64, base_lr=4e-3, warmup_epochs=4, clip=5.0),
-    finetune=finetuning.DIGITS,
-)
-
-METHOD, PRESETS = HPM, {"digits": DIGITS, "folder": FOLDER, "imagenet": IMAGENET}
+IMAGENET = Config(optimization=Optimization(epochs=200, warmup_epochs=10, clip=5.0), finetune=finetuning.HPM)
+PRESETS = {
+    # momentum of some hundred steps; the paper's is of 100,000
+    "digits": digits(IMAGENET, momentum=(0.99, 0.99), **SMALL_DECODER),
+    "folder": folder(IMAGENET),
+    "imagenet": IMAGENET,
+}
+RECIPE = Recipe(HPM, PRESETS, NAMES)
 
 if __name__ == "__main__":
-    pretrain(METHOD, PRESETS, name="hpm", description=__doc__)
+    pretrain(RECIPE, name="hpm", description=__doc__)

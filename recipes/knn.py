@@ -2,7 +2,7 @@
 
     python recipes/knn.py --encoder runs/mae/encoder.safetensors                 the embedded digits
     python recipes/knn.py --encoder runs/mae/encoder.safetensors --data DIR      images of your own
-    python recipes/knn.py --timm vit_base_patch16_224.dino --encoder dino.pth --data DIR
+    python recipes/knn.py --encoder timm:vit_base_patch16_224.dino:dino.pth --data DIR
 
 Each neighbor votes with exp(cosine similarity / 0.07).
 """
@@ -10,7 +10,8 @@ Each neighbor votes with exp(cosine similarity / 0.07).
 from dataclasses import dataclass, field
 
 from common.config import Flat, Run
-from common.probing import Neighbors, Probed, knn, probe
+from common.evaluation.knn import Neighbors, knn
+from common.evaluation.probe import Probed, probe
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     python recipes/linear_probe.py --encoder runs/mae/encoder.safetensors                 the embedded digits
     python recipes/linear_probe.py --encoder runs/mae/encoder.safetensors --data DIR      images of your own
-    python recipes/linear_probe.py --timm vit_base_patch16_224.dino --encoder dino.pth --data DIR
+    python recipes/linear_probe.py --encoder timm:vit_base_patch16_224.dino:dino.pth --data DIR
     torchrun --nproc_per_node=8 recipes/linear_probe.py --preset mae --augment --encoder MAE.pth --data DIR
 
 Every image is encoded once, as its central crop, and all learning rates train in one pass over these features. The
@@ -11,8 +11,9 @@ papers encode a new random crop of every image in every epoch instead: --augment
 
 from dataclasses import dataclass, field, replace
 
-from common.config import Flat, Run
-from common.probing import DIGITS, FOLDER, Linear, Probed, linear, probe
+from common.config import Flat, Run, Share
+from common.evaluation.linear import DIGITS, FOLDER, Linear, linear
+from common.evaluation.probe import Probed, probe
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Config:
     """The published protocols are the presets "mae" and "hpm"."""
 
     probed: Flat[Probed] = field(default_factory=Probed)
-    flip: float = 0.5
+    flip: Share = 0.5
     """with --augment: probability of a horizontal flip"""
     run: Flat[Run] = field(default_factory=Run)
     settings: Flat[Linear] = field(default_factory=Linear)

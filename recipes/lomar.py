@@ -8,18 +8,18 @@ Paper: Local Masked Reconstruction for Efficient Self-Supervised Learning on Hig
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
-from common import finetuning
-from common.checkpoint import load_weights, read_foreign
-from common.config import Flat, Images, Network, Optimization, Run
-from common.finetuning import Finetuning
-from common.images import Normalize
-from common.pretraining import Evaluation, grid, pretrain
-from common.report import Pictures, framed, gray_out
-from common.vit import SIZES, ViT, initialize_mae
+from common import recipe
+from common.config import Optimization, SettingsError
+from common.data.normalize import Normalize
+from common.networks.building import grid
+from common.networks.initialization import initialize_mae
+from common.networks.vit import SIZES, ViT
+from common.pretraining import pretrain
+from common.recipe import Recipe, digits, folder
+from common.report.pictures import Pictures, framed, gray_out
 from mimkit.losses import normalized_patches, squared_error
 from mimkit.masking import random_tokens
 from mimkit.positions import sincos
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(recipe.Config):
     """The settings of the paper are the preset "imagenet". --decoder-… has no effect: there is no decoder."""
 
     windows: int = 4
@@ -49,53 +49,43 @@ class Config:
     """image: each image has windows of its own; batch: all images at a time share them"""
     normalize_target: bool = True
     """predict pixels normalized per patch, better for accuracy"""
-    weights: Path | None = None
-    """start from a published checkpoint of LoMaR"""
-    evaluate: tuple[Evaluation, ...] = ("finetune",)
-    """fine-tune the encoder; the same network from scratch for as many epochs, for as much time; judge it frozen"""
-    run: Flat[Run] = field(default_factory=Run)
-    images: Flat[Images] = field(default_factory=Images)
-    network: Flat[Network] = field(default_factory=Network)
-    optimization: Flat[Optimization] = field(default_factory=Optimization)
-    finetune: Finetuning = field(default_factory=Finetuning)
 
 
 class LoMaR(nn.Module):
     def __init__(self, config: Config, normalize: Normalize) -> None:
         super().__init__()
-        images, network = config.images, config.network
-        self.config, self.normalize, self.view_size, self.patch = config, normalize, images.image_size, network.patch
-        self.height, self.width = grid(images, network)
+        data, network = config.data, config.network
+        self.config, self.normalize, self.view_size, self.patch = config, normalize, data.image_size, network.patch
+        self.height, self.width = grid(data, network)
         self.count, self.size, self.num_masked = self.check(config)
         relative = config.positions == "relative"
         self.encoder = ViT(
             height=self.height,
             width=self.width,
             patch=network.patch,
-            channels=images.channels,
+            channels=data.channels,
             **SIZES[network.size],
             table=None if relative else sincos,
             relative="contextual" if relative else None,
             mask_token=True,
         )
-        self.head = nn.Linear(self.encoder.dim, network.patch**2 * images.channels)
+        self.head = nn.Linear(self.encoder.dim, network.patch**2 * data.channels)
         buckets = relative_buckets(height=self.size, width=self.size) if relative else None  # alike in all windows
         self.register_buffer("buckets", buckets, persistent=False)
         initialize_mae(self)
-        if config.weights is not None:
-            report = load_weights(self, read_foreign(config.weights), renames=NAMES, optional=(r"normalize\.",))
-            print(f"{config.weights}:\n{report}")
 
     def check(self, config: Config) -> tuple[int, int, int]:
         """Return the number of windows, their side, and how many patches of each are masked."""
         count, size, places = config.windows, config.window_size, min(self.height, self.width) - config.window_size + 1
         if size < 1 or places < 1:
-            raise ValueError(f"--window-size {size} does not fit into a grid of {self.height} × {self.width} patches")
+            raise SettingsError(
+                f"--window-size {size} does not fit into a grid of {self.height} × {self.width} patches"
+            )
         if count < 1 or (config.anchors == "distinct" and count > places):
-            raise ValueError(f"--windows {count}: 1 to {places} have a first row and a first column of their own")
+            raise SettingsError(f"--windows {count}: 1 to {places} have a first row and a first column of their own")
         masked = int(size**2 * config.mask_ratio) if 0 < config.mask_ratio < 1 else 0
         if not 0 < masked < size**2:
-            raise ValueError(f"--mask-ratio {config.mask_ratio} of {size**2} patches does not leave both kinds")
+            raise SettingsError(f"--mask-ratio {config.mask_ratio} of {size**2} patches does not leave both kinds")
         return count, size, masked
 
     def noise(self, rand: Callable[..., Tensor], batch: int) -> dict[str, Tensor]:
@@ -178,23 +168,8 @@ class LoMaR(nn.Module):
 NAMES = {r"encoder_pred\.": "head.", r"(?=cls_token|mask_token|patch_embed|blocks|norm)": "encoder."}
 
 IMAGENET = Config(optimization=Optimization(epochs=1600, warmup_epochs=80))
-FOLDER = replace(
-    IMAGENET,
-    evaluate=("finetune", "scratch"),
-    network=Network(size="small"),
-    optimization=Optimization(epochs=300, batch_size=256, warmup_epochs=20),
-    finetune=finetuning.FOLDER,
-)
-DIGITS = Config(
-    window_size=4,
-    evaluate=("finetune", "scratch"),
-    images=Images(image_size=(32, 32), channels=1, crop_scale=(0.6, 1.0), flip=0.0),
-    network=Network(size="nano", patch=4),
-    optimization=Optimization(epochs=40, batch_size=64, base_lr=4e-3, warmup_epochs=4),
-    finetune=finetuning.DIGITS,
-)
-
-METHOD, PRESETS = LoMaR, {"digits": DIGITS, "folder": FOLDER, "imagenet": IMAGENET}
+PRESETS = {"digits": digits(IMAGENET, window_size=4), "folder": folder(IMAGENET), "imagenet": IMAGENET}
+RECIPE = Recipe(LoMaR, PRESETS, NAMES)
 
 if __name__ == "__main__":
-    pretrain(METHOD, PRESETS, name="lomar", description=__doc__)
+    pretrain(RECIPE, name="lomar", description=__doc__)

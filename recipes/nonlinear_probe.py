@@ -11,9 +11,10 @@ Paper: Beyond Masking, arXiv 2203.14313, non-linear probing. It gives no setting
 
 from dataclasses import dataclass, field
 
-from common import finetuning
-from common.config import Flat, Run
-from common.probing import Nonlinear, Probed, nonlinear, probe
+from common.config import Flat, Run, Share
+from common.evaluation import finetuning
+from common.evaluation.nonlinear import Nonlinear, nonlinear
+from common.evaluation.probe import Probed, probe
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Config:
     """The backbone is frozen; what is new behind it is trained as in fine-tuning."""
 
     probed: Flat[Probed] = field(default_factory=Probed)
-    flip: float = 0.5
+    flip: Share = 0.5
     """probability of a horizontal flip"""
     run: Flat[Run] = field(default_factory=Run)
     settings: Flat[Nonlinear] = field(default_factory=Nonlinear)

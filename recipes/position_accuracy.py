@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import write_json
-from common.pretraining import central_views, images_to_look_at, load_method
-from common.report import draw_grid
+from common.analysis import central_views, images_to_look_at, load_method
+from common.config import SettingsError
+from common.files import write_json
+from common.report.pictures import draw_grid
 from mimkit.masking import random_tokens
 from mimkit.tokens import patchify, split, take
 
@@ -60,16 +61,14 @@ def right_places(method: Any, images: Tensor, noise: dict[str, Tensor], *, maske
 
 
 def main(config: Config) -> None:
-    method, trained = load_method(config.run)
-    if not hasattr(method, "locate"):
-        raise ValueError(f"{config.run} is no run of droppos.py: nothing in it finds positions")
+    method, trained = load_method(config.run, needs="locate", of="droppos.py")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     method.to(device)
     places = method.height * method.width
     counts = [[method.count(mask, drop) for drop in config.drop_ratios] for mask in config.mask_ratios]
     right = torch.zeros(len(config.mask_ratios), len(config.drop_ratios), device=device)
     generator, seen = torch.Generator().manual_seed(config.seed), 0
-    source = images_to_look_at(trained.images, config.data)
+    source = images_to_look_at(trained.data, config.data)
     for images in central_views(source, method, trained, batch_size=config.batch_size):
         seen += len(images)
         for row in range(len(counts)):
@@ -102,5 +101,5 @@ def report(config: Config, grid: Tensor, places: int, seen: int) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Config, description=__doc__))
-    except ValueError as error:
+    except SettingsError as error:
         raise SystemExit(f"position_accuracy: {error}") from error

@@ -15,11 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from common.checkpoint import load_weights, read_foreign
-from common.config import parse
-from common.images import CenterCrop, Loader, Views
-from common.pretraining import Method, images_to_look_at, load_method, normalization, recipe_of
-from common.report import Pictures, draw_pictures
+from common.analysis import images_to_look_at, load_method, recipe_of
+from common.config import Count, SettingsError, check, parse
+from common.data.loading import Loader, ViewDataset
+from common.data.normalize import normalization
+from common.data.views import CenterCrop
+from common.recipe import Method
+from common.report.pictures import Pictures, draw_pictures
+from common.report.reconstruction import pictures_of
 
 import torch
 import tyro
@@ -44,7 +47,7 @@ class Config:
     """folder of images; none: those of the run, or the handwritten digits that come with scikit-learn"""
     split: Literal["test", "train"] = "test"
     """of a folder, test is val; one without train and val is taken as a whole"""
-    count: int = 8
+    count: Count = 8
     """images, evenly spaced among those there are"""
     seed: int = 0
     """of the masks and whatever else the method draws"""
@@ -53,15 +56,14 @@ class Config:
 
 
 def main(config: Config) -> None:
+    check(config)
     if not (config.run is None) == bool(config.recipe) == (config.weights is not None):
-        raise ValueError("give either the --run of a recipe here, or a --recipe and its --weights")
+        raise SettingsError("give either the --run of a recipe here, or a --recipe and its --weights")
     method, settings = published(config) if config.run is None else load_method(config.run)
-    source = images_to_look_at(settings.images, config.data, split=config.split)
+    source = images_to_look_at(settings.data, config.data, split=config.split)
     count = min(config.count, len(source))
-    if count < 1:
-        raise ValueError(f"--count {config.count} draws nothing")
     center = CenterCrop(method.view_size, crop_fraction=settings.finetune.crop_fraction)
-    views = Views(source, getattr(method, "views", center), seed=config.seed)
+    views = ViewDataset(source, getattr(method, "views", center), seed=config.seed)
     chosen = [index * len(source) // count for index in range(count)]
     images = next(iter(Loader(views, [[(0, index) for index in chosen]])))
     generator = torch.Generator().manual_seed(config.seed)
@@ -78,17 +80,17 @@ def main(config: Config) -> None:
     print(table([source.name(index) for index in chosen], losses), f"\nfiles:\n  {out}", sep="\n")
 
 
-def published(config: Config) -> tuple[Method, Any]:
+def published(config: Config) -> tuple[Any, Any]:
     """Build a method with the weights of a published checkpoint; the same as `load_method` for a run."""
     assert config.weights is not None
     recipe = recipe_of(config.recipe)
-    settings = parse(recipe.PRESETS, ["--preset", config.preset, *shlex.split(config.options)])
-    images = replace(settings.images, data=config.data or settings.images.data)
-    source = images_to_look_at(images, split=config.split)
-    method = recipe.METHOD(settings, normalization(images, source))
-    weights = read_foreign(config.weights)
-    print(f"{config.weights}:\n{load_weights(method, weights, renames=recipe.NAMES, optional=(r'normalize[.]',))}")
-    return method.eval(), replace(settings, images=images)
+    if not recipe.published_names:
+        raise SettingsError(f"--recipe {config.recipe}: no weights of it were published that it could read")
+    settings = parse(recipe.presets, ["--preset", config.preset, *shlex.split(config.options)])
+    data = replace(settings.data, path=config.data or settings.data.path)
+    method = recipe.method(settings, normalization(data, images_to_look_at(data, split=config.split)))
+    print(f"{config.weights}:\n{recipe.load(method, config.weights, decoder=True)}")
+    return method.eval(), replace(settings, data=data)
 
 
 @torch.no_grad()
@@ -108,7 +110,7 @@ def reconstruct(
         one = images[i : i + 1] if isinstance(images, Tensor) else tuple(view[i : i + 1] for view in images)
         alone: Any = one, {name: values[i : i + 1] for name, values in noise.items()}
         losses.append({name: float(value) for name, value in method(*alone, progress).items()})
-        drawn.append(method.pictures(*alone))
+        drawn.append(pictures_of(method, *alone))
     columns = {title: torch.cat([one.columns[title] for one in drawn]) for title in drawn[0].columns}
     return Pictures(columns, drawn[0].note), losses
 
@@ -131,5 +133,5 @@ def table(names: list[str], losses: list[dict[str, float]]) -> str:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Config, description=__doc__))
-    except ValueError as error:
+    except SettingsError as error:
         raise SystemExit(f"reconstruct: {error}") from error

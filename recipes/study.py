@@ -15,8 +15,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.checkpoint import write
-from common.engine import read_metrics
+from common.files import write
+from common.training.log import read_metrics
 
 import matplotlib
 import tyro

@@ -14,8 +14,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-from common import engine
-from common.vit import SIZES
+from common.networks.vit import SIZES
+from common.training import engine
 
 import torch
 import torch.distributed as dist

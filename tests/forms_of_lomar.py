@@ -15,8 +15,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-from common.images import Normalize
-from common.vit import SIZES
+from common.data.normalize import Normalize
+from common.networks.vit import SIZES
 
 import lomar
 import mae

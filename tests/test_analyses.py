@@ -4,8 +4,8 @@ import json
 import shlex
 from pathlib import Path
 
-from common.images import Normalize
-from common.pretraining import load_method
+from common.analysis import load_method
+from common.data.normalize import Normalize
 from mimkit.tokens import patchify
 
 import difficulty_maps
@@ -121,7 +121,7 @@ def test_a_run_of_another_method_is_refused_in_one_sentence(name: str, of: str, 
 
 def test_a_classifier_sees_no_more_than_what_is_selected(runs: Path) -> None:
     method, _ = load_method(runs / "hpm")
-    from common.finetuning import Classifier
+    from common.evaluation.finetuning import Classifier
 
     half = half_patches.Half(method, "random", 0.5)
     classifier = Classifier(method.encoder, Normalize([0.5], [0.5]), 3, pool="mean", head_scale=0.1, select=half)

@@ -3,10 +3,11 @@
 import re
 from pathlib import Path
 
-from common.images import Normalize
-from common.pretraining import export
-from common.probing import TimmViT
-from common.vit import ViT, initialize_mae
+from common.data.normalize import Normalize
+from common.networks.initialization import initialize_mae
+from common.networks.vit import ViT
+from common.weights.encoders import export
+from common.weights.timm_models import TimmViT
 from mimkit.tokens import patchify
 
 import pytest

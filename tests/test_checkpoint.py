@@ -12,19 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import (
-    Checkpoints,
-    LoadReport,
-    load_weights,
-    read_foreign,
-    read_tensors,
-    write,
-    write_json,
-    write_tensors,
-)
 from common.config import Images, Network
-from common.images import IMAGENET_MEAN, IMAGENET_STD, Normalize
-from common.pretraining import load_encoder
+from common.data.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
+from common.files import read_tensors, write, write_json, write_tensors
+from common.training.checkpoint import Checkpoints
+from common.weights.encoders import load_encoder
+from common.weights.reading import LoadReport, load_weights, read_foreign
 from mimkit.tokens import patchify, split
 
 import mae

@@ -256,7 +256,7 @@ def fields_without_words(path: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "path",
-    [Path(settings.__file__), RECIPES / "common" / "finetuning.py", *sorted(RECIPES.glob("*.py"))],
+    [Path(settings.__file__), RECIPES / "common" / "evaluation" / "finetuning.py", *sorted(RECIPES.glob("*.py"))],
     ids=lambda path: path.stem,
 )
 def test_every_setting_has_a_sentence(path: Path):

@@ -1,24 +1,18 @@
 import json
 import math
+import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common import engine
 from common.config import Optimization, Run
-from common.engine import (
-    Batches,
-    Rand,
-    World,
-    by_epoch,
-    by_step,
-    clip,
-    epoch_of,
-    learning_rate,
-    parameter_groups,
-    pieces,
-    train,
-)
+from common.randomness import Rand
+from common.training.checkpoint import Checkpoints
+from common.training.distributed import Processes
+from common.training.engine import train
+from common.training.optimizer import clip, parameter_groups
+from common.training.schedules import by_epoch, by_step, epoch_of, learning_rate
+from common.training.step import Batches, pieces
 
 import pytest
 import torch
@@ -26,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = Processes(0, 1, torch.device("cpu"))
 RUN = Run(precision="fp32", compile="off", log_every=2, checkpoint_minutes=0.0)
 SMALL = Optimization(epochs=3, batch_size=8, device_batch=8, base_lr=0.5, warmup_epochs=1.0)
 IMAGES = 35  # four batches of 8, and three images left over
@@ -97,7 +91,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 @given(st.integers(1, 4), st.integers(1, 24), st.integers(1, 24))
 def test_pieces_share_a_batch_equally_and_fit_the_device(devices: int, share: int, device_batch: int) -> None:
-    size, count = pieces(Optimization(batch_size=share * devices, device_batch=device_batch), devices)
+    size, count = micro_batches(Optimization(batch_size=share * devices, device_batch=device_batch), devices)
     assert size * count == share
     assert size <= device_batch
 
@@ -106,7 +100,7 @@ def test_pieces_share_a_batch_equally_and_fit_the_device(devices: int, share: in
 def test_every_step_has_the_same_images_on_any_number_of_devices(devices: int, device_batch: int, since: int) -> None:
     def steps(size: int, device_batch: int) -> list[list[tuple[int, int]]]:
         settings = Optimization(epochs=3, batch_size=8, device_batch=device_batch)
-        ranks = [Batches(IMAGES, settings, World(r, size, torch.device("cpu")), seed=1) for r in range(size)]
+        ranks = [Batches(IMAGES, settings, Processes(r, size, torch.device("cpu")), seed=1) for r in range(size)]
         streams = [list(batches.since(since)) for batches in ranks]
         count = ranks[0].count
         rows = range(len(streams[0]) // count)
@@ -136,7 +130,7 @@ def test_fewer_images_than_a_batch_is_one_sentence() -> None:
 
 def test_devices_that_cannot_share_a_batch_are_one_sentence() -> None:
     with pytest.raises(ValueError, match="a batch of 8 images cannot be shared equally by 3 devices"):
-        pieces(SMALL, 3)
+        micro_batches(SMALL, 3)
 
 
 @pytest.mark.parametrize(("devices", "device_batch"), [(1, 2), (2, 4), (4, 1), (2, 1)])
@@ -144,7 +138,7 @@ def test_every_image_has_the_same_noise_on_any_number_of_devices(devices: int, d
     def noise(size: int, device_batch: int) -> Tensor:
         settings = Optimization(epochs=1, batch_size=8, device_batch=device_batch)
         parts = []
-        places = [Batches(8, settings, World(r, size, torch.device("cpu")), seed=1) for r in range(size)]
+        places = [Batches(8, settings, Processes(r, size, torch.device("cpu")), seed=1) for r in range(size)]
         for piece in range(places[0].count):
             for batches in places:
                 rand = Rand(batches).at(3, piece)
@@ -304,7 +298,7 @@ def test_a_killed_run_that_is_resumed_is_the_same_run_bit_for_bit(tmp_path: Path
 def test_sigterm_writes_a_checkpoint_and_ends_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def terminate(number: int) -> None:
         if number == 4:
-            engine.signal.raise_signal(engine.signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     rare = Run(**{**vars(RUN), "log_every": 100, "checkpoint_minutes": 60.0})
     whole, _ = trained(tmp_path / "whole", run=rare)
@@ -325,7 +319,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
     with pytest.raises(ValueError, match="the loss of step 7 is not finite; the checkpoint of step 6 is kept"):
         trained(tmp_path, method=Breaks())
-    found = engine.Checkpoints(tmp_path / "checkpoint").load()
+    found = Checkpoints(tmp_path / "checkpoint").load()
     assert found is not None
     assert all(torch.isfinite(tensor).all() for tensor in found[1].values())
 

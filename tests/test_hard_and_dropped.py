@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import vit
 from common.config import Optimization, Run
-from common.engine import World, parameter_groups, train
-from common.images import Normalize
+from common.data.normalize import Normalize
+from common.networks.vit import SIZES
 from common.pretraining import pretrain
+from common.training.distributed import Processes
+from common.training.engine import train
+from common.training.optimizer import parameter_groups
 from mimkit.losses import normalized_patches
 from mimkit.masking import random_tokens
 from mimkit.tokens import patchify, split, take
@@ -27,7 +29,7 @@ BOTH = pytest.mark.parametrize("name", RECIPES)
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(vit.SIZES, "nano", {"dim": 24, "depth": 2, "heads": 2})
+    monkeypatch.setitem(SIZES, "nano", {"dim": 24, "depth": 2, "heads": 2})
 
 
 def method_of(name: str, **settings: Any) -> Any:
@@ -157,7 +159,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(name: str, tmp_path: Path) -
             settings=settings,
             run=Run(precision="fp32", compile="off", log_every=1, checkpoint_minutes=0.0, resume=resume),
             folder=tmp_path / folder,
-            place=World(0, 1, torch.device("cpu")),
+            place=Processes(0, 1, torch.device("cpu")),
         )
         return method.state_dict()
 

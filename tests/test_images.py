@@ -6,23 +6,12 @@ import random
 import re
 from pathlib import Path
 
-from common import images
-from common.images import (
-    Augment,
-    CenterCrop,
-    CropFlip,
-    Digits,
-    Folder,
-    Loader,
-    Mix,
-    Normalize,
-    Views,
-    open_images,
-    random_crop_box,
-    resize,
-    seed_of,
-    statistics,
-)
+from common.data.augment import Augment, Mix
+from common.data.loading import Loader, Views
+from common.data.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize, statistics
+from common.data.sources import Digits, Folder, decode, open_images
+from common.data.views import CenterCrop, CropFlip, one_shot_crop_size, random_crop_box, resize
+from common.randomness import seed_of
 
 import numpy as np
 import pytest
@@ -236,7 +225,7 @@ def test_files_of_every_kind_decode_to_color_and_gray(tmp_path, name, mode, colo
     lossy = not name.endswith("png")
     image = Image.new(mode, (8, 6), color)
     image.save(tmp_path / name, quality=100) if lossy else image.save(tmp_path / name)
-    color, gray = images.decode(tmp_path / name, 3), images.decode(tmp_path / name, 1)
+    color, gray = decode(tmp_path / name, 3), decode(tmp_path / name, 1)
     assert (color.dtype, color.shape, gray.dtype, gray.shape) == (torch.uint8, (3, 6, 8), torch.uint8, (1, 6, 8))
     assert (color.int() - torch.tensor(expected).view(3, 1, 1)).abs().max() <= (3 if lossy else name == "half.png")
     luma = (torch.tensor(expected) * torch.tensor([0.299, 0.587, 0.114])).sum()
@@ -247,9 +236,9 @@ def test_a_palette_decodes_to_its_colors(tmp_path):
     image = Image.new("P", (8, 6), 1)
     image.putpalette([0, 0, 0, 200, 100, 50])
     image.save(tmp_path / "palette.png")
-    assert images.decode(tmp_path / "palette.png", 3)[:, 0, 0].tolist() == [200, 100, 50]
+    assert decode(tmp_path / "palette.png", 3)[:, 0, 0].tolist() == [200, 100, 50]
     image.save(tmp_path / "transparent.png", transparency=1)
-    assert images.decode(tmp_path / "transparent.png", 3)[:, 0, 0].tolist() == [255, 255, 255]
+    assert decode(tmp_path / "transparent.png", 3)[:, 0, 0].tolist() == [255, 255, 255]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "I;16"])
@@ -260,7 +249,7 @@ def test_an_image_is_turned_as_its_exif_orientation_says(tmp_path, mode):
     pixels[0, 0] = 65535
     image = Image.fromarray(pixels) if mode == "I;16" else Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
     image.save(tmp_path / "turned.png", exif=exif)
-    decoded = images.decode(tmp_path / "turned.png", 1)
+    decoded = decode(tmp_path / "turned.png", 1)
     assert decoded.shape == (1, 8, 6)
     assert decoded.nonzero().tolist() == [[0, 0, 5]]
 
@@ -320,9 +309,9 @@ def test_bad_ranges_of_a_crop_are_refused():
 
 
 def test_a_one_shot_crop_is_cut_to_the_image():
-    assert images.one_shot_crop_size(375, 500, 0.25, 0.0) == (217, 217)
-    assert images.one_shot_crop_size(375, 500, 1.0, np.log(3 / 4)) == (375, 375)
-    assert images.one_shot_crop_size(1, 1, 0.08, 0.0) == (1, 1)
+    assert one_shot_crop_size(375, 500, 0.25, 0.0) == (217, 217)
+    assert one_shot_crop_size(375, 500, 1.0, np.log(3 / 4)) == (375, 375)
+    assert one_shot_crop_size(1, 1, 0.08, 0.0) == (1, 1)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 10])
@@ -644,7 +633,7 @@ def test_normalized_images_have_mean_zero_and_deviation_one():
 
 
 def test_the_numbers_of_a_normalization_are_stored_with_the_checkpoint():
-    normalize = Normalize(images.IMAGENET_MEAN, images.IMAGENET_STD)
+    normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD)
     assert {name: tuple(value.shape) for name, value in normalize.state_dict().items()} == {
         "mean": (3, 1, 1),
         "std": (3, 1, 1),

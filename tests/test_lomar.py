@@ -7,16 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import vit
-from common.checkpoint import read_tensors
 from common.config import Images, Network
-from common.engine import parameter_groups
-from common.finetuning import Classifier
-from common.images import IMAGENET_MEAN, IMAGENET_STD, Normalize
-from common.pretraining import export, load_encoder, pretrain
-from common.vit import Attention, Block, Decoder, ViT, timm_arguments, timm_arguments_of, timm_state
+from common.data.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
+from common.evaluation.finetuning import Classifier
+from common.files import read_tensors
+from common.networks import attention
+from common.networks.attention import Attention
+from common.networks.decoder import Decoder
+from common.networks.vit import Block, ViT
+from common.pretraining import pretrain
+from common.training.optimizer import parameter_groups
+from common.weights.encoders import export, load_encoder
+from common.weights.timm_names import timm_arguments, timm_arguments_of, timm_state
 from mimkit.losses import normalized_patches
 from mimkit.masking import random_tokens
+from mimkit.positions import sincos
 from mimkit.relative import buckets_of, num_buckets, relative_buckets
 from mimkit.tokens import patchify, split, take, unpatchify
 
@@ -373,7 +378,7 @@ def network(**changes: Any) -> ViT:
 def test_attention_adds_the_unscaled_query_times_the_vector_of_the_bucket(
     plain: bool, shared: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(vit, "explicit", lambda *_, **__: plain)
+    monkeypatch.setattr(attention, "explicit", lambda *_, **__: plain)
     layer, x = shaken(Attention(12, 3, buckets=50)), normal(2, 7, 12)
     whole = relative_buckets(height=2, width=3)
     tokens = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [0, 4, 6, 2, 1, 5, 3]])
@@ -436,7 +441,7 @@ def test_49_visible_patches_of_14_by_14_without_their_buckets_are_refused():
 
 
 def test_an_encoder_without_such_positions_has_no_buckets():
-    encoder = network(table=vit.sincos, relative=None)
+    encoder = network(table=sincos, relative=None)
     assert encoder.buckets is None
     assert encoder.buckets_of(torch.tensor([[0, 3]])) is None
 

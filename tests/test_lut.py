@@ -8,12 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import heads
-from common.checkpoint import read_tensors
-from common.heads import BatchNorm, mlp
-from common.images import Digits, Normalize, Views, WeakStrong, padded_crop, recolor
+from common.data.loading import Views
+from common.data.normalize import Normalize
+from common.data.sources import Digits
+from common.data.views import WeakStrong, padded_crop, recolor
+from common.files import read_tensors
+from common.networks.ema import teacher_of
+from common.networks.projectors import BatchNorm, mlp, refuse_single_images, share_statistics
 from common.pretraining import pretrain
-from common.teacher import teacher_of
 from mimkit.masking import disjoint_views, random_tokens
 
 import finetune
@@ -212,15 +214,15 @@ def two_devices(rank: int, folder: str) -> None:
     apart, alone = BatchNorm(5, together=False), nn.BatchNorm1d(5)
     torch.testing.assert_close(apart(mine), alone(mine))
     mean, variance = apart.running_mean.clone(), apart.running_var.clone()  # pyright: ignore
-    heads.share_statistics(nn.Sequential(apart, ours))
+    share_statistics(nn.Sequential(apart, ours))
     for shared, own in ((apart.running_mean, mean), (apart.running_var, variance)):
         dist.all_reduce(own)
         torch.testing.assert_close(shared, own / 2)
     torch.testing.assert_close(ours.state_dict(), plain.state_dict())
 
-    heads.refuse_single_images(BatchNorm(5), 1)  # two devices have two images
+    refuse_single_images(BatchNorm(5), 1)  # two devices have two images
     with pytest.raises(ValueError, match="batch norm cannot compare a single image"):
-        heads.refuse_single_images(BatchNorm(5, together=False), 1)
+        refuse_single_images(BatchNorm(5, together=False), 1)
     dist.destroy_process_group()
 
 

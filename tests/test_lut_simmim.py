@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from common.images import Normalize
+from common.data.normalize import Normalize
 
 import lut_simmim
 import pytest

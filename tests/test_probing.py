@@ -10,13 +10,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from common import probing
 from common.config import Images, Run
-from common.engine import World
-from common.images import Normalize
-from common.pretraining import export, load_encoder
-from common.probing import Frozen, Heads, Linear
-from common.vit import ViT, initialize_mae, timm_state
+from common.data import views as view_module
+from common.data.normalize import Normalize
+from common.evaluation import features as frozen_features
+from common.evaluation import knn as knn_module
+from common.evaluation import linear as linear_module
+from common.evaluation import nonlinear as nonlinear_module
+from common.evaluation import probe as probe_module
+from common.evaluation.features import Frozen
+from common.evaluation.linear import Heads, Linear
+from common.networks.initialization import initialize_mae
+from common.networks.vit import ViT
+from common.training.distributed import Processes
+from common.weights.encoders import export, load_encoder
+from common.weights.timm_models import load_timm
+from common.weights.timm_names import timm_state
 
 import knn
 import linear_probe
@@ -35,9 +44,9 @@ ROOT = Path(__file__).parent.parent
 RUN = Run(workers=0)
 SMALL_IMAGES = Images(image_size=(16, 16), channels=1, flip=0.0, labels_per_class=3)
 RECIPES = {
-    "linear_probe": (probing.linear, linear_probe.PRESETS, "--epochs 20"),
-    "knn": (probing.knn, knn.PRESETS, ""),
-    "nonlinear_probe": (probing.nonlinear, nonlinear_probe.PRESETS, "--epochs 2 --warmup-epochs 1"),
+    "linear_probe": (linear_module.linear, linear_probe.PRESETS, "--epochs 20"),
+    "knn": (knn_module.knn, knn.PRESETS, ""),
+    "nonlinear_probe": (nonlinear_module.nonlinear, nonlinear_probe.PRESETS, "--epochs 2 --warmup-epochs 1"),
 }
 
 
@@ -49,8 +58,8 @@ def small(*, class_token: bool = True) -> ViT:
 
 
 @pytest.fixture
-def place() -> World:
-    return World(0, 1, torch.device("cpu"))
+def place() -> Processes:
+    return Processes(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -63,7 +72,7 @@ def recipe(name: str, *args: object) -> dict[str, Any]:
     """Run a recipe in this process."""
     evaluation, presets, more = RECIPES[name]
     words = [*shlex.split(more), "--workers", "0", "--device", "cpu", *map(str, args)]
-    return probing.probe(evaluation, presets, name=name, title=name, description=None, args=words)
+    return probe_module.probe(evaluation, presets, name=name, title=name, description=None, args=words)
 
 
 # Nearest neighbors
@@ -83,7 +92,7 @@ def neighbors(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
 @given(neighbors())
 def test_each_neighbor_votes_with_the_exponential_of_its_similarity(arguments: Any) -> None:
     features, labels, queries, how = arguments
-    votes = probing.nearest(features, labels, queries, **how)
+    votes = knn_module.nearest(features, labels, queries, **how)
     assert votes.shape == (len(how["k"]), len(queries), how["classes"])
     for i, k in enumerate(how["k"]):
         for j, query in enumerate(queries):
@@ -97,30 +106,30 @@ def test_each_neighbor_votes_with_the_exponential_of_its_similarity(arguments: A
 @given(neighbors())
 def test_the_length_of_features_does_not_matter(arguments: Any) -> None:
     features, labels, queries, how = arguments
-    votes = probing.nearest(features, labels, queries, **how)
+    votes = knn_module.nearest(features, labels, queries, **how)
     lengths = torch.arange(1.0, 1 + len(features))[:, None]
-    torch.testing.assert_close(probing.nearest(features * lengths, labels, queries * 1e3, **how), votes)
+    torch.testing.assert_close(knn_module.nearest(features * lengths, labels, queries * 1e3, **how), votes)
 
 
 @given(neighbors())
 def test_the_size_of_the_chunks_does_not_matter(arguments: Any) -> None:
     features, labels, queries, how = arguments
-    votes = probing.nearest(features, labels, queries, **how)
+    votes = knn_module.nearest(features, labels, queries, **how)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probing, "CELLS", 2 * len(features))
-        torch.testing.assert_close(probing.nearest(features, labels, queries, **how), votes)
+        patch.setattr(knn_module, "CELLS", 2 * len(features))
+        torch.testing.assert_close(knn_module.nearest(features, labels, queries, **how), votes)
 
 
 def test_the_one_nearest_of_the_labeled_images_is_the_image_itself() -> None:
     generator = torch.Generator().manual_seed(0)
     features, labels = torch.randn(200, 8, generator=generator), torch.randint(7, (200,), generator=generator)
-    votes = probing.nearest(features, labels, features, classes=7, k=[1], temperature=0.07)
+    votes = knn_module.nearest(features, labels, features, classes=7, k=[1], temperature=0.07)
     assert (votes[0].argmax(dim=-1) == labels).all()
 
 
 def test_a_small_temperature_leaves_the_nearest_alone() -> None:
     features, labels = torch.eye(3), torch.tensor([2, 0, 1])
-    votes = probing.nearest(features, labels, features, classes=3, k=[3], temperature=1e-3)
+    votes = knn_module.nearest(features, labels, features, classes=3, k=[3], temperature=1e-3)
     torch.testing.assert_close(votes[0], F.one_hot(labels).float())
 
 
@@ -139,9 +148,9 @@ def trained(rates: list[float], settings: Linear, *, batch: int = 30, seed: int 
     features, labels = blobs()
     torch.manual_seed(seed)
     heads = Heads(6, 4, len(rates))
-    orders = probing.orders(len(labels), batch, settings.epochs, seed=seed)
+    orders = frozen_features.orders(len(labels), batch, settings.epochs, seed=seed)
     batches = ((features[rows], labels[rows]) for _, rows in orders)
-    probing.fit(heads, batches, rates=rates, steps=len(labels) // batch, settings=settings)
+    linear_module.fit(heads, batches, rates=rates, steps=len(labels) // batch, settings=settings)
     return heads
 
 
@@ -170,8 +179,8 @@ def test_one_head_equals_a_module_trained_by_the_optimizer_as_it_is() -> None:
     start = Heads(6, 4, 1)
     torch.manual_seed(0)
     plain[1].weight.data, plain[1].bias.data = Heads(6, 4, 1).weight[0].detach().clone(), start.bias[0].detach().clone()
-    optimizer = probing.LARS(plain.parameters(), lr=0.0)
-    for step, (_, rows) in enumerate(probing.orders(120, 30, 6, seed=0)):
+    optimizer = linear_module.LARS(plain.parameters(), lr=0.0)
+    for step, (_, rows) in enumerate(frozen_features.orders(120, 30, 6, seed=0)):
         epoch = step / 4
         after = torch.tensor(torch.pi * (epoch - 2) / 4)
         optimizer.param_groups[0]["lr"] = epoch if epoch < 2 else float(1 + after.cos())
@@ -213,51 +222,51 @@ def test_a_tenth_of_every_class_is_held_out(labels: list[int], seed: int) -> Non
     counts = {label: labels.count(label) for label in labels}
     if max(counts.values()) == 1:
         with pytest.raises(ValueError, match="several learning rates need labeled images to choose by, but no class"):
-            probing.hold_out(labels, seed=seed)
+            linear_module.hold_out(labels, seed=seed)
         return
-    rest, apart = probing.hold_out(labels, seed=seed)
+    rest, apart = linear_module.hold_out(labels, seed=seed)
     assert sorted(rest + apart) == list(range(len(labels)))
     for label, count in counts.items():
         assert [labels[i] for i in apart].count(label) == (0 if count == 1 else max(1, count // 10))
 
 
-def test_a_learning_rate_is_chosen_without_the_test_images(place: World, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_learning_rate_is_chosen_without_the_test_images(processes: Processes, tmp_path: Path, monkeypatch: Any) -> None:
     """Whatever the labels of the test images are, the choice and what is trained stay the same."""
     settings = Linear(base_lrs=(1e-4, 10.0), epochs=20, batch_size=27, warmup_epochs=1, crop_fraction=1.0)
 
     def run() -> dict[str, Any]:
-        shared = {"images": SMALL_IMAGES, "run": RUN, "folder": tmp_path, "place": place}
-        return probing.linear(small(), Normalize([0.3], [0.35]), settings=settings, **shared)  # pyright: ignore
+        shared = {"images": SMALL_IMAGES, "run": RUN, "folder": tmp_path, "processes": processes}
+        return linear_module.linear(small(), Normalize([0.3], [0.35]), settings=settings, **shared)  # pyright: ignore
 
-    result, opened, several = run(), probing._sources, settings
+    result, opened, several = run(), linear_module._sources, settings
 
     def wrong(images: Images, run: Run) -> Any:
         labeled, test = opened(images, run)
         monkeypatch.setattr(test, "label", lambda index: 0)
         return labeled, test
 
-    monkeypatch.setattr(probing, "_sources", wrong)
+    monkeypatch.setattr(linear_module, "_sources", wrong)
     other = run()
     assert result["base_lr"] == 10.0
     assert result["accuracy"] != other["accuracy"]
     for key in ("base_lr", "held_out", "loss"):
         assert result[key] == other[key]
     # the chosen one is trained again, on all labeled images
-    monkeypatch.setattr(probing, "_sources", opened)
+    monkeypatch.setattr(linear_module, "_sources", opened)
     settings = replace(several, base_lrs=(10.0,))
     alone = run()
     assert (alone["loss"], alone["accuracy"]) == (result["loss"], result["accuracy"])
 
 
-@pytest.mark.parametrize("kind", probing.JUDGES)
+@pytest.mark.parametrize("kind", probe_module.JUDGES)
 @pytest.mark.parametrize("class_token", [False, True])
-def test_a_pre_training_judges_its_encoder(kind: str, class_token: bool, place: World, tmp_path: Path) -> None:
+def test_a_pre_training_judges_its_encoder(kind: str, class_token: bool, processes: Processes, tmp_path: Path) -> None:
     finetuning = replace(nonlinear_probe.PRESETS["digits"].settings.finetune, pool="class")
     optimization = replace(finetuning.optimization, epochs=1, batch_size=30, warmup_epochs=0)
     finetuning = replace(finetuning, optimization=optimization)
-    where: dict[str, Any] = {"images": SMALL_IMAGES, "run": RUN, "folder": tmp_path / kind, "place": place}
+    where: dict[str, Any] = {"images": SMALL_IMAGES, "run": RUN, "folder": tmp_path / kind, "processes": processes}
     encoder = small(class_token=class_token)
-    result = probing.judge(kind, encoder, Normalize([0.3], [0.35]), finetuning=finetuning, **where, title=kind)
+    result = probe_module.judge(kind, encoder, Normalize([0.3], [0.35]), finetuning=finetuning, **where, title=kind)
     assert {"accuracy", "labeled", "test", "seconds", "epoch"} <= set(result)
     assert (result["labeled"], result["test"]) == (30, 497)
 
@@ -283,7 +292,7 @@ class Wandering(nn.Module):
 @pytest.mark.parametrize("make", [small, Wandering])
 @pytest.mark.parametrize("evaluation", [name for name in RECIPES if name != "knn"])
 @pytest.mark.parametrize("augment", [False, True])
-def test_frozen_means_bit_for_bit(make: Any, evaluation: str, augment: bool, place: World, tmp_path: Path) -> None:
+def test_frozen_means_bit_for_bit(make: Any, evaluation: str, augment: bool, processes: Processes, tmp_path: Path) -> None:
     function, presets, _ = RECIPES[evaluation]
     settings = presets["digits"].settings
     if evaluation == "linear_probe":
@@ -294,7 +303,7 @@ def test_frozen_means_bit_for_bit(make: Any, evaluation: str, augment: bool, pla
         settings = replace(settings, finetune=replace(settings.finetune, optimization=optimization))
     encoder = make()
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    shared = {"images": SMALL_IMAGES, "run": RUN, "folder": tmp_path, "place": place, "title": "probe"}
+    shared = {"images": SMALL_IMAGES, "run": RUN, "folder": tmp_path, "processes": processes, "title": "probe"}
     function(encoder, Normalize([0.3], [0.35]), settings=settings, **shared)
     assert all(torch.equal(before[name], tensor) for name, tensor in encoder.state_dict().items())
     assert not encoder.training
@@ -303,8 +312,8 @@ def test_frozen_means_bit_for_bit(make: Any, evaluation: str, augment: bool, pla
 
 def test_new_blocks_are_trained_behind_the_frozen_ones() -> None:
     encoder = small()
-    encoder.blocks = nn.ModuleList(probing.Block(24, 3, mlp_ratio=1.5) for _ in range(2))
-    deepened = probing.Deepened(encoder, blocks=3, drop=0.2).train()
+    encoder.blocks = nn.ModuleList(nonlinear_module.Block(24, 3, mlp_ratio=1.5) for _ in range(2))
+    deepened = nonlinear_module.Deepened(encoder, blocks=3, drop=0.2).train()
     shapes = [
         {name: p.shape for name, p in block.named_parameters()} for block in (encoder.blocks[1], deepened.blocks[1])
     ]
@@ -318,26 +327,28 @@ def test_new_blocks_are_trained_behind_the_frozen_ones() -> None:
     assert not deepened.encoder.training
 
 
-def test_new_blocks_are_fine_tuned_without_layer_decay(place: World, tmp_path: Path, monkeypatch: Any) -> None:
+def test_new_blocks_are_fine_tuned_without_layer_decay(processes: Processes, tmp_path: Path, monkeypatch: Any) -> None:
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(probing, "finetune", lambda *_, **arguments: seen.update(arguments) or {})
+    monkeypatch.setattr(nonlinear_module, "finetune", lambda *_, **arguments: seen.update(arguments) or {})
     settings = nonlinear_probe.PRESETS["folder"].settings
-    where: dict[str, Any] = {"images": SMALL_IMAGES, "run": RUN, "folder": tmp_path, "place": place}
-    probing.nonlinear(small(), Normalize([0.3], [0.35]), settings=settings, **where)
+    where: dict[str, Any] = {"images": SMALL_IMAGES, "run": RUN, "folder": tmp_path, "processes": processes}
+    nonlinear_module.nonlinear(small(), Normalize([0.3], [0.35]), settings=settings, **where)
     assert settings.finetune.optimization.layer_decay < 1
     optimization = replace(settings.finetune.optimization, layer_decay=1.0)
     assert seen["settings"] == replace(settings.finetune, train_positions=False, optimization=optimization)
 
 
 @pytest.mark.parametrize("pool", ["class", "mean"])
-def test_cached_features_equal_those_of_each_image_alone(pool: Any, place: World) -> None:
+def test_cached_features_equal_those_of_each_image_alone(pool: Any, processes: Processes) -> None:
     frozen, fraction = Frozen(small(), Normalize([0.3], [0.35]), pool), 0.9
-    labeled, _ = probing._sources(SMALL_IMAGES, RUN)
+    labeled, _ = linear_module._sources(SMALL_IMAGES, RUN)
     only = [3, 0, 7, 29]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probing, "AT_A_TIME", 3)
-        features, labels = probing.encode(frozen, labeled, SMALL_IMAGES, fraction, only=only, run=RUN, place=place)
-    crop = probing.CenterCrop((16, 16), crop_fraction=fraction)
+        patch.setattr(frozen_features, "AT_A_TIME", 3)
+        features, labels = frozen_features.encode(
+            frozen, labeled, SMALL_IMAGES, fraction, only=only, run=RUN, processes=processes
+        )
+    crop = view_module.CenterCrop((16, 16), crop_fraction=fraction)
     for i, index in enumerate(only):
         image = (crop(labeled.image(index)).float() / 255 - 0.3) / 0.35
         patches = image.unfold(1, 8, 8).unfold(2, 8, 8).reshape(1, 4, 64)
@@ -358,7 +369,7 @@ def test_the_class_token_is_read_where_there_is_one() -> None:
 def test_a_crop_of_the_linear_probe_depends_on_its_chance_alone(H: int, W: int, seed: int) -> None:
     image = torch.arange(H * W).view(1, H, W).remainder(256).to(torch.uint8)
     plain, again, flipped = (
-        probing.OneShotCrop((4, 6), (0.08, 1.0), flip)(image, torch.Generator().manual_seed(seed))
+        view_module.OneShotCrop((4, 6), (0.08, 1.0), flip)(image, torch.Generator().manual_seed(seed))
         for flip in (0.0, 0.0, 1.0)
     )
     assert plain.shape == (1, 4, 6)
@@ -370,8 +381,8 @@ def test_a_crop_of_the_linear_probe_depends_on_its_chance_alone(H: int, W: int, 
 def test_a_crop_of_the_linear_probe_has_the_area_and_the_aspect_asked_for(seed: int) -> None:
     image = (torch.arange(200)[:, None] + torch.arange(100)).to(torch.uint8)[None]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probing, "resize", lambda part, height, width: part)
-        view = probing.OneShotCrop((8, 4), (0.25, 0.25), 0.0)(image, torch.Generator().manual_seed(seed))
+        patch.setattr(view_module, "resize", lambda part, height, width: part)
+        view = view_module.OneShotCrop((8, 4), (0.25, 0.25), 0.0)(image, torch.Generator().manual_seed(seed))
     _, h, w = view.shape
     assert h * w == pytest.approx(200 * 100 / 4, rel=0.03)
     assert 0.74 < w / h * 2 < 1.36
@@ -383,8 +394,8 @@ def test_a_crop_of_the_linear_probe_lies_anywhere_down_and_across() -> None:
     rows = torch.arange(200, dtype=torch.uint8).view(1, 200, 1).expand(1, 200, 200)
     corners = torch.empty(2, 300)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probing, "resize", lambda part, height, width: part)
-        crop = probing.OneShotCrop((8, 8), (0.25, 0.25), 0.0)
+        patch.setattr(view_module, "resize", lambda part, height, width: part)
+        crop = view_module.OneShotCrop((8, 8), (0.25, 0.25), 0.0)
         for seed in range(300):
             for axis, image in enumerate((rows, rows.mT)):
                 corners[axis, seed] = crop(image, torch.Generator().manual_seed(seed))[0, 0, 0]
@@ -392,15 +403,15 @@ def test_a_crop_of_the_linear_probe_lies_anywhere_down_and_across() -> None:
     assert ((corners.mean(dim=1) - 50).abs() < 6).all()  # of 0 … 100, for a side of about 100
 
 
-def test_augmented_features_are_new_every_epoch_and_those_of_their_labels(place: World) -> None:
+def test_augmented_features_are_new_every_epoch_and_those_of_their_labels(processes: Processes) -> None:
     frozen = Frozen(small(), Normalize([0.3], [0.35]))
-    labeled, _ = probing._sources(SMALL_IMAGES, RUN)
-    views = probing.Views(labeled, probing.OneShotCrop((16, 16), flip=0.0), labels=True)
+    labeled, _ = linear_module._sources(SMALL_IMAGES, RUN)
+    views = frozen_features.Views(labeled, view_module.OneShotCrop((16, 16), flip=0.0), labels=True)
     only = [2, 3, 5, 7, 11, 13]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probing, "AT_A_TIME", 2)
-        steps = list(probing.augmented(frozen, views, only, batch=3, epochs=2, run=RUN, place=place))
-    chosen = list(probing.orders(6, 3, 2, seed=RUN.seed))
+        patch.setattr(frozen_features, "AT_A_TIME", 2)
+        steps = list(frozen_features.augmented(frozen, views, only, batch=3, epochs=2, run=RUN, processes=processes))
+    chosen = list(frozen_features.orders(6, 3, 2, seed=RUN.seed))
     assert len(steps) == len(chosen) == 4
     for (features, labels), (epoch, rows) in zip(steps, chosen, strict=True):
         pictures, truth = zip(*(views[epoch, only[int(row)]] for row in rows), strict=True)
@@ -427,12 +438,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("pool", ["class", "mean"])
 def test_a_timm_model_equals_our_export_of_the_same_weights(pool: Any, image_size: Any, tiny: Path) -> None:
     ours = Frozen(*load_encoder(tiny, image_size=image_size), pool)
-    theirs = Frozen(*probing.load_timm(tiny, "vit_tiny_patch16_224", image_size=image_size), pool)
+    theirs = Frozen(*load_timm(tiny, "vit_tiny_patch16_224", image_size=image_size), pool)
     images = torch.randint(256, (2, 1, *(image_size or (32, 48))), dtype=torch.uint8)
     torch.testing.assert_close(theirs(images), ours(images), rtol=1e-4, atol=1e-5)
     for name in ("height", "width", "patch", "channels", "dim", "depth", "heads", "num_prefix"):
         assert getattr(theirs.encoder, name) == getattr(ours.encoder, name)
-    deeper = [probing.Deepened(frozen.encoder, blocks=1) for frozen in (ours, theirs)]
+    deeper = [nonlinear_module.Deepened(frozen.encoder, blocks=1) for frozen in (ours, theirs)]
     deeper[1].blocks.load_state_dict(deeper[0].blocks.state_dict())
     patches = torch.rand(2, 6, 256)
     torch.testing.assert_close(*(new(patches, new.positions) for new in deeper), rtol=1e-4, atol=1e-5)
@@ -441,7 +452,7 @@ def test_a_timm_model_equals_our_export_of_the_same_weights(pool: Any, image_siz
 def test_a_timm_model_reads_its_own_weights_mean_and_std(tmp_path: Path, capsys: Any) -> None:
     model = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=64, global_pool="token").eval()
     torch.save({"state_dict": model.state_dict()}, tmp_path / "weights.pth")
-    frozen = Frozen(*probing.load_timm(tmp_path / "weights.pth", "vit_tiny_patch16_224"))
+    frozen = Frozen(*load_timm(tmp_path / "weights.pth", "vit_tiny_patch16_224"))
     images = torch.rand(2, 3, 64, 64)
     torch.testing.assert_close(frozen(images), cast(Any, model).forward_features((images - 0.5) / 0.5)[:, 0])
     assert "mean [0.5, 0.5, 0.5]" in capsys.readouterr().out.replace("(", "[")

@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import engine
-from common.checkpoint import read_tensors
-from common.images import Normalize
+from common.data.normalize import Normalize
+from common.files import read_tensors
 from common.pretraining import pretrain
+from common.training import engine
 
 import beyond_masking_integrated
 import droppos

@@ -8,9 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import Checkpoints, read_tensors, write_tensors
-from common.images import CenterCrop, Digits
-from common.pretraining import load_method, pretrain
+from common.analysis import load_method
+from common.data.sources import Digits
+from common.data.views import CenterCrop
+from common.files import read_tensors, write_tensors
+from common.pretraining import pretrain
+from common.training.checkpoint import Checkpoints
 
 import pytest
 import reconstruct

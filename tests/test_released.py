@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 
-from common.images import Normalize
+from common.data.normalize import Normalize
 from mimkit.windows import distinct_anchors
 
 import lomar

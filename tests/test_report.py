@@ -5,16 +5,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from common.report import (
-    Pictures,
-    draw_curves,
-    draw_pictures,
-    gray_out,
-    read_json,
-    shown,
-    table,
-    tuned_table,
-)
+from common.files import read_json
+from common.report.curves import draw_curves
+from common.report.pictures import Pictures, draw_pictures, gray_out, shown
+from common.report.tables import table, tuned_table
 from mimkit.tokens import patchify, unpatchify
 
 import numpy as np

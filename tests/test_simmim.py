@@ -7,28 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import vit
-from common.checkpoint import read_foreign
 from common.config import Images, Network, Optimization
-from common.engine import by_last_step, learning_rate, parameter_groups
-from common.finetuning import Classifier
-from common.images import IMAGENET_MEAN, IMAGENET_STD, Normalize
-from common.pretraining import export, load_encoder, masking_encoder, whole_cells
-from common.vit import (
-    OWN_TABLE,
-    SHARED_TABLE,
-    Attention,
-    Block,
-    PixelHead,
-    RelativeBias,
-    ViT,
-    attend,
-    initialize_simmim,
-    own_tables,
-    timm_arguments,
-    timm_arguments_of,
-    timm_state,
-)
+from common.data.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
+from common.evaluation.finetuning import Classifier
+from common.networks import attention
+from common.networks.attention import Attention, RelativeBias, attend, relative_bias, relative_index
+from common.networks.building import masking_encoder, whole_cells
+from common.networks.decoder import PixelHead
+from common.networks.initialization import initialize_simmim
+from common.networks.vit import Block, ViT
+from common.training.optimizer import parameter_groups
+from common.training.schedules import by_last_step, learning_rate
+from common.weights.encoders import export, load_encoder
+from common.weights.reading import read_foreign
+from common.weights.resizing import own_tables
+from common.weights.timm_names import OWN_TABLE, SHARED_TABLE, timm_arguments, timm_arguments_of, timm_state
 from mimkit.losses import absolute_error, squared_error, window_normalized
 from mimkit.masking import random_cells, random_tokens
 from mimkit.positions import sincos
@@ -258,7 +251,7 @@ def test_the_gradient_of_a_bias_is_the_same_both_ways(monkeypatch: pytest.Monkey
     q, k, v = (normal(2, 3, 5, 8, seed=i) for i in range(3))
     gradients = []
     for plain in (True, False):
-        monkeypatch.setattr(vit, "explicit", lambda *_, plain=plain, **__: plain)
+        monkeypatch.setattr(attention, "explicit", lambda *_, plain=plain, **__: plain)
         bias = normal(3, 5, 5, seed=3).requires_grad_()
         attend(q, k, v, bias).square().sum().backward()
         gradients.append(bias.grad)
@@ -278,8 +271,8 @@ def test_a_bias_and_a_table_of_its_own_add_up():
     layer, x, bias = shaken(Attention(12, 3, grid=(2, 3))), normal(2, 1 + N, 12), normal(3, 1 + N, 1 + N, seed=1)
     plain = Attention(12, 3)
     plain.load_state_dict({k: v for k, v in layer.state_dict().items() if "relative" not in k})
-    close(layer(x, bias=bias), plain(x, bias=bias + vit.relative_bias(layer)))
-    close(layer(x), plain(x, bias=vit.relative_bias(layer)))
+    close(layer(x, bias=bias), plain(x, bias=bias + relative_bias(layer)))
+    close(layer(x), plain(x, bias=relative_bias(layer)))
 
 
 def test_what_is_added_to_all_scores_of_a_query_changes_nothing():
@@ -571,7 +564,7 @@ def square(**changes: Any) -> simmim.SimMIM:
 def published(made: simmim.SimMIM, path: Path) -> Path:
     """Write the weights as the authors name them."""
     weights = {k.replace("head.proj.", "decoder.0."): t for k, t in made.state_dict().items() if "normalize" not in k}
-    weights["encoder.rel_pos_bias.relative_position_index"] = vit.relative_index(4, 4)
+    weights["encoder.rel_pos_bias.relative_position_index"] = relative_index(4, 4)
     torch.save({"model": weights, "config": argparse.Namespace(mask_ratio=0.6), "epoch": 800}, path)
     return path
 

@@ -2,7 +2,7 @@
 
 import copy
 
-from common.teacher import follow, teacher_of
+from common.networks.ema import follow, teacher_of
 
 import pytest
 import torch

@@ -3,23 +3,13 @@
 from typing import Any, cast
 
 from common.config import Network
-from common.images import Normalize
-from common.vit import (
-    SIZES,
-    Attention,
-    Block,
-    Decoder,
-    PatchEmbed,
-    ViT,
-    attend,
-    drop_path,
-    initialize_mae,
-    initialize_truncated,
-    resize_positions,
-    timm_arguments,
-    timm_arguments_of,
-    timm_state,
-)
+from common.data.normalize import Normalize
+from common.networks.attention import Attention, attend
+from common.networks.decoder import Decoder
+from common.networks.initialization import initialize_mae, initialize_truncated
+from common.networks.vit import SIZES, Block, PatchEmbed, ViT, drop_path
+from common.weights.resizing import resize_positions
+from common.weights.timm_names import timm_arguments, timm_arguments_of, timm_state
 from mimkit.positions import resize_table, sincos, sinusoid
 from mimkit.tokens import patchify, put, split, take
 

@@ -6,12 +6,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import vit
-from common.checkpoint import load_weights
 from common.config import Images, Network
-from common.finetuning import Classifier
-from common.images import Normalize
-from common.pretraining import load_encoder
+from common.data.normalize import Normalize
+from common.evaluation.finetuning import Classifier
+from common.networks.vit import SIZES
+from common.weights.encoders import load_encoder
+from common.weights.reading import load_weights
 from mimkit.masking import random_tokens
 from mimkit.relative import (
     Method,
@@ -341,7 +341,7 @@ def _lomar(
 ) -> lomar.LoMaR:
     """The recipe for the sizes of a file."""
     sizes = {"dim": params["embed_dim"], "depth": params["depth"], "heads": params["heads"]}
-    monkeypatch.setitem(vit.SIZES, "golden", sizes)
+    monkeypatch.setitem(SIZES, "golden", sizes)
     config = lomar.Config(
         windows=params["M"],
         window_size=params["K"],

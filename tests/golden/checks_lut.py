@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from typing import Any
 
-from common.checkpoint import load_weights
 from common.config import Optimization
-from common.engine import learning_rate, peak_rate
-from common.heads import mlp
-from common.images import IMAGENET_MEAN, IMAGENET_STD, Normalize, WeakStrong, cover, padded_crop, recolor
-from common.pretraining import count_masked
-from common.teacher import cosine_momentum, follow, teacher_of
+from common.data.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
+from common.data.views import WeakStrong, cover, padded_crop, recolor
+from common.networks.building import count_masked
+from common.networks.ema import cosine_momentum, follow, teacher_of
+from common.networks.projectors import mlp
+from common.training.schedules import learning_rate, peak_rate
+from common.weights.reading import load_weights
 from mimkit.losses import cosine_distance, normalized_patches, squared_error
 from mimkit.masking import disjoint_views
 from mimkit.tokens import patchify, put, split, take, unpatchify

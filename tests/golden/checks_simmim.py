@@ -4,14 +4,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import vit
-from common.checkpoint import load_weights
 from common.config import Images, Network, Optimization
-from common.engine import learning_rate
-from common.finetuning import Classifier
-from common.images import Normalize
-from common.pretraining import load_encoder, whole_cells
-from common.vit import PatchEmbed, PixelHead, RelativeBias, ViT, relative_index
+from common.data.normalize import Normalize
+from common.evaluation.finetuning import Classifier
+from common.networks import attention
+from common.networks.attention import RelativeBias, relative_index
+from common.networks.building import whole_cells
+from common.networks.decoder import PixelHead
+from common.networks.vit import SIZES, PatchEmbed, ViT
+from common.training.schedules import learning_rate
+from common.weights.encoders import load_encoder
+from common.weights.reading import load_weights
 from mimkit.losses import absolute_error, window_normalized
 from mimkit.masking import random_cells
 from mimkit.tokens import patchify, unpatchify
@@ -127,7 +130,7 @@ def whole(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     params, images = golden.params, golden["x"]
     patch, names = params["patch"], golden.about["param_order"]
     sizes = {"dim": params["dim"], "depth": params["depth"], "heads": params["heads"]}
-    monkeypatch.setitem(vit.SIZES, "golden", sizes)
+    monkeypatch.setitem(SIZES, "golden", sizes)
     config = simmim.Config(
         mask_ratio=params["ratio"],
         cell=params["mask_patch"],
@@ -149,7 +152,7 @@ def whole(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     patches, seen = patchify(images, patch=patch), []
     tokens = _before_last(method.encoder, patches[:1])
     with monkeypatch.context() as watched:
-        watched.setattr(vit, "attend", lambda q, k, v, bias: seen.append((q, k, bias)) or v)
+        watched.setattr(attention, "attend", lambda q, k, v, bias: seen.append((q, k, bias)) or v)
         method.encoder.blocks[-1](tokens, bias=method.encoder.rel_pos_bias())  # pyright: ignore
     q, k, bias = seen[-1]
     golden.close("attn_last", (q @ k.mT * q.shape[-1] ** -0.5 + bias).softmax(dim=-1))

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from common import vit
 from common.config import Images, Network, Optimization
-from common.engine import parameter_groups
-from common.finetuning import Classifier
-from common.images import Normalize
+from common.data.normalize import Normalize
+from common.evaluation.finetuning import Classifier
+from common.networks.vit import SIZES, ViT
+from common.training.optimizer import parameter_groups
 from mimkit.positions import sincos, sinusoid
 
 import numpy as np
@@ -154,7 +154,7 @@ class Golden:
 def settings_for(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Settings for the sizes of a file, with ImageNet's mean and std already taken off its images or not."""
     sizes = {"dim": params["enc_dim"], "depth": params["enc_depth"], "heads": params["enc_heads"]}
-    monkeypatch.setitem(vit.SIZES, "golden", sizes)
+    monkeypatch.setitem(SIZES, "golden", sizes)
     network = Network(
         size="golden",  # pyright: ignore
         patch=params["p"],
@@ -168,7 +168,7 @@ def settings_for(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dic
 
 def classifier_of(params: dict[str, Any], pool: Any, *, key_bias: bool = True, positions: bool = True) -> Classifier:
     side = params["img"] // params["p"]
-    encoder = vit.ViT(
+    encoder = ViT(
         height=side,
         width=side,
         patch=params["p"],

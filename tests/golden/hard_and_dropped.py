@@ -8,13 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import engine, finetuning, vit
-from common.checkpoint import load_weights
 from common.config import Images, Optimization, Run
-from common.engine import World, by_epoch, clip, layer_of, read_metrics
-from common.images import Normalize
-from common.probing import nearest
-from common.teacher import follow, teacher_of
+from common.data.normalize import Normalize
+from common.evaluation import finetuning
+from common.evaluation.knn import nearest
+from common.networks import decoder, vit
+from common.networks.ema import follow, teacher_of
+from common.training import engine
+from common.training.distributed import Processes
+from common.training.log import read_metrics
+from common.training.optimizer import clip, layer_of
+from common.training.schedules import by_epoch
+from common.weights.reading import load_weights
+from common.weights.resizing import resize_positions
 from mimkit.losses import normalized_patches, ranking_loss, squared_error
 from mimkit.masking import random_tokens
 from mimkit.positions import attentive_weights, sincos, smoothed_targets
@@ -204,7 +210,8 @@ def nearest_neighbors(golden: Golden, _: Any) -> None:
 @check("hpm_vit_classifier")
 def half_of_the_patches(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     params, images = golden.params, golden["imgs"]
-    monkeypatch.setattr(vit, "Block", functools.partial(vit.Block, mlp_ratio=params["mlp_ratio"]))
+    for module in (vit, decoder):
+        monkeypatch.setattr(module, "Block", functools.partial(vit.Block, mlp_ratio=params["mlp_ratio"]))
     classifier = classifier_of(params | {"p": params["patch"]}, "mean")
     renames = {r"(?=cls_token|pos_embed|patch_embed|blocks)": "encoder."}
     load_weights(classifier, golden.weights, renames=renames, optional=(r"normalize\.", r"encoder\.norm\."))
@@ -219,7 +226,7 @@ def half_of_the_patches(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None
         if name.startswith("pos_embed_resized"):
             old, new = map(int, re.findall(r"\d+", name))
             grids = {"height": old, "width": old, "new_height": new, "new_width": new}
-            golden.close(name, vit.resize_positions(golden["w.pos_embed"], **grids))
+            golden.close(name, resize_positions(golden["w.pos_embed"], **grids))
 
 
 @check("hpm_model")
@@ -488,7 +495,8 @@ SMALL = {"img": 16, "patch": 8, "dim": 8, "depth": 1, "heads": 2, "dec_dim": 8, 
 
 def _config(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Settings for the sizes of a file; one epoch unless it says more."""
-    monkeypatch.setattr(vit, "Block", functools.partial(vit.Block, mlp_ratio=params.get("mlp_ratio", 4)))
+    for module in (vit, decoder):
+        monkeypatch.setattr(module, "Block", functools.partial(vit.Block, mlp_ratio=params.get("mlp_ratio", 4)))
     sizes = {
         "p": params["patch"],
         "img": params["img"],
@@ -680,6 +688,6 @@ def _trained(
             settings=settings,
             run=Run(precision="fp32", compile="off", log_every=1),
             folder=Path(folder),
-            place=World(0, 1, torch.device("cpu")),
+            place=Processes(0, 1, torch.device("cpu")),
         )
         return read_metrics(Path(folder) / "metrics.jsonl"), gradients

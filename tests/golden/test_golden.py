@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common import vit
-from common.checkpoint import load_weights
 from common.config import Optimization
-from common.engine import by_epoch, by_step, layer_of, parameter_groups
-from common.finetuning import Classifier
-from common.images import Mix, Normalize, one_shot_crop_size
-from common.lars import LARS
-from common.pretraining import count_masked
+from common.data.augment import Mix
+from common.data.normalize import Normalize
+from common.data.views import one_shot_crop_size
+from common.evaluation.finetuning import Classifier
+from common.networks.building import count_masked
+from common.training.optimizer import LARS, layer_of, parameter_groups
+from common.training.schedules import by_epoch, by_step
+from common.weights.reading import load_weights
+from common.weights.resizing import resize_positions
 from mimkit.degrade import (
     area_resize,
     central_crop,
@@ -124,7 +126,7 @@ def sincos_table(golden: Golden, _: Any) -> None:
     before, after = golden["interp_in"], golden["interp_out"]
     old, new = (round((table.shape[1] - 1) ** 0.5) for table in (before, after))
     sizes = {"height": old, "width": old, "new_height": new, "new_width": new}
-    golden.close("interp_out", vit.resize_positions(before, **sizes))
+    golden.close("interp_out", resize_positions(before, **sizes))
 
 
 @check("mae_lr_schedule")

@@ -1,6 +1,5 @@
-"""What a run tells its user: pictures, curves, and a table."""
+"""Pictures of what was learned."""
 
-import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,21 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-TITLES = {
-    "pretraining": "pre-training",
-    "finetune": "fine-tuning",
-    "scratch": "from scratch, same epochs",
-    "budget": "from scratch, same time",
-    "linear": "linear probe of the frozen encoder",
-    "knn": "k-NN on the frozen encoder",
-    "nonlinear": "new blocks behind the frozen encoder",
-}
 
 
 @dataclass(frozen=True)
@@ -83,26 +70,6 @@ def draw_pictures(path: Path, pictures: Pictures) -> None:
     _save(figure, path)
 
 
-def draw_curves(path: Path, metrics: dict[str, list[dict[str, Any]]]) -> None:
-    """Draw the loss and the learning rate of each training over its epochs."""
-    figure, axes = plt.subplots(2, len(metrics), figsize=(4 * len(metrics), 5), squeeze=False, sharex="col")
-    apart = {"step", "epoch", "lr", "images_per_second", "waiting"}
-    for column, (title, records) in enumerate(metrics.items()):
-        epochs = [record["epoch"] for record in records]
-        axes[0, column].set_title(title, fontsize=9)
-        names = [name for name in (records[0] if records else {}) if name not in apart]
-        for name in names:
-            axes[0, column].plot(epochs, [record[name] for record in records], label=name)
-        axes[0, column].set_ylabel("loss")
-        if names:
-            axes[0, column].legend(fontsize=7)
-        axes[1, column].plot(epochs, [record["lr"] for record in records])
-        axes[1, column].set_ylabel("learning rate")
-        axes[1, column].set_xlabel("epoch")
-    figure.tight_layout()
-    _save(figure, path)
-
-
 def draw_grid(
     path: Path, grid: Tensor, *, rows: Sequence[float], columns: Sequence[float], x: str, y: str, title: str
 ) -> None:
@@ -117,52 +84,6 @@ def draw_grid(
     axis.set(xlabel=x, ylabel=y, title=title)
     figure.tight_layout()
     _save(figure, path)
-
-
-def table(name: str, result: dict[str, Any], folder: Path) -> str:
-    """Write what was trained, how well it does, how fast it was and where the files are."""
-    trained = result["pretraining"]
-    lines = [
-        "",
-        f"{name}: pre-trained for {trained['epoch']:.0f} epochs in {trained['seconds']:.0f} s, "
-        f"loss {trained['loss']:.4f}, {trained['images_per_second']:.0f} images/s, "
-        f"{trained['waiting']:.1%} of the time waiting for data",
-    ]
-    rows = [(TITLES[key], result[key]) for key in TITLES if key in result and key != "pretraining"]
-    if rows:
-        first = rows[0][1]
-        lines += [
-            "",
-            f"{'accuracy on ' + str(first['test']) + ' test images':<42}{'accuracy':>10}{'epochs':>9}{'seconds':>9}",
-            "─" * 70,
-        ]
-        for title, row in rows:
-            what = "pre-trained, then fine-tuned" if title == TITLES["finetune"] else title
-            lines.append(f"{what:<42}{row['accuracy']:>8.1f} %{row['epoch']:>9.0f}{row['seconds']:>9.0f}")
-        lines += ["─" * 70, f"{first['labeled']} labeled images"]
-    files = "encoder.safetensors", "reconstruction.png", "curves.png", "result.json", "metrics.jsonl"
-    return "\n".join([*lines, *_files(folder, *files)])
-
-
-def tuned_table(title: str, result: dict[str, Any], folder: Path) -> str:
-    """Write how well a classifier does, how fast it was trained and where the files are."""
-    return "\n".join(
-        [
-            "",
-            f"{title}: {result['accuracy']:.1f} % of {result['test']} test images are right, after "
-            f"{result['epoch']:.0f} epochs of {result['labeled']} labeled images in {result['seconds']:.0f} s, "
-            f"{result['images_per_second']:.0f} images/s, {result['waiting']:.1%} of the time waiting for data",
-            *_files(folder, "result.json", "metrics.jsonl", "curves.png"),
-        ]
-    )
-
-
-def _files(folder: Path, *names: str) -> list[str]:
-    return ["", "files:", *(f"  {folder / name}" for name in names if (folder / name).exists())]
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
 
 
 def _save(figure: Any, path: Path) -> None:

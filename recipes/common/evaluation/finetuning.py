@@ -2,18 +2,34 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from common.config import Flat, Images, Optimization, Run, to_json
-from common.engine import World, in_bf16, loading_processes, pieces, train
-from common.images import Augment, CenterCrop, CropFlip, Loader, Mix, Normalize, Source, Views, open_images
-from common.vit import ViT
+from common.config import (
+    Area,
+    BelowOne,
+    Flat,
+    NonNegative,
+    Optimization,
+    Positive,
+    PositiveShare,
+    SettingsError,
+    Share,
+)
+from common.data.augment import Augment, Mix, auto_augment_policy
+from common.data.loading import Loader, ViewDataset
+from common.data.normalize import Normalize
+from common.data.sources import Data, Source
+from common.data.views import CenterCrop, CropFlip, Transform
+from common.networks.encoder import TrainableEncoder
+from common.networks.vit import ViT
+from common.runs import Stage
+from common.training.distributed import in_bf16, num_workers
+from common.training.engine import train
+from common.training.step import micro_batches
 from mimkit.tokens import patchify, take
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,23 +42,23 @@ class Finetuning:
     """what the head reads: the mean of the patch tokens through a new norm, or the class token"""
     train_positions: bool = True
     """whether the position table is trained, too"""
-    drop_path: float = 0.1
+    drop_path: BelowOne = 0.1
     """drop path of the last block, rising linearly from 0"""
-    smoothing: float = 0.1
+    smoothing: BelowOne = 0.1
     """of the labels"""
-    mixup: float = 0.8
+    mixup: NonNegative = 0.8
     """parameter of mixup; 0: none"""
-    cutmix: float = 1.0
+    cutmix: NonNegative = 1.0
     """parameter of cutmix; 0: none"""
     randaugment: str = "rand-m9-mstd0.5-inc1"
     """timm's name of the augmentation; empty: none"""
-    erasing: float = 0.25
+    erasing: Share = 0.25
     """probability of random erasing"""
-    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_scale: Area = (0.08, 1.0)
     """share of the image's area that a random crop keeps, least and most"""
-    crop_fraction: float = 0.875
+    crop_fraction: PositiveShare = 0.875
     """share of the short side that the central crop of a test image keeps"""
-    head_scale: float = 2e-5
+    head_scale: Positive = 2e-5
     """std of the head's weights at the start"""
     optimization: Flat[Optimization] = field(
         default_factory=lambda: Optimization(
@@ -64,15 +80,27 @@ def of(settings: Finetuning, *, drop_path: float = 0.1, **optimization: Any) -> 
 
 
 MAE = Finetuning()
+
+
 FOLDER = of(MAE, batch_size=256)
+
+
 HPM = of(MAE, layer_decay=0.8)
+
+
 DROPPOS = replace(of(MAE, base_lr=1e-3, layer_decay=0.8), train_positions=False)
+
+
 LUT = of(MAE, base_lr=2.5e-4, sqrt_rule_at=1024)
+
+
 BEYOND_MASKING = replace(
     of(MAE, base_lr=1e-3, layer_decay=0.75, schedule="step"),
     pool="class",
     train_positions=False,
 )
+
+
 # the published rates are for 512 images: 1.25e-3, from 2.5e-7 and down to it
 SIMMIM = of(
     MAE,
@@ -84,6 +112,8 @@ SIMMIM = of(
     min_lr=1e-6,
     clip=5.0,
 )
+
+
 # for the embedded digits: few, small and upright
 DIGITS = Finetuning(
     train_positions=False,
@@ -114,7 +144,7 @@ class Classifier(nn.Module):
 
     def __init__(
         self,
-        encoder: ViT,
+        encoder: TrainableEncoder,
         normalize: Normalize,
         classes: int,
         *,
@@ -124,7 +154,7 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         if pool == "class" and encoder.cls_token is None:
-            raise ValueError("pool=class needs an encoder with a class token")
+            raise SettingsError("--pool class needs an encoder with a class token")
         self.encoder, self.normalize, self.pool, self.select = encoder, normalize, pool, select
         if pool == "mean":  # the pre-trained norm has only seen single tokens: a new one reads the mean
             self.fc_norm = nn.LayerNorm(encoder.dim, eps=1e-6)
@@ -144,7 +174,11 @@ class Classifier(nn.Module):
         relative: dict[str, Any] = {}
         if self.select is not None:
             seen = self.select(patches, noise["select"])
-            patches, positions, relative["buckets"] = take(patches, seen), positions[seen], encoder.buckets_of(seen)
+            patches, positions, relative["buckets"] = (
+                take(patches, seen),
+                positions[seen],
+                cast(ViT, encoder).buckets_of(seen),
+            )
         if self.pool == "class":
             return encoder(patches, positions, drop_path, **relative)[:, 0]
         tokens = encoder.unnormalized(patches, positions, drop_path, **relative)
@@ -161,7 +195,7 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
-        """Return the class of each image. What is selected by chance is the same at every call."""
+        """Return the class of each image. A random selection is the same at every call."""
         noise: dict[str, Tensor] = {}
         if self.select is not None:
             generator = torch.Generator(images.device).manual_seed(0)
@@ -171,94 +205,102 @@ class Classifier(nn.Module):
 
 
 def finetune(
-    encoder: ViT,
+    encoder: TrainableEncoder,
     normalize: Normalize,
     *,
     settings: Finetuning,
-    images: Images,
-    run: Run,
-    folder: Path,
-    place: World,
-    title: str,
+    stage: Stage,
     select: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Train a classifier on the labeled images, measure its accuracy on the test images, keep its weights.
+    """Train a classifier on the labeled images and measure its accuracy on the test images.
 
     With `select` it sees a part of the patches only, see `Classifier`.
 
     Returns:
-        the result of `train`, `accuracy` in per cent, and the numbers of labeled and test images.
+        the result of `train`, `accuracy` in percent, and the numbers of labeled and test images.
 
     Raises:
-        ValueError: if there are no labeled images or no test images.
+        SettingsError: if there are no labeled images or no test images.
     """
-    labeled = open_images(
-        images.data, "labeled", channels=images.channels, seed=run.seed, per_class=images.labels_per_class
+    labeled, test = stage.data.splits()
+    torch.manual_seed(stage.run.seed)
+    classifier = Classifier(
+        encoder, normalize, len(labeled.classes), pool=settings.pool, head_scale=settings.head_scale, select=select
     )
-    test = open_images(images.data, "test", channels=images.channels, classes=labeled.classes)
-    classes = len(labeled.classes)
-    torch.manual_seed(run.seed)
-    head = {"pool": settings.pool, "head_scale": settings.head_scale}
-    classifier = Classifier(encoder, normalize, classes, **head, select=select)
     if encoder.pos_embed is not None:
         encoder.pos_embed.requires_grad_(settings.train_positions)
-
-    if settings.randaugment or settings.erasing:
-        transform = Augment(
-            images.image_size,
-            mean=normalize.mean.flatten().tolist(),
-            std=normalize.std.flatten().tolist(),
-            scale=settings.crop_scale,
-            flip=images.flip,
-            auto_augment=settings.randaugment or None,
-            erasing=settings.erasing,
-        )
-    else:
-        transform = CropFlip(images.image_size, scale=settings.crop_scale, flip=images.flip)
-    views = Views(labeled, transform, seed=run.seed, labels=True)
-    workers, pin = loading_processes(run, place), place.device.type == "cuda"
-    mix = Mix(classes, mixup=settings.mixup, cutmix=settings.cutmix, smoothing=settings.smoothing)
+    views = ViewDataset(labeled, training_view(settings, stage, normalize), seed=stage.run.seed, labels=True)
+    workers, pin = num_workers(stage.run, stage.processes), stage.processes.device.type == "cuda"
+    mix = Mix(len(labeled.classes), mixup=settings.mixup, cutmix=settings.cutmix, smoothing=settings.smoothing)
 
     def load(batches: Iterable[list[tuple[int, int]]]) -> Loader:
         return Loader(views, batches, workers=workers, pin=pin, collate=mix)
 
-    result = train(
-        classifier,
-        load,
-        images=len(labeled),
-        settings=settings.optimization,
-        run=run,
-        folder=folder,
-        place=place,
-        depth=encoder.depth,
-        title=title,
-        config={"finetuning": to_json(settings), "images": to_json(images), "seed": run.seed},
-    )
-    batch, _ = pieces(settings.optimization, place.size)
-    correct = accuracy(classifier, test, images, settings.crop_fraction, batch=batch, run=run, place=place)
-    return result | {"accuracy": correct, "labeled": len(labeled), "test": len(test)}
+    optimization = settings.optimization
+    trained = train(classifier, load, num_images=len(labeled), settings=optimization, stage=stage, depth=encoder.depth)
+    batch, _ = micro_batches(optimization, stage.processes.world_size)
+    correct = accuracy(classifier, test, stage, settings.crop_fraction, batch=batch)
+    return trained | {"accuracy": correct, "labeled": len(labeled), "test": len(test)}
 
 
-def accuracy(
-    classifier: Classifier, test: Source, images: Images, fraction: float, *, batch: int, run: Run, place: World
-) -> float:
-    """Return the share of test images that are classified rightly, in per cent."""
-    views = Views(test, CenterCrop(images.image_size, crop_fraction=fraction), seed=0, labels=True)
-    mine = [(0, index) for index in range(place.rank, len(test), place.size)]
-    loader = Loader(
-        views,
-        [mine[i : i + batch] for i in range(0, len(mine), batch)],
-        workers=loading_processes(run, place),
-        pin=False,
+def training_view(settings: Finetuning, stage: Stage, normalize: Normalize) -> Transform:
+    """Return the augmentation of the labeled images."""
+    data = stage.data.settings
+    if not (settings.randaugment or settings.erasing):
+        return CropFlip(data.image_size, scale=settings.crop_scale, flip=data.flip)
+    return Augment(
+        data.image_size,
+        mean=normalize.mean.flatten().tolist(),
+        std=normalize.std.flatten().tolist(),
+        scale=settings.crop_scale,
+        flip=data.flip,
+        auto_augment=settings.randaugment or None,
+        erasing=settings.erasing,
     )
-    counts = torch.zeros(2, device=place.device)
+
+
+def accuracy(classifier: Classifier, test: Source, stage: Stage, crop_fraction: float, *, batch: int) -> float:
+    """Return the share of test images that are classified correctly, in percent."""
+    processes = stage.processes
+    crop = CenterCrop(stage.data.settings.image_size, crop_fraction=crop_fraction)
+    mine = [(0, index) for index in range(processes.rank, len(test), processes.world_size)]
+    batches = [mine[i : i + batch] for i in range(0, len(mine), batch)]
+    workers = num_workers(stage.run, processes)
+    loader = Loader(ViewDataset(test, crop, labels=True), batches, workers=workers, pin=False)
+    counts, device = torch.zeros(2, device=processes.device), processes.device
     classifier.eval()
-    bf16 = in_bf16(run, place)
-    for pictures, labels in loader:
+    bf16 = in_bf16(stage.run, processes)
+    for images, labels in loader:
         # uncompiled: a last smaller batch would fill the cache of compiled blocks
-        with torch.compiler.set_stance("force_eager"), torch.autocast(place.device.type, torch.bfloat16, enabled=bf16):
-            right = classifier.predict(pictures.to(place.device)) == labels.to(place.device)
-        counts += torch.stack([right.sum(), torch.full_like(right.sum(), len(right))])
-    if place.size > 1:
-        dist.all_reduce(counts)
-    return 100 * float(counts[0] / counts[1])
+        with torch.compiler.set_stance("force_eager"), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            correct = classifier.predict(images.to(device)) == labels.to(device)
+        counts += torch.stack([correct.sum(), torch.full_like(correct.sum(), len(correct))])
+    correct, total = processes.sum(counts).tolist()
+    return 100 * correct / total
+
+
+def check_finetuning(settings: Finetuning, data: Data, *, world_size: int, prefix: str = "") -> None:
+    """Check before any work is done what a fine-tuning would stumble over.
+
+    Args:
+        prefix: in front of its options on the command line.
+
+    Raises:
+        SettingsError: if the labeled images do not fill a batch, the devices cannot share it, mixup has no pairs to
+            mix, or timm does not know the augmentation.
+    """
+    labeled, _ = data.splits()
+    batch, option = settings.optimization.batch_size, f"--{prefix}batch-size"
+    if len(labeled) < batch:
+        raise SettingsError(f"{len(labeled)} labeled images do not fill a batch of {batch}: use a smaller {option}")
+    micro_batch, _ = micro_batches(settings.optimization, world_size)
+    if (settings.mixup or settings.cutmix) and micro_batch % 2:
+        raise SettingsError(
+            f"{option} {batch}: mixup and cutmix mix pairs, and micro-batches of {micro_batch} images are odd; "
+            f"choose others, or --{prefix}mixup 0 --{prefix}cutmix 0"
+        )
+    if settings.randaugment:
+        try:
+            auto_augment_policy(settings.randaugment)
+        except (AssertionError, ValueError, KeyError) as error:
+            raise SettingsError(f"--{prefix}randaugment {settings.randaugment}: timm knows no such policy") from error

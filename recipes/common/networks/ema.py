@@ -1,4 +1,4 @@
-"""A teacher: a frozen copy of a network that follows it as a moving average."""
+"""An exponential moving average of a network."""
 
 import copy
 import math
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 M = TypeVar("M", bound=nn.Module)
 
 
-def teacher_of(student: M) -> M:
+def ema_copy(student: M) -> M:
     """Copy a network. No gradient reaches the copy, so that the optimizer and DDP leave it alone; it is saved with
     whatever module holds it.
     """
@@ -24,7 +24,7 @@ def cosine_momentum(progress: Tensor, start: float) -> Tensor:
 
 
 @torch.no_grad()
-def follow(teacher: nn.Module, student: nn.Module, momentum: Tensor | float) -> None:
+def ema_update(teacher: nn.Module, student: nn.Module, momentum: Tensor | float) -> None:
     """Move a teacher towards its student, buffers included: θ ← θ + (1 − momentum) · (student − θ).
 
     What does not differ stays the same to the last bit; whole numbers (counters) are copied. A momentum that is a

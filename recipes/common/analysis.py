@@ -1,0 +1,91 @@
+"""What the papers' analyses start from: a trained method, and images."""
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from common.config import DataSettings, SettingsError, from_json
+from common.data.loading import Loader, ViewDataset
+from common.data.normalize import Normalize
+from common.data.sources import Source, open_images
+from common.data.views import CenterCrop
+from common.files import read_json
+from common.recipe import Method, Recipe
+from common.training.checkpoint import Checkpoints
+
+from torch import Tensor
+
+
+def recipe_of(name: str) -> Recipe:
+    """Import the recipe of this name.
+
+    Raises:
+        SettingsError: if there is none.
+    """
+    modules = [path.stem for path in Path(__file__).parents[1].glob("*.py")]
+    module = importlib.import_module(name) if name in modules else None
+    if not hasattr(module, "RECIPE"):
+        raise SettingsError(f"{name} is no recipe of pre-training: there is no recipes/{name}.py with a RECIPE")
+    return module.RECIPE  # pyright: ignore
+
+
+def load_method(folder: Path, *, needs: str = "", of: str = "") -> tuple[Any, Any]:
+    """Build the method of a run with the weights of its newest checkpoint, on the CPU, in eval mode.
+
+    The run may still be training.
+
+    Args:
+        folder: of the run.
+        needs: an attribute that the method must have, and `of` the recipe that has it.
+
+    Returns:
+        The method and its settings.
+
+    Raises:
+        SettingsError: if the folder is not that of a pre-training or of another one, or has no checkpoint yet.
+    """
+    path = folder / "config.json"
+    settings = read_json(path) if path.is_file() else {}
+    if "recipe" not in settings:
+        raise SettingsError(f"{folder} is not the folder of a run: it has no config.json that names a recipe")
+    name = settings.pop("recipe")
+    recipe = recipe_of(name)
+    config = from_json(type(next(iter(recipe.presets.values()))), settings)
+    found = Checkpoints(folder / "checkpoint").load()
+    if found is None:
+        raise SettingsError(f"{folder} has no checkpoint yet")
+    step, tensors, _ = found
+    # What it started from is in its weights, and need not be on the disk any more
+    channels = config.data.channels
+    method = recipe.method(replace(config, weights=None), Normalize([0.0] * channels, [1.0] * channels))
+    if not hasattr(method, needs or "encoder"):
+        raise SettingsError(f"{folder} is no run of {of}: it has no {needs}")
+    prefix = "method."
+    method.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    print(f"{folder}: {name} after {step} steps")
+    return method.eval(), config
+
+
+def images_to_look_at(
+    settings: DataSettings, path: Path | None = None, *, split: Literal["test", "train"] = "test"
+) -> Source:
+    """Open images for an analysis, which needs no labels.
+
+    Args:
+        settings: of the images of the run.
+        path: folder of other ones. Of one that has neither train nor val all images are taken.
+        split: test is val of a folder.
+    """
+    settings = replace(settings, path=path or settings.path)
+    if settings.path is not None and not any((settings.path / name).is_dir() for name in ("train", "val")):
+        split = "train"
+    return open_images(settings, split, labels=False)
+
+
+def central_views(source: Source, method: Method, config: Any, *, batch_size: int) -> Iterator[Tensor]:
+    """Yield the images of a source batch by batch, each cropped to its center as in a test."""
+    views = ViewDataset(source, CenterCrop(method.view_size, crop_fraction=config.finetune.crop_fraction))
+    order = [(0, index) for index in range(len(source))]
+    return iter(Loader(views, [order[i : i + batch_size] for i in range(0, len(order), batch_size)]))

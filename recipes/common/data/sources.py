@@ -1,0 +1,277 @@
+"""Where images come from. An image is uint8 of shape (channels, H, W)."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from common.config import DataSettings, SettingsError
+from common.randomness import seed_of
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+class Source(Protocol):
+    """Where images come from. Any object with these members will do.
+
+    Whatever `image` raises counts as an unreadable image, not as a mistake of the program.
+    """
+
+    channels: int
+    classes: list[str]  # empty if there are no labels
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> Tensor:
+        """Return the whole original image, uint8 of shape (channels, H, W)."""
+        ...
+
+    def label(self, index: int) -> int:
+        """Return the number of the class, −1 where it is not known."""
+        ...
+
+    def name(self, index: int) -> str:
+        """Return what the image is called in messages."""
+        ...
+
+
+class Digits:
+    """scikit-learn's handwritten digits: 1797 real grayscale images of 8 × 8 pixels that come with the package.
+
+    `test` holds 497 of them, the same ones for every seed and each digit in proportion. `train` holds the other 1300
+    and tells no labels. `labeled` holds `per_class` of these 1300 for each digit, drawn by `seed`; a larger
+    `per_class` keeps the images of a smaller one.
+
+    Raises:
+        SettingsError: `per_class` is below one or above the training images of the rarest digit.
+    """
+
+    channels = 1
+
+    def __init__(self, split: Literal["train", "labeled", "test"], *, seed: int = 0, per_class: int = 10) -> None:
+        from sklearn.datasets import load_digits
+
+        values, labels = load_digits(return_X_y=True)
+        members = [np.flatnonzero(labels == digit).tolist() for digit in range(10)]
+        for of_digit in members:
+            of_digit.sort(key=lambda index: seed_of("digits", index))
+        cuts = [len(of_digit) * 497 / 1797 for of_digit in members]
+        sizes = [int(cut) for cut in cuts]
+        for digit in sorted(range(10), key=lambda digit: sizes[digit] - cuts[digit])[: 497 - sum(sizes)]:
+            sizes[digit] += 1  # the largest remainders are rounded up
+
+        test = [of_digit[:size] for of_digit, size in zip(members, sizes, strict=True)]
+        train = [of_digit[size:] for of_digit, size in zip(members, sizes, strict=True)]
+        if split == "labeled":
+            fewest = min(map(len, train))
+            if not 1 <= per_class <= fewest:
+                raise SettingsError(
+                    f"--labels-per-class {per_class} of the {fewest} training images of a digit cannot be drawn"
+                )
+            chosen = [sorted(d, key=lambda index: seed_of("labeled", seed, index))[:per_class] for d in train]
+        else:
+            chosen = {"train": train, "test": test}[split]
+        self._indices = sorted(index for of_digit in chosen for index in of_digit)
+        self._images = torch.from_numpy(values).mul(255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
+        self._labels = [-1 if split == "train" else int(label) for label in labels]
+        self.classes = [] if split == "train" else [str(digit) for digit in range(10)]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def image(self, index: int) -> Tensor:
+        return self._images[self._indices[index]]
+
+    def label(self, index: int) -> int:
+        return self._labels[self._indices[index]]
+
+    def name(self, index: int) -> str:
+        return f"digit {self._indices[index]}"
+
+
+class Folder:
+    """The images of ROOT/SPLIT/CLASS, folders inside a class included; hidden files and folders are left out.
+
+    Images that lie directly in ROOT/SPLIT belong to no class. Where ROOT has neither `train` nor `val`, the split
+    `train` is every image anywhere below ROOT, without labels.
+
+    Args:
+        channels: 1 decodes to grayscale, 3 to RGB.
+        require_labels: refuse images that belong to no class.
+        classes: the classes in their order, of the training split usually; by default those found, sorted.
+
+    Raises:
+        SettingsError: a folder is missing or holds no image, a class is unknown, or `channels` is neither 1 nor 3.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        *,
+        channels: int = 3,
+        require_labels: bool = False,
+        classes: list[str] | None = None,
+    ) -> None:
+        if channels not in (1, 3):
+            raise SettingsError(
+                f"files decode to 1 or 3 channels, not {channels}: for others give a map-style source from Python"
+            )
+        root = Path(root)
+        if not root.is_dir():
+            raise SettingsError(f"{root} is not a folder")
+        folder, known = root / split, True
+        if not folder.is_dir():
+            if split != "train" or (root / "val").is_dir():
+                raise SettingsError(f"{root} has no folder {split}")
+            folder, known = root, False
+        names = _find_images(folder)
+        if not names:
+            raise SettingsError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
+
+        of_image = [name.split(os.sep)[0] if known and os.sep in name else "" for name in names]
+        self._loose = of_image.count("")
+        found = sorted(set(of_image) - {""})
+        self.classes = found if classes is None else list(classes)
+        unknown = sorted(set(found) - set(self.classes))
+        if unknown:
+            raise SettingsError(f"{folder} has classes that are not in the training images: {', '.join(unknown[:5])}")
+        numbers = {"": -1} | {name: number for number, name in enumerate(self.classes)}
+        self.channels = channels
+        self._folder = str(folder)
+        # One array each: workers would copy millions of Python strings merely by counting references to them.
+        self._names = np.array([os.fsencode(name) for name in names])
+        self._labels = np.array([numbers[name] for name in of_image])
+        if require_labels:
+            self.require_labels()
+
+    def require_labels(self) -> None:
+        """Refuse images that belong to no class.
+
+        Raises:
+            SettingsError: if there are any.
+        """
+        if self._loose:
+            raise SettingsError(
+                f"{self._loose} of the {len(self)} images below {self._folder} "
+                "lie in no folder train/CLASS or val/CLASS"
+            )
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def image(self, index: int) -> Tensor:
+        return decode(self.name(index), self.channels)
+
+    def label(self, index: int) -> int:
+        return int(self._labels[index])
+
+    def name(self, index: int) -> str:
+        return os.path.join(self._folder, os.fsdecode(bytes(self._names[index])))
+
+
+def _find_images(folder: Path) -> list[str]:
+    """Return the images anywhere below a folder, as sorted paths relative to it."""
+    found = []
+    start = len(os.path.join(folder, ""))
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        images = [name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+        found += [os.path.join(parent, name)[start:] for name in images]
+    return sorted(found)
+
+
+def decode(file: str | Path, channels: int) -> Tensor:
+    """Read an image file as grayscale (`channels=1`) or RGB (`channels=3`).
+
+    It is turned as its EXIF orientation says. What is transparent becomes white. Grayscale of 16 bits is divided by
+    257 and rounded.
+    """
+    with Image.open(file) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        pixels: Image.Image = image
+        if image.mode.startswith("I"):
+            values = np.asarray(image, dtype=np.float64) / 257  # 65535 → 255
+            pixels = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+        elif image.has_transparency_data:
+            pixels = Image.new("RGBA", image.size, "white")
+            pixels.alpha_composite(image.convert("RGBA"))
+        if channels == 1:
+            gray = pixels if pixels.mode in ("1", "L") else pixels.convert("RGB")
+            return torch.from_numpy(np.array(gray.convert("L")))[None]
+        return torch.from_numpy(np.array(pixels.convert("RGB"))).permute(2, 0, 1)
+
+
+def open_images(
+    settings: DataSettings, split: str, *, seed: int = 0, classes: list[str] | None = None, labels: bool = True
+) -> Source:
+    """Open a split of the embedded digits, or of a folder of images.
+
+    Args:
+        settings: the folder, if there is one, and the channels.
+        split: `train`: all training images, for methods without labels. `labeled`: those to fine-tune on, with labels;
+            of a folder all training images. `test`: those to test on; of a folder those in `val`.
+        seed: draws the labeled digits; a folder does not use it.
+        classes: the classes in their order, of the training images when the test images are opened.
+        labels: whether labeled and test images of a folder must have labels.
+    """
+    if split not in ("train", "labeled", "test"):
+        raise ValueError(f"the splits are train, labeled and test, not {split}")
+    if settings.path is not None:
+        folder = "val" if split == "test" else "train"
+        required = labels and split != "train"
+        return Folder(settings.path, folder, channels=settings.channels, require_labels=required, classes=classes)
+    if settings.channels != 1:
+        raise SettingsError(f"the embedded digits have 1 channel, not {settings.channels}: use --channels 1")
+    return Digits(split, seed=seed, per_class=settings.labels_per_class)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images of a run, opened once for all its stages.
+
+    Args:
+        settings: how they are cropped, among others.
+        train: those to pre-train on, without labels.
+        labeled: those to train classifiers on, and `test`, those to test them on.
+        unlabeled_because: why there are none, if there are none.
+    """
+
+    settings: DataSettings
+    train: Source
+    labeled: Source | None
+    test: Source | None
+    unlabeled_because: str = ""
+
+    def splits(self) -> tuple[Source, Source]:
+        """Return the labeled and the test images.
+
+        Raises:
+            SettingsError: if there are none.
+        """
+        if self.labeled is None or self.test is None:
+            raise SettingsError(self.unlabeled_because)
+        return self.labeled, self.test
+
+
+def open_data(settings: DataSettings, *, seed: int) -> Data:
+    """Open the images of a run; a folder without classes or without `val` has no labeled images.
+
+    Raises:
+        SettingsError: if there are no training images.
+    """
+    train = open_images(settings, "train", seed=seed)
+    try:
+        labeled = train
+        if isinstance(train, Folder):
+            train.require_labels()  # a folder is listed once: its labeled images are its training images
+        else:
+            labeled = open_images(settings, "labeled", seed=seed)
+        return Data(settings, train, labeled, open_images(settings, "test", classes=labeled.classes))
+    except SettingsError as error:
+        return Data(settings, train, None, None, str(error))

@@ -1,0 +1,114 @@
+"""All evaluations of a pre-trained encoder: fine-tuned, frozen, or beside the same network from scratch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from common.config import SettingsError
+from common.evaluation import linear as linear_probe
+from common.evaluation.finetuning import Finetuning, finetune
+from common.evaluation.knn import Neighbors, knn
+from common.evaluation.linear import linear
+from common.evaluation.nonlinear import Nonlinear, nonlinear
+from common.files import read_json, write_json
+from common.runs import Stage
+from common.weights.encoders import load_encoder
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How an encoder is evaluated.
+
+    Args:
+        title: for people.
+        run: from the encoder's file, the settings of fine-tuning, the stage and the results so far to a result.
+        trains: whether a classifier is trained as in fine-tuning, so that its settings must fit the images.
+    """
+
+    title: str
+    run: Callable[[Path, Finetuning, Stage, dict[str, Any]], dict[str, Any]]
+    trains: bool = True
+
+
+def _finetune(path: Path, settings: Finetuning, stage: Stage, results: dict[str, Any]) -> dict[str, Any]:
+    """Fine-tune the encoder."""
+    return _tuned(path, settings, stage, scratch=False)
+
+
+def _scratch(path: Path, settings: Finetuning, stage: Stage, results: dict[str, Any]) -> dict[str, Any]:
+    """Train the same network from random weights for as many epochs; all its layers learn at the same rate."""
+    settings = replace(settings, optimization=replace(settings.optimization, layer_decay=1.0))
+    return _tuned(path, settings, stage, scratch=True)
+
+
+def _budget(path: Path, settings: Finetuning, stage: Stage, results: dict[str, Any]) -> dict[str, Any]:
+    """Train from random weights for as long as pre-training and fine-tuning took together.
+
+    The epochs follow from measured times, so they are written down for a run that is resumed.
+    """
+    file = stage.folder.parent / "budget.json"
+    if stage.processes.is_main and not file.exists():
+        seconds = {name: results[name]["seconds"] for name in ("pretraining", "finetune")}
+        epochs = round(settings.optimization.epochs * sum(seconds.values()) / seconds["finetune"])
+        write_json(file, {"epochs": epochs, "seconds": seconds})
+    stage.processes.barrier()
+    optimization = replace(settings.optimization, epochs=read_json(file)["epochs"])
+    return _scratch(path, replace(settings, optimization=optimization), stage, results)
+
+
+def _tuned(path: Path, settings: Finetuning, stage: Stage, *, scratch: bool) -> dict[str, Any]:
+    encoder, normalize = load_encoder(
+        path,
+        image_size=stage.data.settings.image_size,
+        class_token=settings.pool == "class",
+        drop=settings.drop_path,
+        scratch=scratch,
+        seed=stage.run.seed,
+    )
+    return finetune(encoder, normalize, settings=settings, stage=stage)
+
+
+def _linear(path: Path, settings: Finetuning, stage: Stage, results: dict[str, Any]) -> dict[str, Any]:
+    """Train a linear classifier on the frozen features."""
+    protocol = linear_probe.FOLDER if stage.data.settings.path else linear_probe.DIGITS
+    protocol = replace(protocol, crop_fraction=settings.crop_fraction)
+    return linear(*_frozen(path, stage), settings=protocol, stage=stage)
+
+
+def _knn(path: Path, settings: Finetuning, stage: Stage, results: dict[str, Any]) -> dict[str, Any]:
+    """Classify by the nearest neighbors among the frozen features."""
+    return knn(*_frozen(path, stage), settings=Neighbors(crop_fraction=settings.crop_fraction), stage=stage)
+
+
+def _nonlinear(path: Path, settings: Finetuning, stage: Stage, results: dict[str, Any]) -> dict[str, Any]:
+    """Train new blocks behind the frozen encoder."""
+    encoder, normalize = _frozen(path, stage)
+    pooled = settings if encoder.cls_token is not None else replace(settings, pool="mean")
+    return nonlinear(encoder, normalize, settings=Nonlinear(finetune=pooled), stage=stage)
+
+
+def _frozen(path: Path, stage: Stage) -> Any:
+    return load_encoder(path, image_size=stage.data.settings.image_size, seed=stage.run.seed)
+
+
+EVALUATIONS = {
+    "finetune": Evaluation("fine-tuning", _finetune),
+    "scratch": Evaluation("from scratch, same epochs", _scratch),
+    "budget": Evaluation("from scratch, same wall-clock time", _budget),
+    "linear": Evaluation("linear probe of the frozen encoder", _linear, trains=False),
+    "knn": Evaluation("k-NN on the frozen encoder", _knn, trains=False),
+    "nonlinear": Evaluation("new blocks behind the frozen encoder", _nonlinear),
+}
+
+
+def in_order(wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the evaluations to run: a budget is measured against fine-tuning, which comes first.
+
+    Raises:
+        SettingsError: if there is no such evaluation.
+    """
+    unknown = [name for name in wanted if name not in EVALUATIONS]
+    if unknown:
+        raise SettingsError(f"--evaluate {unknown[0]}: choose among {', '.join(EVALUATIONS)}")
+    return ("finetune", *wanted) if "budget" in wanted and "finetune" not in wanted else wanted

@@ -1,0 +1,91 @@
+"""New blocks behind a frozen encoder."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+from common.config import Count, Flat, SettingsError
+from common.data.normalize import Normalize
+from common.evaluation.finetuning import Finetuning, finetune
+from common.networks.encoder import Encoder
+from common.networks.initialization import initialize_mae
+from common.networks.vit import Block
+from common.runs import Stage
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Nonlinear:
+    """How new blocks behind a frozen encoder are trained: as in fine-tuning, all layers at the same learning rate."""
+
+    blocks: Count = 2
+    """new transformer blocks between the encoder and the head, 2 or 4 in the paper"""
+    finetune: Flat[Finetuning] = field(default_factory=Finetuning)
+
+
+class DeepenedEncoder(nn.Module):
+    """A frozen encoder and new blocks that read its tokens, an `Encoder` itself."""
+
+    def __init__(self, encoder: Encoder, *, blocks: int, drop: float = 0.0) -> None:
+        super().__init__()
+        if blocks < 1:
+            raise SettingsError(f"--blocks {blocks}: without a new block it is a linear probe")
+        self.encoder = encoder.requires_grad_(False)
+        self.height, self.width, self.patch, self.channels = (
+            encoder.height,
+            encoder.width,
+            encoder.patch,
+            encoder.channels,
+        )
+        self.dim, self.depth, self.heads, self.num_prefix = encoder.dim, blocks, encoder.heads, encoder.num_prefix
+        ratio = cast(Any, encoder.blocks[0]).mlp.fc1.out_features / encoder.dim
+        drops = torch.linspace(0, drop, blocks).tolist()
+        self.blocks = nn.ModuleList(Block(encoder.dim, encoder.heads, mlp_ratio=ratio, drop=rate) for rate in drops)
+        initialize_mae(self.blocks)
+        self.norm = nn.LayerNorm(encoder.dim, eps=1e-6)
+
+    @property
+    def cls_token(self) -> Tensor | None:
+        return self.encoder.cls_token
+
+    @property
+    def pos_embed(self) -> Tensor | None:
+        return self.encoder.pos_embed
+
+    @property
+    def positions(self) -> Tensor:
+        return self.encoder.positions
+
+    def train(self, mode: bool = True) -> "DeepenedEncoder":
+        """Train the new blocks; the encoder stays in evaluation mode."""
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def unnormalized(self, patches: Tensor, positions: Tensor, noise: Tensor | None = None) -> Tensor:
+        x = self.encoder(patches, positions)
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if noise is None else noise[:, i])
+        return x
+
+    def forward(self, patches: Tensor, positions: Tensor, noise: Tensor | None = None) -> Tensor:
+        return self.norm(self.unnormalized(patches, positions, noise))
+
+
+def nonlinear(encoder: Encoder, normalize: Normalize, *, settings: Nonlinear, stage: Stage) -> dict[str, Any]:
+    """Train new blocks and a head behind a frozen encoder, and measure the accuracy on the test images.
+
+    The new blocks read all tokens after the encoder's last norm, and are as wide as the encoder.
+
+    Returns:
+        what `finetune` returns, and the number of blocks.
+
+    Raises:
+        SettingsError: as `finetune`.
+    """
+    torch.manual_seed(stage.run.seed)
+    deepened = DeepenedEncoder(encoder, blocks=settings.blocks, drop=settings.finetune.drop_path)
+    optimization = replace(settings.finetune.optimization, layer_decay=1.0)
+    finetuning = replace(settings.finetune, train_positions=False, optimization=optimization)
+    return finetune(deepened, normalize, settings=finetuning, stage=stage) | {"blocks": settings.blocks}

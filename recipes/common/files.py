@@ -1,0 +1,67 @@
+"""Files that survive: written to a temporary name, flushed and renamed. Tensors are safetensors, settings are JSON."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common.config import SettingsError
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file that is either the old one or the new one, whatever happens."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write settings or results likewise."""
+    write(path, json.dumps(value, indent=1).encode())
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
+    """Write a safetensors file likewise; the values of `metadata` are stored as JSON."""
+    apart = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    write(path, save(apart, metadata={key: json.dumps(value) for key, value in (metadata or {}).items()}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a safetensors file: tensors by name, and its metadata.
+
+    Raises:
+        SettingsError: if the file is damaged or not a safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = {key: _json_or_text(value) for key, value in (file.metadata() or {}).items()}
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    except SafetensorError as error:
+        raise SettingsError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:  # a file of others
+        return value
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,59 @@
+"""Pictures of predicted patches, the same for all methods that predict some."""
+
+from typing import Any
+
+from common.report.pictures import Pictures, gray_out, shown
+from mimkit.tokens import patchify, put, take, unpatchify
+
+import torch
+from torch import Tensor
+
+
+def pictures_of(method: Any, images: Any, noise: dict[str, Tensor]) -> Pictures:
+    """Draw what a method makes of images: by its own `pictures`, or of what its `reconstruct` predicts."""
+    if hasattr(method, "pictures"):
+        return method.pictures(images, noise)
+    prediction, target, masked = method.reconstruct(images, noise)
+    return reconstruction(method, method.normalize.unit(images), prediction, target, masked)
+
+
+def reconstruction(
+    method: Any, image: Tensor, prediction: Tensor, target: Tensor, indices: Tensor, *, seen: Tensor | None = None
+) -> Pictures:
+    """Draw predicted patches beside their targets, and in the image.
+
+    Args:
+        method: has `normalize`, `height`, `width` and `patch`.
+        image: (b, c, H, W) in [0, 1], the original.
+        prediction, target: (b, k, values) of some patches, as the loss compares them.
+        indices: (b, k), which patches they are.
+        seen: what the encoder sees; by default the image without these patches.
+    """
+    sizes = {"height": method.height, "width": method.width, "patch": method.patch}
+    patches = patchify(method.normalize(image), patch=method.patch).float()
+    pixels, prediction, target = take(patches, indices), prediction.float(), target.float()
+    mask = torch.zeros(patches.shape[:2], dtype=torch.bool, device=indices.device).scatter(1, indices, True)
+    seen = gray_out(image, mask, **sizes) if seen is None else seen
+    filled = as_pixels(prediction, target, pixels, channels=len(method.normalize.mean))
+    columns = {"input": image, "seen": seen}
+    note = "reconstruction: the other patches are the input's"
+    if not torch.allclose(target, pixels, atol=1e-4):
+        blank = torch.zeros_like(patches)
+        columns |= {
+            "prediction": shown(unpatchify(put(prediction, indices, into=blank), **sizes)),
+            "target": shown(unpatchify(put(target, indices, into=blank), **sizes)),
+        }
+        note += "; prediction and target are normalized, in it they have brightness and contrast of the true patches"
+    columns["reconstruction"] = method.normalize.undo(unpatchify(put(filled, indices, into=patches), **sizes))
+    return Pictures(columns, note)
+
+
+def as_pixels(prediction: Tensor, target: Tensor, pixels: Tensor, *, channels: int) -> Tensor:
+    """Give predictions of normalized patches the brightness and contrast that turn their targets into the pixels.
+
+    Per patch and channel, by least squares; predictions of pixels stay as they are.
+    """
+    p, t, x = (patches.unflatten(-1, (-1, channels)) for patches in (prediction, target, pixels))
+    centered = t - t.mean(dim=-2, keepdim=True)
+    scale = (centered * x).sum(dim=-2, keepdim=True) / centered.square().sum(dim=-2, keepdim=True).clamp(min=1e-6)
+    return (x.mean(dim=-2, keepdim=True) + (p - t.mean(dim=-2, keepdim=True)) * scale).flatten(-2)

@@ -1,0 +1,58 @@
+"""A run: its folder, its settings, and the stages it consists of."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.config import Run, SettingsError, changed_settings, to_json
+from common.data.sources import Data
+from common.files import read_json, write_json
+from common.training.distributed import Processes
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run, a pre-training or an evaluation.
+
+    Args:
+        processes: that train together.
+        data: images, opened once for all stages.
+        run: how the program runs.
+        folder: where the files of the stage go.
+        title: of the stage, for people.
+    """
+
+    processes: Processes
+    data: Data
+    run: Run
+    folder: Path
+    title: str
+
+    def print(self, text: str) -> None:
+        """Print a line with the title in front."""
+        self.processes.print(f"{self.title}: {text}")
+
+
+def prepare(folder: Path, recipe: str, config: Any, *, processes: Processes) -> None:
+    """Make the folder of a run, and write its recipe and its settings there.
+
+    Raises:
+        SettingsError: if a run is there already and is not to be resumed, is that of another recipe, or was started
+            with other settings.
+    """
+    files = [folder / name for name in ("checkpoint", "result.json", "metrics.jsonl")]
+    started = any(path.exists() and path.stat().st_size for path in files)
+    processes.barrier()  # every process has looked before the first one writes
+    if started and not config.run.resume:
+        raise SettingsError(f"{folder} holds a run already: go on with --resume, or give another --name")
+    if started:
+        before = read_json(folder / "config.json")
+        if before["recipe"] != recipe:
+            raise SettingsError(
+                f"{folder} holds a run of {before['recipe']}, which {recipe} cannot resume: give another --name"
+            )
+        for option, (now, then) in changed_settings(config, before).items():
+            raise SettingsError(f"{folder} was started with {option} {then} and cannot be resumed with {now}")
+    elif processes.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", {"recipe": recipe, **to_json(config)})

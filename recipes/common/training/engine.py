@@ -1,0 +1,296 @@
+"""One training loop for all methods, in plain PyTorch, on one device or, under `torchrun`, on many.
+
+A method is an `nn.Module` with
+
+- `noise(rand, batch)`: all its randomness, as a dict of uniform tensors whose first axis is the batch;
+- `forward(batch, noise, progress)`: a dict of 0-d losses; the one called "loss" is minimized, all are logged;
+- `after_step(progress)`, if something follows the optimizer's step, an exponential moving average, say.
+
+`progress` is the share of the training that is done, a 0-d tensor in double precision.
+
+Every random draw depends only on (seed, step, sample), so a run that was killed and resumed is the same run bit for
+bit, and so (up to the order of sums) is one that is spread over more devices or split into more micro-batches.
+"""
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from common.config import Optimization, SettingsError
+from common.runs import Stage
+from common.training.checkpoint import Checkpoints
+from common.training.distributed import in_bf16
+from common.training.log import Log, read_metrics
+from common.training.optimizer import clip, parameter_groups
+from common.training.schedules import learning_rate, peak_rate
+from common.training.step import Batches, all_finite, compiled, to_device
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+
+class Loader(Protocol):
+    """What the loop reads its batches from."""
+
+    @property
+    def unreadable(self) -> Collection[str]: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+def train(
+    method: nn.Module,
+    load: Callable[[Iterable[list[tuple[int, int]]]], Loader],
+    *,
+    num_images: int,
+    settings: Optimization,
+    stage: Stage,
+    depth: int = 0,
+    draw: Callable[[Path], None] | None = None,
+) -> dict[str, Any]:
+    """Train a method to the end, or on to the end from its newest checkpoint.
+
+    Args:
+        method: see the head of this file; moved to the device.
+        load: makes the loader of batches from the (epoch, index) of their images.
+        num_images: number of training images.
+        settings: of the optimizer.
+        stage: processes, folder and title; the folder gets `metrics.jsonl`, TensorBoard's events and `checkpoint/`.
+        depth: blocks of the encoder, for a layer-wise learning rate.
+        draw: called with the folder at the end of the training, to draw what was learned.
+
+    Returns:
+        the last losses, images per second, and the share of time spent waiting for data.
+
+    Raises:
+        SettingsError: if a loss or a weight is not finite (the last good checkpoint is kept), or the images do not fill
+            a batch.
+    """
+    training = _Training(
+        method, Batches(num_images, settings, stage.processes, seed=stage.run.seed), settings, stage, depth
+    )
+    training.resume()
+    training.announce(num_images)
+    loader = load(training.batches.since(training.done))
+    with _StopSignal() as stop:
+        training.run(loader, stop)
+    if loader.unreadable:
+        names = ", ".join(loader.unreadable)
+        stage.print(f"{len(loader.unreadable)} unreadable images were skipped: {names}")
+    if draw is not None and stage.processes.is_main:
+        with torch.compiler.set_stance("force_eager"):  # other shapes would fill the cache of compiled blocks
+            draw(stage.folder)
+    stage.processes.barrier()
+    return training.result() | {"unreadable": sorted(loader.unreadable)}
+
+
+class _Training:
+    """A method, its optimizer and how far they are."""
+
+    def __init__(self, method: nn.Module, batches: Batches, settings: Optimization, stage: Stage, depth: int) -> None:
+        stage.folder.mkdir(parents=True, exist_ok=True)
+        self.method, self.batches, self.settings, self.stage = method, batches, settings, stage
+        self.checkpoints = Checkpoints(stage.folder / "checkpoint", keep=stage.run.keep)
+        device = stage.processes.device
+        method.to(device).train()
+        groups = parameter_groups(method, settings, depth=depth)
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=1e-8, fused=True)
+        self.model = compiled(method, stage.run, stage.processes, static=batches.count == 1)
+        self.bf16, self.noise = in_bf16(stage.run, stage.processes), batches.noise()
+        self.progress = torch.zeros((), dtype=torch.float64, device=device)
+        self.bad_step = torch.full((), -1.0, device=device)  # the first step whose loss was not finite
+        self.done, self.stored = 0, -1  # steps done, and the newest step of which there is a checkpoint
+        self.window: Tensor | None = None  # sums of the losses since they were last read, and their number of steps
+        self.names: list[str] = []  # of the losses
+        self.last: dict[str, Any] = {}  # the record that was logged last
+        self.seconds = self.waited = 0.0
+        self.began = self.read_at = self.saved_at = time.perf_counter()
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, if the run is to be resumed and there is one."""
+        found = self.checkpoints.load() if self.stage.run.resume else None
+        if found is None:
+            return
+        self.done, tensors, state = found
+        self.stored = self.done
+        self.method.load_state_dict(
+            {key.removeprefix("method."): value for key, value in tensors.items() if key.startswith("method.")}
+        )
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".")
+                self.optimizer.state[self.parameters[int(index)]][name] = value.to(self.progress.device)
+        self.window = tensors["window"].to(self.progress.device) if "window" in tensors else None
+        self.names, self.last, self.seconds = state["names"], state["last"], state["seconds"]
+        self.stage.print(f"resuming at step {self.done} of {self.batches.steps}")
+
+    def announce(self, num_images: int) -> None:
+        """Print what the training consists of."""
+        batches, settings = self.batches, self.settings
+        size, reference = settings.batch_size, settings.sqrt_rule_at
+        scale = f"{size}" if reference is None else f"√({size} · {reference})"
+        self.stage.print(
+            f"{num_images} images, {settings.epochs} epochs of {batches.steps_per_epoch} steps; batch {size} = "
+            f"{self.stage.processes.world_size} device(s) × {batches.micro_batch} images × {batches.count} "
+            f"micro-batch(es); learning rate {settings.base_lr:g} × {scale} / 256 = {peak_rate(settings):g}"
+        )
+
+    def run(self, loader: Loader, stop: "_StopSignal") -> None:
+        """Train to the end, or until the process is asked to stop."""
+        stage, steps = self.stage, self.batches.steps
+        shown, run = stage.processes.is_main, stage.run
+        stream = iter(loader) if self.done < steps else iter(())
+        log = Log(stage.folder, self.done) if shown else None
+        total = {"total": steps, "initial": self.done, "unit": "step", "leave": False}
+        bar = tqdm(desc=stage.title, disable=None if shown else True, **total)
+        self.began = self.read_at = self.saved_at = time.perf_counter()
+        first = self.done
+        try:
+            while self.done < steps:
+                self.step(stream)
+                bar.update()
+                # The losses are read every so often: only here does the host wait for the device
+                boundary = self.done % run.log_every == 0 or self.done == steps
+                if not boundary and not (stop.requested and stage.processes.world_size == 1):
+                    continue
+                due = self.done == steps or time.perf_counter() - self.saved_at > run.checkpoint_minutes * 60
+                stopping, due = self.agree(stop, due)
+                if boundary:
+                    self.read_losses(log, bar, since=max(first, (self.done - 1) // run.log_every * run.log_every))
+                if due or stopping:
+                    self.save()
+                if stopping and self.done < steps:
+                    stage.processes.barrier()
+                    stage.print(f"stopped by a signal at step {self.done} of {steps}; go on with --resume")
+                    sys.exit(0)
+            self.seconds += time.perf_counter() - self.began if first < steps else 0.0
+        finally:
+            bar.close()
+            if log is not None:
+                log.close()
+            del stream  # ends the loader's processes
+
+    def step(self, stream: Iterator[Any]) -> None:
+        """Take one step of the optimizer."""
+        batches, settings, device = self.batches, self.settings, self.progress.device
+        method: Any = self.method
+        self.progress.fill_(self.done / batches.steps)
+        current = learning_rate(self.done, settings, batches.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = current * group["lr_scale"]
+        for i in range(batches.count):
+            asked = time.perf_counter()
+            batch = to_device(next(stream), device)
+            self.waited += time.perf_counter() - asked
+            noise = method.noise(self.noise.at(self.done, i), batches.micro_batch)
+            accumulating = i < batches.count - 1 and isinstance(self.model, DistributedDataParallel)
+            with self.model.no_sync() if accumulating else contextlib.nullcontext():  # pyright: ignore
+                with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+                    losses = self.model(batch, noise, self.progress)
+                (losses["loss"] / batches.count).backward()
+            self.names = list(losses)
+            values = torch.stack([value.detach().float() for value in losses.values()]) / batches.count
+            sums = torch.cat([values, values.new_zeros(1)])
+            self.window = sums if self.window is None else self.window + sums
+            broken = (self.bad_step < 0) & ~torch.isfinite(values).all()
+            self.bad_step = torch.where(broken, float(self.done), self.bad_step)
+        assert self.window is not None
+        self.window[-1] += 1
+        if settings.clip is not None:
+            clip(self.parameters, settings.clip, each=settings.clip_each)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if hasattr(method, "after_step"):
+            with torch.no_grad():
+                method.after_step(self.progress)
+        self.done += 1
+
+    def agree(self, stop: "_StopSignal", due: bool) -> tuple[bool, bool]:
+        """Decide in all processes alike whether to stop and whether to save, and that what would be saved is finite."""
+        flags = [float(self.bad_step), float(stop.requested), float(due)]
+        bad_step, stopping, due_somewhere = self.stage.processes.maximum(flags)
+        if bad_step >= 0:
+            raise SettingsError(f"the loss of step {int(bad_step)} is not finite; {self.what_is_kept()}")
+        if due_somewhere or stopping:  # a loss is from before the step: the weights after it are checked, too
+            states = (tensor for state in self.optimizer.state.values() for tensor in state.values())
+            if self.stage.processes.maximum([1.0 - float(all_finite([*self.method.state_dict().values(), *states]))])[
+                0
+            ]:
+                raise SettingsError(f"the weights after step {self.done} are not finite; {self.what_is_kept()}")
+        return bool(stopping), bool(due_somewhere)
+
+    def what_is_kept(self) -> str:
+        """Say which checkpoint the run can go on from."""
+        saved = self.checkpoints.steps()
+        return f"the checkpoint of step {saved[-1]} is kept" if saved else "no checkpoint was written yet"
+
+    def read_losses(self, log: Log | None, bar: Any, *, since: int) -> None:
+        """Read the mean of the losses since the last reading, write it down and show it."""
+        assert self.window is not None
+        stage, steps, now = self.stage, self.batches.steps, time.perf_counter()
+        stage.processes.sum(self.window)
+        mean = (self.window[:-1] / self.window[-1]).tolist()
+        seconds = now - self.read_at
+        timing = {"images_per_second": (self.done - since) * self.settings.batch_size / seconds}
+        timing["waiting"] = self.waited / seconds
+        rate = learning_rate(self.done - 1, self.settings, self.batches.steps_per_epoch)
+        self.last = {"step": self.done, "epoch": self.done / self.batches.steps_per_epoch}
+        self.last |= {**dict(zip(self.names, mean, strict=True)), "lr": rate}
+        self.window, self.waited, self.read_at = None, 0.0, now
+        if log is not None:
+            log.add(self.last | timing)
+        speed = f"{timing['images_per_second']:.0f} img/s"
+        bar.set_postfix_str(f"loss {self.last['loss']:.4f}, lr {rate:.2e}, {speed}, data {timing['waiting']:.0%}")
+        tenth = (self.done * 10 // steps) != ((self.done - stage.run.log_every) * 10 // steps)
+        if bar.disable and (self.done == steps or tenth):
+            stage.print(f"{self.done}/{steps} steps, loss {self.last['loss']:.4f}, {speed}")
+
+    def save(self) -> None:
+        """Write a checkpoint, unless there is one of this step."""
+        now = time.perf_counter()
+        if self.stage.processes.is_main and self.stored != self.done:
+            tensors = {f"method.{name}": tensor for name, tensor in self.method.state_dict().items()}
+            for i, parameter in enumerate(self.parameters):
+                tensors |= {f"optimizer.{i}.{name}": value for name, value in self.optimizer.state[parameter].items()}
+            tensors |= {} if self.window is None else {"window": self.window}
+            state = {"last": self.last, "names": self.names, "seconds": self.seconds + now - self.began}
+            self.checkpoints.save(self.done, tensors, state)
+        self.stored, self.saved_at = self.done, time.perf_counter()
+
+    def result(self) -> dict[str, Any]:
+        """Return the last losses, the median of images per second, the mean share of waiting, and the seconds."""
+        records = read_metrics(self.stage.folder / "metrics.jsonl")
+        speeds = sorted(record["images_per_second"] for record in records)
+        waits = [record["waiting"] for record in records]
+        return {
+            **self.last,
+            "images_per_second": speeds[len(speeds) // 2] if speeds else 0.0,
+            "waiting": sum(waits) / max(1, len(waits)),
+            "seconds": self.seconds,
+        }
+
+
+class _StopSignal:
+    """Note that the process was asked to end (SIGTERM), instead of ending at once."""
+
+    def __init__(self) -> None:
+        self.requested, self.before = False, None
+
+    def __enter__(self) -> "_StopSignal":
+        with contextlib.suppress(ValueError):  # outside of the main thread no signal arrives
+            self.before: Any = signal.signal(signal.SIGTERM, self.note)
+        return self
+
+    def note(self, *_: Any) -> None:
+        self.requested = True
+
+    def __exit__(self, *_: Any) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)

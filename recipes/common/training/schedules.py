@@ -1,0 +1,69 @@
+"""Learning-rate schedules."""
+
+import math
+from collections.abc import Sequence
+
+from common.config import Optimization
+
+from torch import Tensor
+
+
+def epoch_of(progress: Tensor, epochs: int) -> Tensor:
+    """The epoch, counted from 0, for what is constant within one; a 0-d tensor."""
+    return (progress * epochs + 1e-6).floor()  # the product of a rounded quotient may lie below the epoch's start
+
+
+def by_epoch(epoch: float, *, lr: float, min_lr: float, warmup: float, epochs: float) -> float:
+    """Warm up from 0, then half a cosine, both of the fractional epoch. Source: MAE (published code)."""
+    if epoch < warmup:
+        return lr * epoch / warmup
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
+
+
+def by_step(step: int, *, lr: float, min_lr: float, warmup: int, steps: int) -> float:
+    """Warm up linearly so that the last warm-up step has all of `lr`, then half a cosine. Source: Beyond Masking."""
+    if step < warmup:
+        return lr * step / max(1, warmup - 1)
+    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def by_last_step(
+    step: int, *, lr: float, min_lr: float, start_lr: float, warmup: int, steps: int, milestones: Sequence[int] = ()
+) -> float:
+    """Warm up from `start_lr`, then half a cosine counted from step 0, or a tenth at each milestone; one step late.
+
+    The cosine has fallen already when the warm-up ends: there the rate jumps down. The first two steps have the same
+    rate, because it is set after a step, from that step's number. Source: SimMIM (published code).
+    """
+    done = max(step - 1, 0)
+    if done < warmup:
+        return start_lr + (lr - start_lr) * done / warmup
+    if milestones:
+        return lr * 0.1 ** sum(milestone <= done for milestone in milestones)
+    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * done / steps))
+
+
+def peak_rate(settings: Optimization) -> float:
+    """The learning rate after the warm-up: it grows with the batch size, or with its square root."""
+    size, reference = settings.batch_size, settings.sqrt_rule_at
+    return settings.base_lr * (size if reference is None else math.sqrt(size * reference)) / 256
+
+
+def learning_rate(step: int, settings: Optimization, steps_per_epoch: int) -> float:
+    """The learning rate of a step, before the scale of a parameter group."""
+    lr, end = peak_rate(settings), settings.epochs
+    if settings.schedule == "epoch":
+        warmup = min(settings.warmup_epochs, end)
+        return by_epoch(step / steps_per_epoch, lr=lr, min_lr=settings.min_lr, warmup=warmup, epochs=end)
+    steps, warmup = end * steps_per_epoch, int(min(settings.warmup_epochs, end) * steps_per_epoch)
+    if settings.schedule == "step":
+        return by_step(step, lr=lr, min_lr=settings.min_lr, warmup=warmup, steps=steps)
+    return by_last_step(
+        step,
+        lr=lr,
+        min_lr=settings.min_lr,
+        start_lr=settings.warmup_lr,
+        warmup=warmup,
+        steps=steps,
+        milestones=[int(epoch * steps_per_epoch) for epoch in settings.milestones],
+    )

@@ -1,0 +1,96 @@
+"""Batches, micro-batches and what is compiled."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from common.config import Optimization, Run, SettingsError
+from common.randomness import Noise, epoch_order
+from common.training.distributed import Processes
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def micro_batches(settings: Optimization, world_size: int) -> tuple[int, int]:
+    """Split a batch into equal micro-batches: images per device at a time, and how many of these make a step.
+
+    Raises:
+        SettingsError: if the devices cannot share the batch equally.
+    """
+    share, rest = divmod(settings.batch_size, world_size)
+    if rest or share < 1:
+        raise SettingsError(f"a batch of {settings.batch_size} images cannot be shared equally by {world_size} devices")
+    count = math.ceil(share / settings.device_batch)
+    while share % count:
+        count += 1
+    return share // count, count
+
+
+class Batches:
+    """The (epoch, index) of every image, in the order in which this process needs them.
+
+    Each epoch is a permutation that depends only on (seed, epoch); what does not fill a batch is left out of it. The
+    images of one step are the same whatever the number of devices and micro-batches.
+
+    Raises:
+        SettingsError: if the images do not fill a batch, or the devices cannot share it equally.
+    """
+
+    def __init__(self, num_images: int, settings: Optimization, processes: Processes, *, seed: int) -> None:
+        self.steps_per_epoch = num_images // settings.batch_size
+        if not self.steps_per_epoch:
+            raise SettingsError(
+                f"{num_images} images do not fill a batch of {settings.batch_size}: use a smaller --batch-size"
+            )
+        self.num_images, self.batch_size, self.seed, self.processes = num_images, settings.batch_size, seed, processes
+        self.micro_batch, self.count = micro_batches(settings, processes.world_size)
+        self.steps = settings.epochs * self.steps_per_epoch
+
+    def since(self, step: int) -> Iterator[list[tuple[int, int]]]:
+        """All micro-batches from a step on, `count` per step."""
+        world_size, rank = self.processes.world_size, self.processes.rank
+        for epoch in range(step // self.steps_per_epoch, self.steps // self.steps_per_epoch):
+            order = epoch_order(self.num_images, epoch, seed=self.seed)
+            for i in range(max(0, step - epoch * self.steps_per_epoch), self.steps_per_epoch):
+                for j in range(self.count):
+                    start = i * self.batch_size + (j * world_size + rank) * self.micro_batch
+                    yield [(epoch, index) for index in order[start : start + self.micro_batch].tolist()]
+
+    def noise(self) -> Noise:
+        """Return the noise of the micro-batches of this process."""
+        return Noise(
+            batch_size=self.batch_size,
+            micro_batch=self.micro_batch,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+            device=self.processes.device,
+            seed=self.seed,
+        )
+
+
+def compiled(method: nn.Module, run: Run, processes: Processes, *, static: bool) -> Callable[..., dict[str, Tensor]]:
+    """Wrap a method for its devices: compiled whole on one, block by block before the wrapper on many."""
+    wanted = run.compile == "on" or (run.compile == "auto" and processes.device.type == "cuda")
+    if wanted:
+        torch.compiler.reset()  # the graphs of one training leave all of the cache to those of the next
+    if processes.world_size == 1:
+        return torch.compile(method, fullgraph=True, dynamic=False) if wanted else method
+    if wanted:
+        for part in method.modules():
+            if getattr(part, "compile_alone", False):
+                part.compile(fullgraph=True, dynamic=False)
+    return DistributedDataParallel(method, gradient_as_bucket_view=True, static_graph=static, broadcast_buffers=False)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move a batch, a tensor or tuples of them."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    return type(batch)(to_device(part, device) for part in batch)
+
+
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Whether all numbers are finite, a 0-d tensor; the device is not waited for."""
+    return torch.stack([tensor.isfinite().all() for tensor in tensors]).all()

@@ -1,0 +1,127 @@
+"""Encoders as files: exported, and opened again for any image size."""
+
+from pathlib import Path
+
+from common.config import SettingsError
+from common.data.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
+from common.files import read_tensors, write_tensors
+from common.networks.encoder import Encoder
+from common.networks.initialization import initialize_mae, initialize_simmim
+from common.networks.vit import ViT
+from common.weights.reading import load_weights, read_foreign
+from common.weights.resizing import own_tables, resize_positions
+from common.weights.timm_models import load_timm
+from common.weights.timm_names import OWN_TABLE, SHARED_TABLE, timm_arguments, timm_arguments_of, timm_state
+from mimkit.positions import sincos
+
+import torch
+
+# FIXME module report
+from torch import nn
+
+
+def export(path: Path, encoder: ViT, normalize: Normalize) -> None:
+    """Write an encoder under timm's names, with all that is needed to build it again: by timm, if it has this one."""
+    about = {
+        "mimkit" if encoder.relative == "contextual" else "timm": timm_arguments(encoder),
+        "mean": normalize.mean.flatten().tolist(),
+        "std": normalize.std.flatten().tolist(),
+    }
+    write_tensors(path, timm_state(encoder), about)
+
+
+def load_encoder(
+    path: Path,
+    *,
+    image_size: tuple[int, int] | None = None,
+    class_token: bool = False,
+    drop: float = 0.0,
+    scratch: bool = False,
+    seed: int = 0,
+) -> tuple[ViT, Normalize]:
+    """Build an encoder from its file, for another image size if need be, and the normalization of its images.
+
+    A table of relative positions that all blocks shared becomes one in each, as fine-tuning wants it: the same network.
+    Contextual ones (LoMaR) fit any size as they are.
+
+    Args:
+        path: an exported encoder, or a published checkpoint of the MAE family, SimMIM, BEiT or LoMaR (of square
+            ImageNet images).
+        image_size: height and width in pixels; positions are resampled where they differ.
+        class_token: add a new one (normal, std 0.02, position zero) if the encoder has none.
+        drop: drop path of the last block.
+        scratch: start from random weights instead; the position table stays.
+        seed: of newly initialized parameters.
+
+    Raises:
+        SettingsError: if the file holds no encoder, or the size is not made of its patches.
+    """
+    content = read_foreign(path)
+    about = read_tensors(path)[1] if path.suffix == ".safetensors" else {}
+    written = about.get("timm", about.get("mimkit"))
+    exported = written is not None
+    prefix = "encoder." if "encoder.patch_embed.proj.weight" in content else ""  # beside the head of its pre-training
+    weights = {name.removeprefix(prefix): tensor for name, tensor in content.items() if name.startswith(prefix)}
+    arguments = written or timm_arguments_of(weights, path)
+    patch, (H, W) = arguments["patch_size"], image_size or arguments["img_size"]
+    if H % patch or W % patch:
+        raise SettingsError(f"images of {H} × {W} pixels are not made of patches of {patch} × {patch}")
+    old = {"height": arguments["img_size"][0] // patch, "width": arguments["img_size"][1] // patch}
+    new = {"height": H // patch, "width": W // patch}
+    sizes = {**old, "new_height": new["height"], "new_width": new["width"]}
+    beit = "use_abs_pos_emb" in arguments  # see `common.vit.in_beit`
+    contextual = arguments.get("relative") == "contextual"
+    own_table = arguments.get("use_rel_pos_bias") or arguments.get("use_shared_rel_pos_bias")
+    torch.manual_seed(seed)
+    vit = ViT(
+        **new,
+        patch=patch,
+        channels=arguments["in_chans"],
+        dim=arguments["embed_dim"],
+        depth=arguments["depth"],
+        heads=arguments["num_heads"],
+        class_token=beit or class_token or arguments["class_token"],
+        key_bias=not beit,
+        drop=drop,
+        table=sincos if arguments.get("use_abs_pos_emb", not contextual) else None,
+        relative="contextual" if contextual else "each" if own_table else None,
+        layer_scale=arguments.get("init_values"),
+    )
+    (initialize_simmim if beit else initialize_mae)(vit)
+    if vit.pos_embed is not None:
+        table = resize_positions(weights["pos_embed"], **sizes)
+        # a class token that the file does not have is new, and its position is zero
+        weights["pos_embed"] = nn.functional.pad(table, (0, 0, vit.pos_embed.shape[1] - table.shape[1], 0))
+    if vit.relative == "each":
+        weights = own_tables(weights, depth=vit.depth, **sizes)
+    if scratch:
+        weights = {"pos_embed": weights["pos_embed"]} if vit.pos_embed is not None else {}
+    optional = (r".",) if scratch else (r"cls_token",) if not (beit or arguments["class_token"]) else ()
+    report = load_weights(vit, weights, renames={}, optional=optional)
+    if not exported:
+        targets = {name: name.removeprefix(prefix) for name in content if name.startswith(prefix)}
+        report.renamed = {name: own for name, own in targets.items() if own != name and own in vit.state_dict()}
+        if prefix + SHARED_TABLE in content:
+            report.renamed[prefix + SHARED_TABLE] = OWN_TABLE.format("*")
+        report.dropped = [name for name in content if targets.get(name) in (None, *report.dropped)]
+        print(f"{path}:\n{report}")
+    mean, std = (about["mean"], about["std"]) if exported else (IMAGENET_MEAN, IMAGENET_STD)
+    return vit, Normalize(mean, std)
+
+
+def open_encoder(encoder: str | Path, *, image_size: tuple[int, int] | None = None) -> tuple[Encoder, Normalize]:
+    """Open an encoder to evaluate it frozen: our files and published ones, or a vision transformer of timm.
+
+    Args:
+        encoder: a file as for `load_encoder`, or `timm:NAME:FILE`, the weights of timm's model of this name.
+        image_size: height and width in pixels; positions are resampled where they differ.
+
+    Raises:
+        SettingsError: if the file holds no such encoder.
+    """
+    if not str(encoder).startswith("timm:"):
+        return load_encoder(Path(encoder), image_size=image_size)
+    _, name, file = (*str(encoder).split(":", 2), "", "")[:3]
+    if not file:
+        raise SettingsError(f"--encoder {encoder}: give the weights, too, as in --encoder timm:{name or 'NAME'}:FILE")
+    return load_timm(Path(file), name, image_size=image_size)

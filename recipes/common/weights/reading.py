@@ -1,0 +1,91 @@
+"""Third-party checkpoints: read without running their code, and loaded with a report of every key."""
+
+import argparse
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.config import SettingsError
+from common.files import read_tensors
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class LoadReport:
+    """What became of each key of a foreign checkpoint."""
+
+    renamed: dict[str, str] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"renamed  {old} → {new}" for old, new in self.renamed.items()]
+        lines += [f"dropped  {name}" for name in self.dropped] + [f"missing  {name}" for name in self.missing]
+        return "\n".join(lines) or "every key was found under its own name"
+
+
+def read_foreign(path: Path) -> dict[str, Tensor]:
+    """Read the weights of a published checkpoint: safetensors, or a `.pth` file, of which no code is ever run.
+
+    Raises:
+        SettingsError: if the file holds anything but weights and plain settings, or no weights.
+    """
+    if not path.is_file():
+        raise SettingsError(f"{path} is not a file")
+    if path.suffix == ".safetensors":
+        return read_tensors(path)[0]
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # published checkpoints keep their settings so
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's own words fill many lines and advise to run what the file holds
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it asks for {found[1]}" if found else "it is damaged or no checkpoint of PyTorch"
+        raise SettingsError(f"{path} cannot be read as plain weights: {reason}") from error
+    for key in ("model", "state_dict", "teacher"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    weights = (
+        {key: value for key, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}
+    )
+    if not weights:
+        raise SettingsError(f"{path} holds no weights")
+    return weights
+
+
+def load_weights(
+    module: nn.Module, weights: Mapping[str, Tensor], *, renames: Mapping[str, str], optional: tuple[str, ...] = ()
+) -> LoadReport:
+    """Load foreign weights and report every key that was renamed, dropped or is missing.
+
+    Args:
+        module: what to fill.
+        weights: by their foreign names.
+        renames: regular expressions → replacements; the first that matches at the start of a name is applied.
+        optional: regular expressions of names that may be missing, as a decoder that was not published.
+
+    Raises:
+        SettingsError: if a key is missing that is not optional, or a shape differs.
+    """
+    report, own, found = LoadReport(), module.state_dict(), {}
+    for name, tensor in weights.items():
+        rule = next((rule for rule in renames if re.match(rule, name)), None)
+        target = name if rule is None else re.sub(rule, renames[rule], name, count=1)
+        if target not in own:
+            report.dropped.append(name)
+            continue
+        if own[target].shape != tensor.shape:
+            raise SettingsError(f"{name} is {tuple(tensor.shape)} in the file but {tuple(own[target].shape)} here")
+        found[target] = tensor
+        if target != name:
+            report.renamed[name] = target
+    report.missing = [name for name in own if name not in found]
+    needed = [name for name in report.missing if not any(re.match(rule, name) for rule in optional)]
+    if needed:
+        names = ", ".join(needed[:5]) + ("…" if len(needed) > 5 else "")
+        raise SettingsError(f"{len(needed)} of {len(own)} weights are missing in the file: {names}")
+    module.load_state_dict(found, strict=False)
+    return report

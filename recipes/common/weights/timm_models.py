@@ -1,0 +1,97 @@
+"""timm's vision transformers, unmodified, as encoders."""
+
+import math
+from pathlib import Path
+from typing import Any, cast
+
+from common.config import SettingsError
+from common.data.normalize import Normalize
+from common.files import read_tensors
+from common.weights.reading import load_weights, read_foreign
+from mimkit.positions import resize_table
+from mimkit.tokens import unpatchify
+
+import torch
+from torch import Tensor, nn
+
+
+class TimmViT(nn.Module):
+    """A vision transformer of timm, unmodified, as an `Encoder`; it adds its own positions."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.height, self.width = model.patch_embed.grid_size
+        self.patch, self.channels = model.patch_embed.patch_size[0], model.patch_embed.proj.in_channels
+        self.dim, self.depth, self.heads = model.embed_dim, len(model.blocks), model.blocks[0].attn.num_heads
+
+    @property
+    def num_prefix(self) -> int:
+        return self.model.num_prefix_tokens
+
+    @property
+    def cls_token(self) -> Tensor | None:
+        return self.model.cls_token
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.blocks
+
+    @property
+    def pos_embed(self) -> Tensor:
+        return self.model.pos_embed
+
+    @property
+    def positions(self) -> Tensor:
+        return self.model.pos_embed[0, -self.height * self.width :]
+
+    def forward(self, patches: Tensor, positions: Tensor, noise: None = None) -> Tensor:
+        """Encode all patches of an image, in raster order. `positions` is not looked at."""
+        return self.model.forward_features(unpatchify(patches, height=self.height, width=self.width, patch=self.patch))
+
+
+def load_timm(path: Path, name: str, *, image_size: tuple[int, int] | None = None) -> tuple[TimmViT, Normalize]:
+    """Build a timm model from a weights file, and the normalization of its images.
+
+    Args:
+        path: weights under timm's names, of square images or an export of ours; its head is left out.
+        name: timm's. Unless the file tells mean and std, as our exports do, they are those that timm has for this name.
+        image_size: height and width in pixels; positions are resampled where they differ.
+
+    Raises:
+        SettingsError: if timm has no such vision transformer, or the weights are not its own.
+    """
+    import timm
+    from timm.models.vision_transformer import VisionTransformer
+
+    if not timm.is_model(name):
+        raise SettingsError(f"timm knows no model called {name}")
+    weights = read_foreign(path)
+    about = read_tensors(path)[1] if path.suffix == ".safetensors" else {}
+    kernel, table = weights.get("patch_embed.proj.weight"), weights.get("pos_embed")
+    if kernel is None or kernel.ndim != 4 or table is None or table.ndim != 3:
+        raise SettingsError(f"{path} is not a plain ViT, which has patch_embed.proj.weight and pos_embed")
+    channels, patch = kernel.shape[1], kernel.shape[-1]
+    side = math.isqrt(table.shape[1])
+    old = [size // patch for size in about["timm"]["img_size"]] if "timm" in about else [side, side]
+    H, W = image_size or (old[0] * patch, old[1] * patch)
+    if H % patch or W % patch:
+        raise SettingsError(f"images of {H} × {W} pixels are not made of patches of {patch} × {patch}")
+    try:
+        model = timm.create_model(name, pretrained=False, num_classes=0, in_chans=channels, img_size=(H, W))
+    except TypeError:  # a network that takes images of any size
+        model = None
+    if not isinstance(model, VisionTransformer):
+        raise SettingsError(f"timm's {name} is not a vision transformer")
+    if [H // patch, W // patch] != old:
+        sizes = {"height": old[0], "width": old[1], "new_height": H // patch, "new_width": W // patch}
+        prefix = table.shape[1] - old[0] * old[1]
+        weights["pos_embed"] = torch.cat([table[:, :prefix], resize_table(table[:, prefix:], **sizes)], dim=1)
+    loaded = load_weights(model, weights, renames={})
+    numbers = cast(dict[str, list[float]], about if "timm" in about else model.pretrained_cfg)
+    mean, std = numbers["mean"], numbers["std"]
+    if len(mean) != channels:
+        mean, std = ([sum(values) / len(values)] * channels for values in (mean, std))
+    if "timm" not in about:
+        print(f"{path}:\n{loaded}\nimages are normalized by mean {list(mean)} and std {list(std)}, timm's for {name}")
+    return TimmViT(model), Normalize(mean, std)
