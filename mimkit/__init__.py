@@ -1,4 +1,4 @@
-"""Masked image modeling as pure functions of tensors: import a block from the module of its theme.
+"""Building blocks of masked image modeling, as pure functions of tensors: import each from the module of its theme.
 
 Example:
     >>> from mimkit.masking import random_tokens

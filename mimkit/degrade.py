@@ -1,4 +1,4 @@
-"""Degradations of images: what the network sees instead of the image it has to give back."""
+"""Degradations of images: the inputs from which a network reconstructs the original images."""
 
 import math
 
@@ -8,15 +8,15 @@ from einops import rearrange
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-# einops looks up its backend once; done here, it is no reason to compile a caller's graph a second time
+# einops looks up its backend at the first call; without this one, a caller's graph would compile twice
 rearrange(torch.empty(0), "n -> n")
 
 
 def area_resize(images: Float[Tensor, "*batch c H0 W0"], *, H: int, W: int) -> Float[Tensor, "*batch c {H} {W}"]:
-    """Resize images by plain averages: each new pixel is the mean of the old pixels it touches.
+    """Resize images by averaging: each new pixel is the mean of the old pixels it overlaps.
 
-    New pixel i of an axis averages the old ones from floor(i · old / new) to ceil((i + 1) · old / new) − 1. Up-scaling
-    therefore mixes nearest neighbor and averages of two.
+    Along an axis, new pixel i averages the old ones from floor(i · old / new) to ceil((i + 1) · old / new) − 1.
+    Upsampling is therefore a mix of nearest-neighbor copies and averages of two.
 
     Args:
         images: channels first.
@@ -24,13 +24,13 @@ def area_resize(images: Float[Tensor, "*batch c H0 W0"], *, H: int, W: int) -> F
         W: new width in pixels.
 
     Raises:
-        ValueError: if a side, old or new, is smaller than one pixel.
+        ValueError: if an old or new side is smaller than one pixel.
 
     Example:
         >>> area_resize(torch.tensor([[[0.0, 4.0]]]), H=1, W=3)
         tensor([[[0., 2., 4.]]])
 
-    Source: Beyond Masking, arXiv 2203.14313 (every resize of the published code is of this kind).
+    Source: Beyond Masking, arXiv 2203.14313 (the published code uses it for every resize).
     """
     if min(*images.shape[-2:], H, W) < 1:
         raise ValueError(f"images of {images.shape[-2]} × {images.shape[-1]} pixels cannot be resized to {H} × {W}")
@@ -38,15 +38,17 @@ def area_resize(images: Float[Tensor, "*batch c H0 W0"], *, H: int, W: int) -> F
 
 
 def central_crop(images: Shaped[Tensor, "*batch c H0 W0"], *, H: int, W: int) -> Shaped[Tensor, "*batch c {H} {W}"]:
-    """Cut out the center of images, pixels untouched: the input of the integrated task, whose target is the whole view.
+    """Crop images to their center, without resampling.
+
+    The crop is the input of the integrated task, whose target is the whole view.
 
     Args:
         images: any dtype, channels first.
         H: height of the crop in pixels; the margins above and below must be equal.
-        W: width of the crop in pixels; likewise.
+        W: width of the crop in pixels; the margins to the left and right must be equal.
 
     Raises:
-        ValueError: if the crop does not fit, or has no center on the pixel grid.
+        ValueError: if the crop does not fit, or cannot be centered on the pixel grid.
 
     Example:
         >>> central_crop(torch.arange(12).view(1, 3, 4), H=1, W=2)
@@ -57,21 +59,22 @@ def central_crop(images: Shaped[Tensor, "*batch c H0 W0"], *, H: int, W: int) ->
     top, left = _margins(images, H, W)
     if (images.shape[-2] - H) % 2 or (images.shape[-1] - W) % 2:
         raise ValueError(
-            f"a crop of {H} × {W} has no center in {images.shape[-2]} × {images.shape[-1]} pixels: margins must be even"
+            f"a crop of {H} × {W} cannot be centered in {images.shape[-2]} × {images.shape[-1]} pixels: "
+            "margins must be equal"
         )
     return images[..., top : top + H, left : left + W]
 
 
 def zoom_in(images: Float[Tensor, "*batch c H W"], *, window_H: int, window_W: int) -> Float[Tensor, "*batch c H W"]:
-    """Enlarge the central window of images to their full size; what lies outside must be invented by the model.
+    """Enlarge the central window of images to full size; the model has to reconstruct what lies outside.
 
     Args:
         images: channels first.
-        window_H: height of the window in pixels (best 160 of 224); the margins above and below must be equal.
-        window_W: width of the window in pixels; likewise.
+        window_H: height of the window in pixels (best: 160 of 224); the margins above and below must be equal.
+        window_W: width of the window in pixels; the margins to the left and right must be equal.
 
     Raises:
-        ValueError: if the window does not fit, is empty, or has no center on the pixel grid.
+        ValueError: if the window does not fit, is empty, or cannot be centered on the pixel grid.
 
     Example:
         >>> zoom_in(torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]), window_H=1, window_W=2)
@@ -85,7 +88,9 @@ def zoom_in(images: Float[Tensor, "*batch c H W"], *, window_H: int, window_W: i
 def zoom_in_anywhere(
     images: Float[Tensor, "*batch c H W"], noise: Float[Tensor, "*batch 2"], *, window_H: int, window_W: int
 ) -> Float[Tensor, "*batch c H W"]:
-    """Enlarge a window at a random place of each image to its full size (an ablation; the center does better).
+    """Enlarge a window at a random place of each image to full size.
+
+    This is an ablation of `zoom_in`, and less accurate.
 
     Args:
         images: channels first.
@@ -114,10 +119,10 @@ def zoom_in_anywhere(
 def mirror_fill(
     images: Shaped[Tensor, "*batch c h w"], noise: Float[Tensor, "*batch 2"], *, H: int, W: int
 ) -> Shaped[Tensor, "*batch c {H} {W}"]:
-    """Put images at random places of larger canvases and fill these with mirror images.
+    """Place images at random on larger canvases and fill the rest with mirror images.
 
-    The mirror repeats the edge pixel (… 1 0 | 0 1 … w−1 | w−1 w−2 …) and is itself mirrored, as often as it takes.
-    The same noise puts other images of the same size, predictions say, at the same places.
+    The reflection repeats the edge pixel (… 1 0 | 0 1 … w−1 | w−1 w−2 …) and is repeated as often as needed. With the
+    same noise, other images of the same size, such as predictions, are placed at the same positions.
 
     Args:
         images: any dtype, channels first.
@@ -132,8 +137,8 @@ def mirror_fill(
         >>> mirror_fill(torch.tensor([[[1, 2]]]), torch.tensor([0.0, 0.6]), H=1, W=7)
         tensor([[[2, 2, 1, 1, 2, 2, 1]]])
 
-    Source: Beyond Masking, arXiv 2203.14313, task (b). The published code has one place per batch, never the last
-    row or column, and fails where the mirror is wider than the image or the margin is zero.
+    Source: Beyond Masking, arXiv 2203.14313, task (b). The published code uses one place per batch, never the last row
+    or column, and fails where the reflection is wider than the image or the margin is zero.
     """
     _check_noise(noise, images, 2, "a row and a column")
     h, w = images.shape[-2:]
@@ -146,18 +151,18 @@ def mirror_fill(
 def paste(
     images: Float[Tensor, "*batch c h w"], canvases: Float[Tensor, "*batch c H W"], noise: Float[Tensor, "*batch 2"]
 ) -> Float[Tensor, "*batch c H W"]:
-    """Put images at random places of larger ones: the ablations of the mirror image around a shrunken image.
+    """Place images at random on larger ones, for the ablations that replace the mirror images of `mirror_fill`.
 
-    For black give `black.expand(...)` of one value per channel (−mean / std, once images are normalized), for foreign
-    images `images.roll(1, dims=0)`. The same noise means the same places as in `mirror_fill`.
+    For a black canvas pass `black.expand(...)` with one value per channel (−mean / std for normalized images), for
+    another image `images.roll(1, dims=0)`. The same noise gives the same places as in `mirror_fill`.
 
     Args:
         images: channels first.
-        canvases: what to put them on; left as they are.
+        canvases: images to paste onto; not modified.
         noise: uniform in [0, 1); row and column of the image, every place equally likely.
 
     Returns:
-        The dtype of `images`.
+        the dtype of `images`.
 
     Raises:
         ValueError: if an image is empty or does not fit onto its canvas, or the leading axes or channels differ.
@@ -170,7 +175,9 @@ def paste(
     """
     _check_noise(noise, images, 2, "a row and a column")
     if canvases.shape[:-2] != images.shape[:-2]:
-        raise ValueError(f"images {tuple(images.shape)} cannot be put on canvases {tuple(canvases.shape)}")
+        raise ValueError(
+            f"images {tuple(images.shape)} and canvases {tuple(canvases.shape)} differ in more than height and width"
+        )
     (h, w), (H, W) = images.shape[-2:], canvases.shape[-2:]
     _check_fits(h, w, H, W)
     rows = _whole(noise[..., 0], H - h).unsqueeze(-1) + torch.arange(h, device=noise.device)
@@ -183,16 +190,16 @@ def paste(
 def zoom_out(
     images: Float[Tensor, "*batch c H W"], noise: Float[Tensor, "*batch 2"], *, small_H: int, small_W: int
 ) -> Float[Tensor, "*batch c H W"]:
-    """Shrink images, put them back at a random place and fill the rest with mirror images.
+    """Shrink images, place them at random on a canvas of the original size and fill the rest with mirror images.
 
-    It is `mirror_fill` after `area_resize`; for other fills use `paste` instead, for none `area_resize` alone. Masking
-    and zooming out at once compares prediction and target in the frame of the input: send both through this function,
-    with the noise of the input.
+    This is `area_resize` followed by `mirror_fill`. For other fills use `paste` instead, for none use `area_resize`
+    alone. To combine it with masking, compare prediction and target in the frame of the input: apply this function to
+    both, with the noise of the input.
 
     Args:
         images: channels first.
         noise: uniform in [0, 1); row and column of the small image, every place equally likely.
-        small_H: height of the small image in pixels (best 160 of 224).
+        small_H: height of the small image in pixels (best: 160 of 224).
         small_W: width of the small image in pixels.
 
     Raises:
@@ -202,7 +209,7 @@ def zoom_out(
         >>> zoom_out(torch.tensor([[[1.0, 1.0, 5.0, 5.0]]]), torch.tensor([0.0, 0.0]), small_H=1, small_W=2)
         tensor([[[1., 5., 5., 1.]]])
 
-    Source: Beyond Masking, arXiv 2203.14313, task (b); the loss on the canvas is that of the published code.
+    Source: Beyond Masking, arXiv 2203.14313, task (b); the published code computes the loss on the canvas.
     """
     H, W = images.shape[-2:]
     _check_noise(noise, images, 2, "a row and a column")
@@ -213,10 +220,10 @@ def zoom_out(
 def zoom_out_any_size(
     images: Float[Tensor, "*batch c H W"], noise: Float[Tensor, "*batch 3"], *, sizes: tuple[tuple[int, int], ...]
 ) -> Float[Tensor, "*batch c H W"]:
-    """Zoom out with a size of its own for each image.
+    """Zoom out each image to its own random size.
 
-    The averages are products with small matrices, in float32 whatever autocast says (in TF32 where PyTorch was allowed
-    it). They are quick where the sizes share a large divisor with those of the images, as 96, 128, 160, 192 and 224 do.
+    The averages are products with small matrices, in float32 even under autocast (in TF32 where PyTorch allows it).
+    They are fast if the sizes share a large divisor with those of the images, such as 96, 128, 160, 192 and 224 do.
 
     Args:
         images: channels first.
@@ -225,7 +232,7 @@ def zoom_out_any_size(
         sizes: heights and widths of small images in pixels, such as `((96, 96), (128, 128), (160, 160), (192, 192))`.
 
     Raises:
-        ValueError: if there is no size, one is empty or larger than the images, or the leading axes differ.
+        ValueError: if `sizes` is empty, a size is empty or larger than the images, or the leading axes differ.
 
     Example:
         >>> images = torch.tensor([[[1.0, 1.0, 5.0, 5.0]]])
@@ -236,7 +243,7 @@ def zoom_out_any_size(
     """
     _check_noise(noise, images, 3, "a row, a column and a size")
     if not sizes:
-        raise ValueError("sizes=() leaves nothing to choose from")
+        raise ValueError("sizes is empty")
     H, W = images.shape[-2:]
     for height, width in sizes:
         _check_fits(height, width, H, W)
@@ -253,20 +260,20 @@ def zoom_out_any_size(
 def fisheye(
     images: Float[Tensor, "*batch c H W"], noise: Float[Tensor, "*batch 3"], *, least_twist: float, most_twist: float
 ) -> Float[Tensor, "*batch c H W"]:
-    """Bend each image towards a random point of its own: the farther from it, the more is stretched or lost.
+    """Distort each image towards its own random center; the distortion grows with the distance from it.
 
-    For the form that loses no pixels of the target bend a larger view (288 for 224), `area_resize` it, and take the
-    `central_crop` of the unbent view as the target.
+    For the variant that loses no pixels of the target, distort a larger view (288 for 224), `area_resize` it, and use
+    the `central_crop` of the undistorted view as the target.
 
     Args:
         images: channels first.
         noise: uniform in [0, 1); row and column of the center, anywhere in the image, then the twist.
-        least_twist: smallest twist (best 0.20; 0.15 in the published code).
-        most_twist: largest twist (0.25). Up to 0.30 nothing outside the image is ever read.
+        least_twist: smallest twist (best: 0.20; 0.15 in the published code).
+        most_twist: largest twist (0.25). Up to 0.30 nothing outside the image is read.
 
     Raises:
-        ValueError: if the twists are no interval of finite numbers from 0, the images have no pixels, or the leading
-            axes differ.
+        ValueError: if the twists are not finite, negative or in the wrong order, the images have no pixels, or the
+            leading axes differ.
 
     Example:
         >>> image = torch.tensor([[[0.0, 1.0, 2.0, 3.0, 4.0]]])
@@ -277,7 +284,9 @@ def fisheye(
     """
     _check_noise(noise, images, 3, "a row, a column and a twist")
     if not 0 <= least_twist <= most_twist < math.inf:
-        raise ValueError(f"twists from {least_twist} to {most_twist} are no interval of numbers from 0")
+        raise ValueError(
+            f"least_twist={least_twist} and most_twist={most_twist} do not satisfy 0 <= least_twist <= most_twist < inf"
+        )
     noise = noise.float()
     return fisheye_at(images, 2 * noise[..., :2] - 1, least_twist + (most_twist - least_twist) * noise[..., 2])
 
@@ -285,15 +294,15 @@ def fisheye(
 def fisheye_at(
     images: Float[Tensor, "*batch c H W"], centers: Float[Tensor, "*batch 2"], twists: Float[Tensor, "*batch"]
 ) -> Float[Tensor, "*batch c H W"]:
-    """Bend each image towards a given point: a pixel at distance d from it shows what is `twist` · d² nearer.
+    """Distort each image towards a given center: a pixel at distance d is sampled `twist` · d² closer to it.
 
-    Rows and columns run from −1 to 1, from the center of the first pixel to that of the last; d is measured in them.
-    The image is read with bilinear weights, 0 where a point lies outside (only for twists above 0.35).
+    Rows and columns run from −1 to 1, from the center of the first pixel to that of the last, and d is measured in
+    these units. Sampling is bilinear, with zeros outside the image (only reached by twists above 0.35).
 
     Args:
         images: channels first.
-        centers: row and column in [−1, 1] (the published code has them the other way round).
-        twists: from 0, the image as it is. Above 1 / (2 d) the picture folds back.
+        centers: row and column in [−1, 1] (the published code has them in the opposite order).
+        twists: from 0, which leaves the image unchanged. Above 1 / (2 d) the image folds over.
 
     Raises:
         ValueError: if the images have no pixels or the leading axes differ.
@@ -307,7 +316,7 @@ def fisheye_at(
     """
     if centers.shape != (*images.shape[:-3], 2) or twists.shape != images.shape[:-3]:
         raise ValueError(
-            f"centers {tuple(centers.shape)} and twists {tuple(twists.shape)} are not one of each for images "
+            f"centers {tuple(centers.shape)} and twists {tuple(twists.shape)} do not hold one of each per image of "
             f"{tuple(images.shape)}"
         )
     rows, columns = _coordinates(images)
@@ -319,15 +328,15 @@ def fisheye_at(
 
 
 def wave(images: Float[Tensor, "*batch c H W"], *, amplitude: float, frequency: float) -> Float[Tensor, "*batch c H W"]:
-    """Shift the columns of images up and down along a cosine; what would be lost comes back mirrored at the edge.
+    """Shift the columns of images vertically along a cosine, with reflection at the edges.
 
-    A pixel at (row, column), both from −1 to 1, shows row + `amplitude` · cos(`frequency` · column), with bilinear
-    weights. The mirror stands on the edge pixel, which is not repeated.
+    A pixel at (row, column), both from −1 to 1, samples the image at row + `amplitude` · cos(`frequency` · column),
+    bilinearly. The reflection is about the edge pixel, which is not repeated.
 
     Args:
         images: channels first.
-        amplitude: height of the wave, 0.1 say; 1 is half of the image.
-        frequency: 10 say; 2π is two waves.
+        amplitude: of the wave, for example 0.1; 1 is half the height of the image.
+        frequency: for example 10; 2π gives two periods across the width.
 
     Raises:
         ValueError: if a number is not finite, or the images have no pixels.
@@ -338,29 +347,30 @@ def wave(images: Float[Tensor, "*batch c H W"], *, amplitude: float, frequency: 
                  [3.],
                  [2.]]])
 
-    Source: Beyond Masking, arXiv 2203.14313, appendix A.3, "horizontal wave", of which there is neither formula nor
-    code; this is the second transform of the tutorial from which the published fisheye is taken.
+    Source: Beyond Masking, arXiv 2203.14313, appendix A.3, "horizontal wave". There is neither a formula nor code for
+    it; this is the second transform of the tutorial from which the published fisheye is taken.
     """
-    if not (abs(amplitude) < math.inf and abs(frequency) < math.inf):  # `math.isfinite` has no dynamic graph
-        raise ValueError(f"amplitude={amplitude} and frequency={frequency} make no wave")
+    if not (abs(amplitude) < math.inf and abs(frequency) < math.inf):  # `math.isfinite` breaks dynamic graphs
+        raise ValueError(f"amplitude={amplitude} and frequency={frequency} are not both finite")
     rows, columns = _coordinates(images)
     rows = rows.unsqueeze(-1) + amplitude * torch.cos(frequency * columns)
     return _sample(images, rows, columns.expand_as(rows), outside="reflection")
 
 
 def random_kernels(noise: Float[Tensor, "*batch k k"], *, mean: float, std: float) -> Float[Tensor, "*batch k k"]:
-    """Make normal weights for `convolve_each`, which nothing brings to a sum of one.
+    """Return normally distributed weights for `convolve_each`; kernels are not normalized to a sum of one.
 
     Args:
         noise: uniform in [0, 1), one value per weight.
-        mean: of the weights: 1 / k², a box filter (0 for the initializations that do worse than no pre-training).
+        mean: of the weights: 1 / k², that of a box filter (0 for the initializations that do worse than no
+            pre-training).
         std: of the weights: 0.02. The sum of a kernel has a standard deviation of k · `std`.
 
     Returns:
         float32.
 
     Raises:
-        ValueError: if `mean` is not finite, or `std` neither zero nor positive.
+        ValueError: if a number is not finite, or `std` is negative.
 
     Example:
         >>> random_kernels(torch.tensor([[0.5]]), mean=1.0, std=0.02)
@@ -369,7 +379,7 @@ def random_kernels(noise: Float[Tensor, "*batch k k"], *, mean: float, std: floa
     Source: Beyond Masking, arXiv 2203.14313, task (d); mean and std are those of the published code for k = 7.
     """
     if not (abs(mean) < math.inf and 0 <= std < math.inf):
-        raise ValueError(f"mean={mean} and std={std} are not those of a normal distribution")
+        raise ValueError(f"mean={mean} and std={std} are not both finite, or std is negative")
     return mean + std * _normal(noise)
 
 
@@ -380,9 +390,9 @@ def random_kernels_any_size(
     sizes: tuple[int, ...],
     std: float,
 ) -> Float[Tensor, "*batch m k k"]:
-    """Make normal weights of mean 1 / size² for `convolve_each`, with a size of kernel of its own for each image.
+    """Return normally distributed weights of mean 1 / size² for `convolve_each`, with a random kernel size per image.
 
-    Smaller kernels stand in the middle of a k × k kernel of zeros, which makes no difference to the result.
+    Smaller kernels are padded with zeros to k × k, which does not change the result of the convolution.
 
     Args:
         noise: uniform in [0, 1), one value per weight of the largest size.
@@ -394,8 +404,8 @@ def random_kernels_any_size(
         float32.
 
     Raises:
-        ValueError: if a size is not odd or the largest is not k, `std` is neither zero nor positive, or the leading
-            axes differ.
+        ValueError: if a size is not odd or the largest is not k, `std` is not finite or negative, or the leading axes
+            differ.
 
     Example:
         >>> noise = torch.full((1, 3, 3), 0.5)
@@ -409,13 +419,13 @@ def random_kernels_any_size(
     k = noise.shape[-1]
     if size_noise.shape != noise.shape[:-3] or noise.shape[-2] != k:
         raise ValueError(
-            f"noise {tuple(noise.shape)} and size_noise {tuple(size_noise.shape)} are not those of kernels of one "
-            "image each"
+            f"noise {tuple(noise.shape)} and size_noise {tuple(size_noise.shape)} do not hold square kernels and one "
+            "size per image"
         )
     if max(sizes, default=0) != k or any(size < 1 or size % 2 == 0 for size in sizes):
-        raise ValueError(f"sizes={sizes} are not odd sides of kernels with {k} as the largest")
+        raise ValueError(f"sizes={sizes} are not odd numbers with {k} as the largest")
     if not 0 <= std < math.inf:
-        raise ValueError(f"std={std} is not that of a normal distribution")
+        raise ValueError(f"std={std} is not finite, or negative")
     size = _listed(_whole(size_noise, len(sizes) - 1), list(sizes))[..., None, None, None]
     distance = (torch.arange(k, device=noise.device) - k // 2).abs()
     inside = torch.maximum(distance.unsqueeze(-1), distance) <= size // 2
@@ -425,37 +435,37 @@ def random_kernels_any_size(
 def convolve_each(
     images: Float[Tensor, "*batch c H W"], kernels: Float[Tensor, "*batch m k k"]
 ) -> Float[Tensor, "*batch c H W"]:
-    """Convolve each image with kernels of its own, zeros around it: with random kernels, the blur.
+    """Convolve each image with its own kernels and zero padding; with random kernels, this is the blur.
 
-    Like every convolution of a network it is a cross-correlation: kernels are not turned round. Zeros are the mean
-    color if the images are normalized by the mean and std of the data set.
+    Like the convolutions of a network it is a cross-correlation: kernels are not flipped. The padding is the mean color
+    if the images are normalized by the mean and std of the dataset.
 
     Args:
         images: channels first.
-        kernels: of odd side k; m = c for one per channel, or m = c · c for kernels that mix the channels: number
-            o · c + i leads from channel i to channel o.
+        kernels: of odd side k; m = c for one per channel, or m = c · c for kernels that mix the channels, where kernel
+            o · c + i connects input channel i to output channel o.
 
     Raises:
-        ValueError: if the kernels are not c or c · c squares of odd side for each image.
+        ValueError: if there are not c or c · c square kernels of odd side per image.
 
     Example:
         >>> convolve_each(torch.tensor([[[1.0, 2.0, 3.0]]]), torch.ones(1, 3, 3))
         tensor([[[3., 6., 5.]]])
 
-    Source: Beyond Masking, arXiv 2203.14313, task (d). The paper has one kernel per channel; its pictures look as if
+    Source: Beyond Masking, arXiv 2203.14313, task (d). The paper has one kernel per channel, but its figures look as if
     channels had been mixed; the published layer cannot run.
     """
     c, H, W = images.shape[-3:]
     m, k = kernels.shape[-3], kernels.shape[-1]
     if kernels.shape != (*images.shape[:-3], m, k, k) or m not in (c, c * c) or k % 2 == 0:
         raise ValueError(
-            f"kernels {tuple(kernels.shape)} are not {c} or {c * c} squares of odd side for each of images "
+            f"kernels {tuple(kernels.shape)} do not hold {c} or {c * c} squares of odd side for each of images "
             f"{tuple(images.shape)}"
         )
     if not images.numel():
         return images.clone()
     planes, weights = images.reshape(1, -1, H, W).float(), kernels.reshape(-1, m // c, k, k).float()
-    # Three channels leave most of a CPU's vector lanes empty: kernels that mix make four rows at once.
+    # Three output channels would leave most vector lanes of a CPU idle: mixing kernels compute four rows at once.
     rows = 1 if m == c else 4
     if rows > 1:
         weights = torch.stack([F.pad(weights, (0, 0, row, rows - 1 - row)) for row in range(rows)], dim=1).flatten(0, 1)
@@ -469,17 +479,17 @@ def convolve_each(
 def decolorize(
     images: Float[Tensor, "*batch c H W"], *, saturation: float | Float[Tensor, "*batch"]
 ) -> Float[Tensor, "*batch c H W"]:
-    """Reduce the saturation of images: every channel approaches the largest of its pixel.
+    """Reduce the saturation of images: every channel approaches the largest one of its pixel.
 
-    It is RGB to HSV, S times `saturation`, and back, in closed form. At 0 the image is gray, of the largest channel
-    and not of the luma. One channel has no color and stays as it is.
+    This is the closed form of converting RGB to HSV, multiplying S by `saturation`, and converting back. At 0 the image
+    is gray, with the value of the largest channel and not the luma. Images of one channel do not change.
 
     Args:
-        images: channels first, in [0, 1]: before mean and std of the data set are taken off.
-        saturation: from 0, gray, to 1, the image as it is; a number, or one per image.
+        images: channels first, in [0, 1], not normalized by the mean and std of the dataset.
+        saturation: from 0 (gray) to 1 (unchanged), a number or one value per image.
 
     Raises:
-        ValueError: if `saturation` is a number outside 0…1, or not one per image.
+        ValueError: if `saturation` is a number outside 0…1, or a tensor without one value per image.
 
     Example:
         >>> decolorize(torch.tensor([1.0, 0.5, 0.0]).view(3, 1, 1), saturation=0.5).flatten()
@@ -494,18 +504,20 @@ def decolorize(
             raise ValueError(f"saturation={saturation} is not between 0 and 1")
         return torch.lerp(brightest, images, saturation)
     if saturation.shape != images.shape[:-3]:
-        raise ValueError(f"saturation {tuple(saturation.shape)} is not one per image of {tuple(images.shape)}")
+        raise ValueError(
+            f"saturation {tuple(saturation.shape)} does not hold one value per image of {tuple(images.shape)}"
+        )
     weight = saturation[..., None, None, None].float()
     return torch.lerp(brightest.float(), images.float(), weight).to(images.dtype)
 
 
 def _whole(noise: Float[Tensor, "*batch"], most: int | Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
-    """Whole numbers from 0 to `most`, equally likely."""
+    """Return integers from 0 to `most`, equally likely."""
     return (noise.float() * (most + 1)).long().clamp(max=most)
 
 
 def _listed(which: Int[Tensor, "*batch"], numbers: list[int]) -> Int[Tensor, "*batch"]:
-    """The numbers at these places of a list, without sending the list to the device."""
+    """Look up numbers of a list by index without copying the list to the device."""
     result = torch.full_like(which, numbers[0])
     for place, number in enumerate(numbers):
         result = torch.where(which == place, number, result)
@@ -513,14 +525,14 @@ def _listed(which: Int[Tensor, "*batch"], numbers: list[int]) -> Int[Tensor, "*b
 
 
 def _normal(noise: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Standard normal numbers from uniform ones; 0 and, rounded up, 1 become ∓5.3."""
+    """Return standard normal numbers from uniform ones; 0 and, after rounding, 1 become ∓5.3."""
     return torch.special.ndtri(noise.float().clamp(2**-24, 1 - 2**-24))
 
 
 def _mirrored(
     first: Int[Tensor, "*batch"], length: int | Int[Tensor, "*batch 1"], size: int
 ) -> Int[Tensor, "*batch {size}"]:
-    """Which of `length` pixels is seen at each of `size` places: pixel 0 at place `first`, mirrors on both sides."""
+    """Return which of `length` pixels is at each of `size` places: pixel 0 at `first`, reflections on both sides."""
     places = (torch.arange(size, device=first.device) - first.unsqueeze(-1)) % (2 * length)
     return torch.minimum(places, 2 * length - 1 - places)
 
@@ -528,7 +540,7 @@ def _mirrored(
 def _pick(
     images: Shaped[Tensor, "*batch c H W"], rows: Int[Tensor, "*batch h"], columns: Int[Tensor, "*batch w"]
 ) -> Shaped[Tensor, "*batch c h w"]:
-    """The pixels of each image at its rows and columns."""
+    """Return the pixels of each image at its own rows and columns."""
     places = (rows.unsqueeze(-1) * images.shape[-1] + columns.unsqueeze(-2)).flatten(-2)
     places = places.unsqueeze(-2).expand(*images.shape[:-2], places.shape[-1])
     return images.flatten(-2).gather(-1, places).unflatten(-1, (rows.shape[-1], columns.shape[-1]))
@@ -537,12 +549,12 @@ def _pick(
 def _shrunken_axis(
     noise: Float[Tensor, "*batch"], which: Int[Tensor, "*batch"], lengths: list[int], size: int
 ) -> tuple[Int[Tensor, "*batch {size}"], Float[Tensor, "*batch q p"]]:
-    """For one axis: where each place of the canvas finds its pixel, and the averages that shrink the image.
+    """Return, for one axis, which pixel appears at each place of the canvas, and the averages that shrink the image.
 
-    Shrinking repeats itself in blocks of p old pixels, and all lengths have the same number of blocks. A block has room
-    for the q new pixels of the largest length; what smaller ones leave free is nowhere looked for.
+    The averages repeat in blocks of p old pixels, and all lengths have the same number of blocks. A block has room for
+    the q new pixels of the largest length; places that shorter lengths leave empty are never read.
     """
-    # products with very small matrices are slow: at least 16 pixels in a block where that is possible
+    # products of very small matrices are slow: use blocks of at least 16 pixels where possible
     most = max(size // 16, 1)
     blocks = max(n for n in range(1, most + 1) if all(length % n == 0 for length in (size, *lengths)))
     p, q = size // blocks, max(lengths) // blocks
@@ -557,10 +569,10 @@ def _shrunken_axis(
 
 
 def _coordinates(images: Tensor) -> tuple[Float[Tensor, " H"], Float[Tensor, " W"]]:
-    """Rows and columns of the pixels, from −1 to 1; a single one is at 0."""
+    """Return the rows and columns of the pixels, from −1 to 1; a single one is at 0."""
     H, W = images.shape[-2:]
     if not (H and W):
-        raise ValueError(f"images of {H} × {W} pixels have nothing to show")
+        raise ValueError(f"images of {H} × {W} pixels are empty")
     rows, columns = (torch.arange(1.0 - n, n, 2, device=images.device) / max(n - 1, 1) for n in (H, W))
     return rows, columns
 
@@ -572,7 +584,7 @@ def _sample(
     *,
     outside: str,
 ) -> Float[Tensor, "*batch c H W"]:
-    """Read images at rows and columns from −1 to 1, bilinearly."""
+    """Sample images bilinearly at rows and columns from −1 to 1."""
     count, (c, H, W) = math.prod(images.shape[:-3]), images.shape[-3:]
     grids = torch.stack([columns, rows], dim=-3).expand(*images.shape[:-3], 2, H, W)
     grids = grids.reshape(count, 2, H, W).movedim(1, -1)
@@ -582,14 +594,14 @@ def _sample(
 
 
 def _full_precision(images: Tensor) -> torch.autocast:
-    """Autocast switched off, also where there is none (on the meta device)."""
+    """Disable autocast, also on devices without it such as meta."""
     kind = images.device.type
     return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
 
 
 def _check_noise(noise: Tensor, images: Tensor, count: int, what: str) -> None:
     if noise.shape != (*images.shape[:-3], count):
-        raise ValueError(f"noise {tuple(noise.shape)} does not give {what} to images {tuple(images.shape)}")
+        raise ValueError(f"noise {tuple(noise.shape)} does not hold {what} for each of images {tuple(images.shape)}")
 
 
 def _check_fits(h: int, w: int, H: int, W: int) -> None:
@@ -598,7 +610,7 @@ def _check_fits(h: int, w: int, H: int, W: int) -> None:
 
 
 def _margins(images: Tensor, H: int, W: int) -> tuple[int, int]:
-    """Rows above and columns left of a central window of `H` × `W` pixels."""
+    """Return the rows above and the columns left of a central window of `H` × `W` pixels."""
     if not (0 < H <= images.shape[-2] and 0 < W <= images.shape[-1]):
         raise ValueError(
             f"a window of {H} × {W} pixels does not fit into images of {images.shape[-2]} × {images.shape[-1]}"

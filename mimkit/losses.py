@@ -1,4 +1,4 @@
-"""Targets and losses: one value per token, in float32 also under autocast. The caller averages."""
+"""Targets and losses: one value per token, in float32 even under autocast. The caller averages."""
 
 import torch
 import torch.nn.functional as F
@@ -6,18 +6,18 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-# einops looks up its backend once; done here, it is no reason to compile a caller's graph a second time
+# einops looks up its backend at the first call; without this one, a caller's graph would compile twice
 rearrange(torch.empty(0), "n -> n")
 
 
 def normalized_patches(patches: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch n d"]:
-    """Bring each patch to mean 0 and variance 1 over all its values together: the target of MAE.
+    """Standardize each patch over all of its values: the target of MAE.
 
-    `(t − mean) / sqrt(var + 1e-6)` with the unbiased variance. A constant patch becomes 0. Raw pixels need no
-    function: use the patches as they are.
+    `(t − mean) / sqrt(var + 1e-6)` with the unbiased variance; a constant patch becomes 0. For a target of raw pixels,
+    use the patches as they are.
 
     Args:
-        patches: as from `patchify`, of images normalized by the mean and std of the data set.
+        patches: as from `patchify`, of images normalized by the mean and std of the dataset.
 
     Returns:
         float32.
@@ -40,14 +40,15 @@ def normalized_patches(patches: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*
 
 
 def channel_normalized_patches(patches: Float[Tensor, "*batch n d"], *, channels: int) -> Float[Tensor, "*batch n d"]:
-    """Bring each channel of each patch to mean 0 and variance 1: the target of Beyond Masking.
+    """Standardize each channel of each patch: the target of Beyond Masking.
 
-    `(v − mean) / (sqrt(var) + 1e-6)` with the unbiased variance over the pixels of one channel of one patch. The
-    values of a constant patch are rounding noise that stays finite. It is a target: through a constant patch there is
-    no gradient (it is NaN, as that of sqrt at 0).
+    `(v − mean) / (sqrt(var) + 1e-6)` with the unbiased variance over the pixels of one channel of one patch. A constant
+    patch gives rounding errors, which stay finite. Use it for targets only: the gradient with respect to a constant
+    patch is NaN, as is that of sqrt at 0.
 
     Args:
-        patches: as from `patchify` (channel fastest), of images in [0, 1]: undo the mean and std of the data set first.
+        patches: as from `patchify` (channel fastest), of images in [0, 1], not normalized by the mean and std of the
+            dataset.
         channels: number of channels of the images; divides d.
 
     Returns:
@@ -63,21 +64,23 @@ def channel_normalized_patches(patches: Float[Tensor, "*batch n d"], *, channels
     Source: Beyond Masking, arXiv 2203.14313 (published code).
     """
     if channels < 1 or patches.shape[-1] % channels or patches.shape[-1] < 2 * channels:
-        raise ValueError(f"patches of {patches.shape[-1]} values are not two or more pixels of {channels} channels")
+        raise ValueError(
+            f"patches of {patches.shape[-1]} values do not divide into two or more pixels of {channels} channels"
+        )
     pixels = rearrange(patches.float(), "... (p c) -> ... p c", c=channels)
     variance, mean = torch.var_mean(pixels, dim=-2, keepdim=True)
     return ((pixels - mean) / (variance.sqrt() + 1e-6)).flatten(-2)
 
 
 def window_normalized(images: Float[Tensor, "*batch c H W"], *, window: int) -> Float[Tensor, "*batch c H W"]:
-    """Bring each pixel to the mean 0 and variance 1 of the window around it, per channel: a target of SimMIM.
+    """Standardize each pixel by the mean and variance of the window around it, per channel: a target of SimMIM.
 
-    `(t − mean) / sqrt(var + 1e-6)` with the unbiased variance over those pixels of the window that lie in the image.
-    Flat areas become rounding noise: their variance is a difference of nearly equal numbers.
+    `(t − mean) / sqrt(var + 1e-6)` with the unbiased variance over the pixels of the window that lie inside the image.
+    Flat regions become rounding errors, because their variance is a difference of nearly equal numbers.
 
     Args:
-        images: normalized by the mean and std of the data set; any scale.
-        window: side in pixels, odd, at least 3; may be larger than the image. The published value is 47.
+        images: normalized by the mean and std of the dataset; any scale.
+        window: side in pixels, odd, at least 3; may exceed the image. The published value is 47.
 
     Returns:
         float32.
@@ -96,7 +99,7 @@ def window_normalized(images: Float[Tensor, "*batch c H W"], *, window: int) -> 
         raise ValueError(f"window={window} is not an odd number of pixels of at least 3")
     if H * W < 2:
         raise ValueError(f"images of {H} × {W} pixels have no variance")
-    # The variance is a difference of squares, exact where these are small: take each channel's mean away first
+    # The variance is computed as a difference of squares, which is accurate for small values: center each channel first
     pixels = images.float()
     pixels = pixels - pixels.mean(dim=(-2, -1), keepdim=True)
     mean, square = _window_mean(pixels, window), _window_mean(pixels.square(), window)
@@ -109,10 +112,10 @@ def window_normalized(images: Float[Tensor, "*batch c H W"], *, window: int) -> 
 def absolute_error(
     prediction: Float[Tensor, "*batch n d"], target: Float[Tensor, "*batch n d"]
 ) -> Float[Tensor, "*batch n"]:
-    """Give each token the mean absolute error of its values, in float32.
+    """Return the mean absolute error of each token, in float32.
 
-    The loss of SimMIM is the mean of this over the masked tokens of all images. Its published code divides by the
-    number of masked pixels plus 1e-5: `error.sum() / (error.numel() + 1e-5 / patch**2)`, 0 where nothing is masked.
+    The loss of SimMIM is its mean over the masked tokens of all images. The published code divides by the number of
+    masked pixels plus 1e-5: `error.sum() / (error.numel() + 1e-5 / patch**2)`, which is 0 if nothing is masked.
 
     Raises:
         ValueError: if the shapes differ.
@@ -131,9 +134,9 @@ def absolute_error(
 def squared_error(
     prediction: Float[Tensor, "*batch n d"], target: Float[Tensor, "*batch n d"]
 ) -> Float[Tensor, "*batch n"]:
-    """Give each token the mean squared error of its values, in float32.
+    """Return the mean squared error of each token, in float32.
 
-    The loss of MAE is the mean of this over the masked tokens.
+    The loss of MAE is its mean over the masked tokens.
 
     Raises:
         ValueError: if the shapes differ.
@@ -152,14 +155,14 @@ def squared_error(
 def band_error(
     prediction: Float[Tensor, "*batch c H W"], target: Float[Tensor, "*batch c H W"], *, inner_H: int, inner_W: int
 ) -> Float[Tensor, "*batch 4"]:
-    """Give each of the four strips around the center its mean squared error, in float32.
+    """Return the mean squared error of each of the four strips around the center, in float32.
 
-    The outer term of the integrated task is the *sum* of the four, averaged over the batch. Top and bottom run over
-    the full width, left and right over the rows between them.
+    The outer term of the integrated task is the *sum* of the four, averaged over the batch. The top and bottom strips
+    span the full width, the left and right ones the rows between them.
 
     Args:
-        prediction: a picture of the whole view.
-        target: likewise.
+        prediction: images of the whole view.
+        target: images of the same shape.
         inner_H: height of the center in pixels, smaller than H by an even number.
         inner_W: width of the center in pixels, smaller than W by an even number.
 
@@ -167,7 +170,7 @@ def band_error(
         top, bottom, left, right.
 
     Raises:
-        ValueError: if the shapes differ, or the center leaves no band of equal margins on each side.
+        ValueError: if the shapes differ, or the center does not leave equal margins on opposite sides.
 
     Example:
         >>> view = torch.zeros(1, 4, 4)
@@ -182,7 +185,7 @@ def band_error(
     H, W = prediction.shape[-2:]
     rows, columns = (H - inner_H) // 2, (W - inner_W) // 2
     if not (0 < inner_H < H and 0 < inner_W < W) or (H - inner_H) % 2 or (W - inner_W) % 2:
-        raise ValueError(f"a center of {inner_H} × {inner_W} leaves no even band in a view of {H} × {W} pixels")
+        raise ValueError(f"a center of {inner_H} × {inner_W} leaves no equal margins in a view of {H} × {W} pixels")
     error = (prediction.float() - target.float()).square()
     between = error[..., rows : H - rows, :]
     strips = error[..., :rows, :], error[..., H - rows :, :], between[..., :columns], between[..., W - columns :]
@@ -192,12 +195,12 @@ def band_error(
 def cosine_distance(
     prediction: Float[Tensor, "*batch n d"], target: Float[Tensor, "*batch n d"]
 ) -> Float[Tensor, "*batch n"]:
-    """Give each token the squared distance of its two directions, 2 − 2 cos, in float32.
+    """Return the squared distance between the L2-normalized vectors of each token, 2 − 2 cos, in float32.
 
-    For targets that are features of a network: HPM's from a teacher, LUT's.
+    It is used with targets that are features of a network: by HPM with those of a teacher, and by LUT.
 
     Returns:
-        0 (same direction) to 4 (opposite), up to rounding; 2 where a vector is zero and has no direction.
+        from 0 (same direction) to 4 (opposite direction), up to rounding; 2 where a vector is zero.
 
     Raises:
         ValueError: if the shapes differ.
@@ -217,10 +220,10 @@ def cosine_distance(
 def soft_cross_entropy(
     logits: Float[Tensor, "*batch n c"], target: Float[Tensor, "*batch n c"]
 ) -> Float[Tensor, "*batch n"]:
-    """Give each token the cross entropy of its logits with a target over all classes, −Σ t · log softmax, in float32.
+    """Return the cross entropy of each token with a target over all classes, −Σ t · log softmax, in float32.
 
-    A target need not sum to one: its sum weighs the token. DropPos divides the weighted sum over all tokens that are
-    scored by the sum of their weights: `(weights * error).sum() / weights.sum()`.
+    Targets need not sum to one; their sum weights the token. DropPos divides the weighted sum over all scored tokens by
+    the sum of their weights: `(weights * error).sum() / weights.sum()`.
 
     Raises:
         ValueError: if the shapes differ.
@@ -240,22 +243,22 @@ def soft_cross_entropy(
 def ranking_loss(
     prediction: Float[Tensor, "*batch n"], target: Float[Tensor, "*batch n"]
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """Judge predictions by how they order each pair of tokens of a row, not by their values; in float32.
+    """Return the loss of predicting the order of each pair of tokens of a row, not their values; in float32.
 
-    A pair (i, j) with target j > target i costs −log(sigmoid(prediction j − prediction i) + 1e-6). Ordered pairs are
-    summed, so every pair counts twice; pairs with equal targets do not count. HPM's loss is one quotient over the whole
-    batch, `loss.sum() / pairs.sum().clamp(min=1)`, and the share of pairs in the right order tells whether it learns:
-    `right.sum() / pairs.sum().clamp(min=1)`, a half by chance.
+    A pair (i, j) with target j > target i costs −log(sigmoid(prediction j − prediction i) + 1e-6). Sums run over
+    ordered pairs, so every pair counts twice; pairs with equal targets do not count. The loss of HPM is one quotient
+    over the whole batch, `loss.sum() / pairs.sum().clamp(min=1)`. The fraction of pairs in the right order,
+    `right.sum() / pairs.sum().clamp(min=1)`, shows whether the predictor learns: it is one half by chance.
 
-    Memory stays bounded: pairs are looked at in chunks of some 32,768 per row, and nothing of them is kept for the
-    backward pass, because the gradient is computed along. There are no second derivatives.
+    Memory is bounded: pairs are processed in chunks of about 32,768 per row, and none is saved for the backward pass,
+    because the gradient is computed in the forward pass. Second derivatives are not available.
 
     Args:
-        prediction: of the loss of each token, say. A constant added to a row changes nothing.
-        target: what is predicted; gets no gradient.
+        prediction: for example of the loss of each token. Adding a constant to a row changes nothing.
+        target: the values whose order is predicted; gets no gradient.
 
     Returns:
-        loss, right, pairs: sums over the pairs of each row. Equal predictions are not in the right order.
+        loss, right, pairs: sums over the pairs of each row. Pairs with equal predictions do not count as right.
 
     Raises:
         ValueError: if the shapes differ.
@@ -264,7 +267,7 @@ def ranking_loss(
         >>> ranking_loss(torch.tensor([0.0, 0.0, 9.0]), torch.tensor([1.0, 2.0, 3.0]))
         (tensor(1.3868), tensor(4.), tensor(6.))
 
-    Source: HPM, arXiv 2304.05919, section 3.2 (relative loss prediction; the 1e-6 is the published code's).
+    Source: HPM, arXiv 2304.05919, section 3.2 (relative loss prediction; the 1e-6 is from the published code).
     """
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
@@ -277,7 +280,7 @@ def ranking_loss(
         order = (t.unsqueeze(-2) - t[..., some].unsqueeze(-1)).sign()  # 1: j is above i, 0: equal
         difference = p.unsqueeze(-2) - p[..., some].unsqueeze(-1)
         share = difference.sigmoid()
-        share = torch.where(order < 0, 1 - share, share)  # rounded so in the published code
+        share = torch.where(order < 0, 1 - share, share)  # rounds as the published code does
         loss = loss - (order.abs() * (share + 1e-6).log()).sum(dim=(-2, -1))
         right = right + (order * difference > 0).sum(dim=(-2, -1))
         pairs = pairs + order.abs().sum(dim=(-2, -1))
@@ -289,7 +292,7 @@ def ranking_loss(
 
 
 def _window_mean(images: Float[Tensor, "*batch c H W"], window: int) -> Float[Tensor, "*batch c H W"]:
-    """Average over a square window around each pixel, those pixels of it that are in the image; rows, then columns."""
+    """Average over the part of a square window around each pixel that lies in the image: rows, then columns."""
     flat = images.flatten(0, -3).unsqueeze(1)
     for kernel, padding in (((1, window), (0, window // 2)), ((window, 1), (window // 2, 0))):
         flat = F.avg_pool2d(flat, kernel, stride=1, padding=padding, count_include_pad=False)
@@ -297,6 +300,6 @@ def _window_mean(images: Float[Tensor, "*batch c H W"], window: int) -> Float[Te
 
 
 def _window_count(length: int, window: int, device: torch.device) -> Float[Tensor, " {length}"]:
-    """How many places of a window around each place lie within the length."""
+    """Return how many places of a window around each place lie within the length."""
     places, reach = torch.arange(length, device=device), window // 2
     return ((places + reach).clamp(max=length - 1) - (places - reach).clamp(min=0) + 1).float()

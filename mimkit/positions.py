@@ -1,4 +1,4 @@
-"""Position tables: one row per patch in raster order, no row for a class token."""
+"""Position embeddings: tables with one row per patch in raster order, none for a class token; dropped positions."""
 
 import math
 
@@ -8,14 +8,14 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-# einops looks up its backend once; done here, it is no reason to compile a caller's graph a second time
+# einops looks up its backend at the first call; without this one, a caller's graph would compile twice
 rearrange(torch.empty(0), "n -> n")
 
 
 def sincos(
     *, height: int, width: int, dim: int, device: torch.device | str | None = None
 ) -> Float[Tensor, "{height}*{width} {dim}"]:
-    """Make the 2-D sine-cosine table of MAE: the first half of the features tells the column, the second the row.
+    """Return the 2-D sine-cosine table of MAE: the first half of the features encodes the column, the second the row.
 
     Each half is [sin(t·ω₀) …, cos(t·ω₀) …] with ωₖ = 10000^(−k / (dim / 4)), computed in float64.
 
@@ -32,32 +32,34 @@ def sincos(
         tensor([[0.0000, 1.0000, 0.0000, 1.0000],
                 [0.8415, 0.5403, 0.0000, 1.0000]])
 
-    Source: MAE, arXiv 2111.06377, appendix A.1. The names in the published code suggest that the row comes first;
-    its numbers, and these, have the column first.
+    Source: MAE, arXiv 2111.06377, appendix A.1. The variable names of the published code suggest that the row comes
+    first, but in its output, as here, the column does.
     """
     if dim < 4 or dim % 4:
-        raise ValueError(f"dim={dim} is not a positive multiple of 4: sine and cosine, of row and column")
+        raise ValueError(f"dim={dim} is not a positive multiple of 4: it holds sine and cosine of row and column")
     _check_grid(height, width)
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim // 4))
 
-    def wave(length: int) -> Tensor:
+    def _wave(length: int) -> Tensor:
+        """Return sine and cosine of the places 0…length − 1 at each frequency."""
         angles = torch.arange(length, dtype=torch.float64, device=device)[:, None] * omega
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
-    columns = wave(width).expand(height, width, dim // 2)
-    rows = wave(height)[:, None].expand(height, width, dim // 2)
+    columns = _wave(width).expand(height, width, dim // 2)
+    rows = _wave(height)[:, None].expand(height, width, dim // 2)
     return torch.cat([columns, rows], dim=-1).flatten(0, 1).float()
 
 
 def sinusoid(
     *, height: int, width: int, dim: int, device: torch.device | str | None = None
 ) -> Float[Tensor, "{height}*{width} {dim}"]:
-    """Make the 1-D sinusoid table over the raster index, sine and cosine interleaved, computed in float64.
+    """Return the 1-D sinusoidal table over the raster index, sine and cosine interleaved.
 
-    Feature 2i is sin(n / 10000^(2i / dim)) and feature 2i + 1 the cosine of the same angle, for patch n.
+    Feature 2i of patch n is sin(n / 10000^(2i / dim)), and feature 2i + 1 the cosine of the same angle, computed in
+    float64.
 
     Args:
-        height: rows of the grid, in patches (only `height * width` matters: the table knows nothing of rows).
+        height: rows of the grid, in patches; only `height * width` matters.
         width: columns of the grid, in patches.
         dim: number of features, even.
 
@@ -72,7 +74,7 @@ def sinusoid(
     Source: Beyond Masking, arXiv 2203.14313 (published code); Attention Is All You Need, arXiv 1706.03762.
     """
     if dim < 2 or dim % 2:
-        raise ValueError(f"dim={dim} is not a positive even number: sine and cosine of each angle")
+        raise ValueError(f"dim={dim} is not a positive even number: it holds sine and cosine of each angle")
     _check_grid(height, width)
     omega = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
     angles = torch.arange(height * width, dtype=torch.float64, device=device)[:, None] * omega
@@ -82,19 +84,20 @@ def sinusoid(
 def resize_table(
     table: Float[Tensor, "*batch n d"], *, height: int, width: int, new_height: int, new_width: int
 ) -> Float[Tensor, "*batch {new_height}*{new_width} d"]:
-    """Resample a position table for another grid, bicubic per feature (A = −0.75, corners not aligned, no antialias).
+    """Resample a position table to another grid by bicubic interpolation of each feature.
 
-    Keep the row of a class token aside: only rows of patches can be resampled.
+    The interpolation has A = −0.75, no aligned corners and no antialiasing. Set the row of a class token aside first:
+    only rows of patches can be resampled.
 
     Args:
         table: one row per patch of the old grid.
         height: rows of the old grid, in patches.
         width: columns of the old grid, in patches.
-        new_height: rows of the new grid.
-        new_width: columns of the new grid.
+        new_height: rows of the new grid, in patches.
+        new_width: columns of the new grid, in patches.
 
     Raises:
-        ValueError: if the table has not `height` · `width` rows, or a side is not positive.
+        ValueError: if the table does not have `height` · `width` rows, or a side is not positive.
 
     Example:
         >>> resize_table(torch.ones(4, 8), height=2, width=2, new_height=1, new_width=3).shape
@@ -120,16 +123,16 @@ def drop_positions(
     dropped: Bool[Tensor, "*batch k"],
     replacement: Float[Tensor, "*batch k d"],
 ) -> Float[Tensor, "*batch k d"]:
-    """Replace the positions of some tokens, so that the network has to find out where these belong.
+    """Replace the positions of the dropped tokens, for a network that learns to predict them.
 
     Args:
         positions: one per token.
-        dropped: `True` = the token loses its position; `mimkit.masking.random_tokens` draws a fixed count of them.
-        replacement: what stands there instead: one learned vector, `token.expand_as(positions)`, as in DropPos; zeros;
-            or positions that are wrong, `permute_positions(positions, dropped, noise)`.
+        dropped: `True` = the token loses its position. `mimkit.masking.random_tokens` draws a fixed number of them.
+        replacement: what to use instead: a learned vector, `token.expand_as(positions)`, as in DropPos; zeros; or wrong
+            positions, `permute_positions(positions, dropped, noise)`.
 
     Raises:
-        ValueError: if the shapes do not fit.
+        ValueError: if the shapes do not match.
 
     Example:
         >>> positions, token = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([9.0])
@@ -140,23 +143,25 @@ def drop_positions(
     """
     _check_dropped(positions, dropped)
     if positions.shape != replacement.shape:
-        raise ValueError(f"positions {tuple(positions.shape)} and replacement {tuple(replacement.shape)} differ")
+        raise ValueError(
+            f"positions {tuple(positions.shape)} and replacement {tuple(replacement.shape)} differ in shape"
+        )
     return torch.where(dropped.unsqueeze(-1), replacement, positions)
 
 
 def permute_positions(
     positions: Float[Tensor, "*batch k d"], dropped: Bool[Tensor, "*batch k"], noise: Float[Tensor, "*batch k"]
 ) -> Float[Tensor, "*batch k d"]:
-    """Let the dropped tokens of each row exchange their positions, every permutation equally likely.
+    """Permute the positions of the dropped tokens within each row, every permutation equally likely.
 
     Args:
         positions: one per token.
-        dropped: `True` = the token gets the position of another dropped token (or, by chance, its own).
-        noise: uniform in [0, 1); the published code draws one permutation for the whole batch, which is the same
-            noise in each row.
+        dropped: `True` = the token gets the position of another dropped token (or by chance its own).
+        noise: uniform in [0, 1). The published code draws one permutation for the whole batch; for this, pass the same
+            noise in every row.
 
     Raises:
-        ValueError: if the shapes do not fit.
+        ValueError: if the shapes do not match.
 
     Example:
         >>> positions, dropped = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([True, False, True])
@@ -168,27 +173,27 @@ def permute_positions(
     _check_dropped(positions, dropped)
     if dropped.shape != noise.shape:
         raise ValueError(f"dropped {tuple(dropped.shape)} and noise {tuple(noise.shape)} differ in shape")
-    places = (~dropped).int().argsort(dim=-1, stable=True)  # the dropped ones first, then the others
-    # likewise, the dropped ones shuffled; not 1, to which noise may be rounded in bfloat16
+    places = (~dropped).int().argsort(dim=-1, stable=True)  # dropped tokens first, then the others
+    # the same with the dropped tokens shuffled; inf, because noise may round to 1 in bfloat16
     sources = torch.where(dropped, noise, torch.inf).argsort(dim=-1, stable=True)
     source = torch.zeros_like(places).scatter(-1, places, sources)
     return positions.gather(-2, source.unsqueeze(-1).expand(positions.shape))
 
 
 def shuffle(noise: Float[Tensor, "*batch k"]) -> tuple[Int[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
-    """Give a random order of the tokens of each row, and the way back.
+    """Return a random permutation of the tokens of each row, and its inverse.
 
-    Attention does not care for the order of its tokens, but what comes to lean on it (a causal mask, a convolution)
-    would read a dropped position off the raster order.
+    Plain attention is permutation-equivariant. A network that is not (one with a causal mask or convolutions) could
+    infer a dropped position from the raster order of the tokens; shuffling prevents this.
 
     Args:
-        noise: uniform in [0, 1); every order is equally likely.
+        noise: uniform in [0, 1); every permutation is equally likely.
 
     Returns:
-        order, back: with `mimkit.tokens`, `take(take(tokens, order), back)` are the tokens again.
+        order, back: with `mimkit.tokens.take`, `take(take(tokens, order), back)` equals `tokens`.
 
     Raises:
-        ValueError: if `noise` has no axis.
+        ValueError: if `noise` is 0-d.
 
     Example:
         >>> shuffle(torch.tensor([0.9, 0.1, 0.5]))
@@ -197,7 +202,7 @@ def shuffle(noise: Float[Tensor, "*batch k"]) -> tuple[Int[Tensor, "*batch k"], 
     Source: DropPos, arXiv 2309.03576 (an option of the published code).
     """
     if not noise.ndim:
-        raise ValueError("noise has no axis of tokens to shuffle")
+        raise ValueError("noise is 0-d and has no axis to shuffle")
     order = noise.argsort(dim=-1, stable=True)
     places = torch.arange(noise.shape[-1], device=noise.device).expand_as(order)
     return order, torch.zeros_like(order).scatter(-1, order, places)
@@ -206,18 +211,19 @@ def shuffle(noise: Float[Tensor, "*batch k"]) -> tuple[Int[Tensor, "*batch k"], 
 def smoothed_targets(
     sigma: Float[Tensor, "*batch"], *, height: int, width: int
 ) -> Float[Tensor, "*batch {height}*{width} {height}*{width}"]:
-    """Spread each position of the grid over its neighbors: row i is the target of a patch that belongs at i.
+    """Return targets smoothed over neighboring positions: row i is the target of a patch whose position is i.
 
-    `exp(−distance² / sigma²)`, the squared Euclidean distance in patches and no factor 2, divided by the sum of its
-    row: a distribution. The published code divides by the sum of the column instead: that is the transpose, `.mT`.
+    The weights are `exp(−distance² / sigma²)`, with the squared Euclidean distance in patches and no factor of 2. Each
+    row is divided by its sum and so is a distribution. The published code divides by the sum of the column instead,
+    which is the transpose, `.mT`.
 
     Args:
-        sigma: width in patches, a 0-d tensor as a rule, so that a schedule needs no new graph. 0 is the identity.
+        sigma: width in patches, usually a 0-d tensor, so that a schedule needs no recompilation. 0 gives the identity.
         height: rows of the grid, in patches.
         width: columns of the grid, in patches.
 
     Returns:
-        float32. Take rows by index: `smoothed_targets(…)[visible]`.
+        float32. Select rows by index: `smoothed_targets(…)[visible]`.
 
     Raises:
         ValueError: if a side is negative.
@@ -227,37 +233,38 @@ def smoothed_targets(
         tensor([[0.7311, 0.2689],
                 [0.2689, 0.7311]])
 
-    Source: DropPos, arXiv 2309.03576, section 3. Its published code builds the targets of 224 pixels and patches of
-    16 for a grid of 16 × 16 instead of 14 × 14.
+    Source: DropPos, arXiv 2309.03576, section 3. For images of 224 pixels and patches of 16, its published code
+    computes the targets for a grid of 16 × 16 instead of 14 × 14.
     """
     _check_grid(height, width)
     variance = sigma.float().square()[..., None, None]
 
-    def gaussian(length: int) -> Tensor:
+    def _gaussian(length: int) -> Tensor:
+        """Return the normalized weights of all places along one axis, a row per place."""
         places = torch.arange(length, dtype=torch.float32, device=sigma.device)
         squared = (places[:, None] - places).square()
-        weights = torch.where(squared == 0, 1.0, (-squared / variance).exp())  # 0 / 0 would be no number
+        weights = torch.where(squared == 0, 1.0, (-squared / variance).exp())  # where: 0 / 0 is NaN
         return weights / weights.sum(dim=-1, keepdim=True)
 
-    rows, columns = gaussian(height)[..., :, None, :, None], gaussian(width)[..., None, :, None, :]
+    rows, columns = _gaussian(height)[..., :, None, :, None], _gaussian(width)[..., None, :, None, :]
     return (rows * columns).flatten(-2).flatten(-3, -2)
 
 
 def attentive_weights(
     tokens: Float[Tensor, "*batch n d"], guide: Float[Tensor, "*batch d"], *, temperature: float
 ) -> Float[Tensor, "*batch n"]:
-    """Weigh tokens by how much they resemble a guide: the softmax of their cosines over the temperature.
+    """Weight tokens by the softmax of their cosine similarities to a guide, divided by the temperature.
 
     Args:
-        tokens: features of the patches that share the weight; only the visible ones, or all.
-        guide: feature of the class token.
-        temperature: above 0; infinite for equal weights. DropPos takes 0.1.
+        tokens: features of the patches to weight, of the visible ones or of all.
+        guide: features of the class token.
+        temperature: above 0; infinity gives equal weights. DropPos uses 0.1.
 
     Returns:
-        float32, each row sums to one.
+        float32; each row sums to one.
 
     Raises:
-        ValueError: if the temperature is not above 0, or the shapes do not fit.
+        ValueError: if the temperature is not above 0, or the shapes do not match.
 
     Example:
         >>> attentive_weights(torch.eye(2), torch.tensor([1.0, 0.0]), temperature=1.0)
@@ -268,16 +275,16 @@ def attentive_weights(
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} is not above 0")
     if (*tokens.shape[:-2], tokens.shape[-1]) != guide.shape:
-        raise ValueError(f"tokens {tuple(tokens.shape)} and guide {tuple(guide.shape)} do not fit")
+        raise ValueError(f"tokens {tuple(tokens.shape)} and guide {tuple(guide.shape)} do not match")
     a, b = (F.normalize(x.float(), dim=-1, eps=1e-8) for x in (tokens, guide.unsqueeze(-2)))
     return ((a * b).sum(dim=-1) / temperature).softmax(dim=-1)
 
 
 def _check_dropped(positions: Tensor, dropped: Tensor) -> None:
     if positions.shape[:-1] != dropped.shape:
-        raise ValueError(f"positions {tuple(positions.shape)} and dropped {tuple(dropped.shape)} do not fit")
+        raise ValueError(f"positions {tuple(positions.shape)} and dropped {tuple(dropped.shape)} do not match")
 
 
 def _check_grid(height: int, width: int) -> None:
     if height < 0 or width < 0:
-        raise ValueError(f"a grid of {height} × {width} patches does not exist")
+        raise ValueError(f"a grid of {height} × {width} patches has a negative side")

@@ -1,7 +1,7 @@
-"""Relative positions: a bucket for each pair of tokens, and what a table of buckets adds to attention (iRPE).
+"""Relative positions (iRPE): a bucket for each pair of tokens, and what a table of buckets adds to attention.
 
 A matrix of buckets has a row per query and a column per key. A table has one entry per bucket: a number in bias mode, a
-vector in contextual mode, for all heads (a leading axis of 1) or for each.
+vector in contextual mode. Its leading axis has size 1 if all heads share the table, else one entry per head.
 """
 
 from typing import Literal
@@ -15,21 +15,21 @@ from torch import Tensor
 def piecewise_index(
     distance: Shaped[Tensor, "*shape"], *, alpha: float, beta: float, gamma: float
 ) -> Int[Tensor, "*shape"]:
-    """Number distances: near ones exactly, far ones logarithmically, the farthest alike.
+    """Map distances to integers: near ones by rounding, far ones logarithmically, up to a limit.
 
-    Up to `alpha` a distance is rounded; from there on the number grows as the logarithm, so that it would reach `beta`
-    at `gamma`; it never exceeds `beta` cut to an integer. Ties are rounded to the even number, and the limit is taken
-    after rounding.
+    Distances up to `alpha` are rounded. Beyond, the index grows with the logarithm of the distance such that it would
+    reach `beta` at `gamma`; it never exceeds the integer part of `beta`. Ties are rounded to even, and the limit is
+    applied after rounding.
 
     Args:
         distance: of either sign, integer or real; computed in float64.
         alpha: above 0.
-        beta: largest number, before it is cut to an integer; above `alpha`. iRPE takes 2 · `alpha`.
-        gamma: above `alpha`. iRPE takes 8 · `alpha`.
+        beta: largest index before truncation to an integer; above `alpha`. iRPE uses 2 · `alpha`.
+        gamma: above `alpha`. iRPE uses 8 · `alpha`.
 
     Returns:
-        numbers from −int(beta) to int(beta), odd in `distance`. (Unless `alpha` itself is rounded to more than `beta`:
-        1.6 with a `beta` of 1.7.)
+        integers from −int(beta) to int(beta), an odd function of `distance`. (The bound can only be exceeded where
+        `alpha` itself rounds to more than `beta`, for example 1.6 with a `beta` of 1.7.)
 
     Raises:
         ValueError: unless 0 < `alpha` < `beta` and `alpha` < `gamma`.
@@ -38,10 +38,13 @@ def piecewise_index(
         >>> piecewise_index(torch.tensor([-1, 0, 1, 2, 3, 4, 100]), alpha=1.9, beta=3.8, gamma=15.2)
         tensor([-1,  0,  1,  2,  2,  3,  3])
 
-    Source: iRPE, arXiv 2107.14222, equation 18; where the limit is taken and what is cut is the published code's.
+    Source: iRPE, arXiv 2107.14222, equation 18; the order of rounding, limit and truncation is that of the published
+    code.
     """
     if not (0 < alpha < beta and alpha < gamma):
-        raise ValueError(f"alpha={alpha}, beta={beta}, gamma={gamma}: not 0 < alpha < beta and alpha < gamma")
+        raise ValueError(
+            f"alpha={alpha}, beta={beta} and gamma={gamma} do not satisfy 0 < alpha < beta and alpha < gamma"
+        )
     far = distance.double().abs()
     slope = (beta - alpha) / torch.tensor(gamma / alpha, dtype=torch.float64).log()
     logarithmic = (alpha + (far.clamp(min=alpha) / alpha).log() * slope).round().clamp(max=beta).trunc()
@@ -52,15 +55,15 @@ Method = Literal["product", "rows", "columns", "euclidean", "quantized"]
 
 
 def num_buckets(*, method: Method = "product", ratio: float = 1.9, num_prefix: int = 1) -> int:
-    """Count the entries that a table needs for `relative_buckets` with the same arguments.
+    """Return the number of entries that a table needs for `relative_buckets` with the same arguments.
 
     Args:
-        method: of `relative_buckets`, as the others.
+        method: as in `relative_buckets`.
         ratio: above 0.
-        num_prefix: tokens before the patches; they share one bucket.
+        num_prefix: number of tokens before the patches; they share one bucket.
 
     Raises:
-        ValueError: if `num_prefix` is negative, `ratio` is not above 0 or the method is another.
+        ValueError: if `num_prefix` is negative, `ratio` is not above 0, or the method is unknown.
 
     Example:
         >>> num_buckets()
@@ -69,7 +72,7 @@ def num_buckets(*, method: Method = "product", ratio: float = 1.9, num_prefix: i
     Source: iRPE, arXiv 2107.14222.
     """
     if method not in ("product", "rows", "columns", "euclidean", "quantized"):
-        raise ValueError(f"method={method} is none of product, rows, columns, euclidean and quantized")
+        raise ValueError(f"method={method} is not one of product, rows, columns, euclidean and quantized")
     if not ratio > 0:
         raise ValueError(f"ratio={ratio} is not above 0")
     if num_prefix < 0:
@@ -87,29 +90,31 @@ def relative_buckets(
     num_prefix: int = 1,
     device: torch.device | str | None = None,
 ) -> Int[Tensor, "{num_prefix}+{height}*{width} {num_prefix}+{height}*{width}"]:
-    """Give each pair of tokens of a grid a bucket that depends on their offset, query minus key, alone.
+    """Return the bucket of each pair of tokens of a grid, which depends only on their offset, query minus key.
 
-    The number of buckets does not depend on the grid, so a table fits any. The method says what is numbered by
-    `piecewise_index`, with alpha, beta and gamma of 1, 2 and 8 times `ratio`:
+    The number of buckets does not depend on the grid, so one table fits grids of any size. `piecewise_index`, with
+    alpha, beta and gamma of 1, 2 and 8 times `ratio`, is applied to a distance chosen by the method:
 
-    - product: rows and columns apart, a bucket for each pair of numbers (the rows' number is the high digit);
-    - rows, columns: one of the two; the method "cross" of iRPE is a table for each, whose biases are added;
-    - euclidean: the distance, rounded; direction does not matter;
-    - quantized: the squared distance; direction does not matter.
+    - product: rows and columns separately, with a bucket for each pair of indices (the index of the row is the high
+      digit);
+    - rows, columns: one of the two. The method "cross" of iRPE has a table for each and adds the two biases;
+    - euclidean: the rounded distance, regardless of direction;
+    - quantized: the squared distance, regardless of direction.
 
     Args:
         height: rows of the grid, in patches.
         width: columns of the grid, in patches.
-        method: what is numbered.
-        ratio: how far distances are told apart, above 0. With 1.9 offsets of 4 and more are alike, so a grid of 7 × 7
-            meets every bucket that a larger one can.
-        num_prefix: tokens before the patches, a class token say. They share the last bucket, as queries and as keys.
+        method: the distance to index.
+        ratio: how far away distances are still distinguished, above 0. With 1.9, offsets of 4 and more share a bucket,
+            so a grid of 7 × 7 already uses every bucket that a larger grid can.
+        num_prefix: number of tokens before the patches, such as a class token. They share the last bucket, both as
+            queries and as keys.
 
     Returns:
-        a row per query and a column per key, 0 to `num_buckets` − 1, patches in raster order.
+        a row per query and a column per key, from 0 to `num_buckets` − 1, patches in raster order.
 
     Raises:
-        ValueError: if a side or `num_prefix` is negative, `ratio` is not above 0 or the method is another.
+        ValueError: if a side or `num_prefix` is negative, `ratio` is not above 0, or the method is unknown.
 
     Example:
         >>> relative_buckets(height=1, width=2)
@@ -117,40 +122,42 @@ def relative_buckets(
                 [49, 24, 23],
                 [49, 25, 24]])
 
-    Source: iRPE, arXiv 2107.14222, section 3.2; "quantized" is the published code's, which ranks no distances.
+    Source: iRPE, arXiv 2107.14222, section 3.2; "quantized" follows the published code, which does not rank the
+    distances.
     """
     last = num_buckets(method=method, ratio=ratio, num_prefix=num_prefix) - 1
     if min(height, width) < 0:
-        raise ValueError(f"a grid of {height} × {width} has a negative side")
+        raise ValueError(f"a grid of {height} × {width} patches has a negative side")
 
-    def number(distance: Tensor) -> Tensor:
+    def _number(distance: Tensor) -> Tensor:
+        """Return the piecewise index of distances, shifted to start at 0."""
         return piecewise_index(distance, alpha=ratio, beta=2 * ratio, gamma=8 * ratio) + int(2 * ratio)
 
     place = torch.arange(height * width, device=device)
     row, column = place // max(width, 1), place % max(width, 1)
     down, across = row[:, None] - row, column[:, None] - column
     if method == "product":
-        buckets = number(down) * (2 * int(2 * ratio) + 1) + number(across)
+        buckets = _number(down) * (2 * int(2 * ratio) + 1) + _number(across)
     elif method in ("rows", "columns"):
-        buckets = number(down if method == "rows" else across)
+        buckets = _number(down if method == "rows" else across)
     else:
         squared = down**2 + across**2
-        buckets = number(squared.double().sqrt().round() if method == "euclidean" else squared)
+        buckets = _number(squared.double().sqrt().round() if method == "euclidean" else squared)
     return F.pad(buckets, (num_prefix, 0, num_prefix, 0), value=last)
 
 
 def buckets_of(buckets: Int[Tensor, "n n"], tokens: Int[Tensor, "*batch k"]) -> Int[Tensor, "*batch k k"]:
-    """Return the buckets of some tokens of the grid, each row its own: of those that are visible, say.
+    """Return the buckets of a subset of the tokens of a grid, separate for each row, such as the visible ones.
 
-    Some tokens of a grid are no smaller grid, even if their number is a square: 49 visible ones of 14 × 14 are not
-    7 × 7.
+    The buckets of a smaller grid are no substitute, even if the numbers of tokens are equal: 49 visible tokens of 14 ×
+    14 are not a grid of 7 × 7.
 
     Args:
         buckets: of all tokens, from `relative_buckets`.
-        tokens: in 0…n−1, in any order; a class token counts, so patch i is token i + 1 behind one.
+        tokens: in 0…n−1, in any order. A class token counts: behind one, patch i is token i + 1.
 
     Raises:
-        ValueError: if `buckets` are not those of the same tokens as queries and as keys.
+        ValueError: if `buckets` is not square.
 
     Example:
         >>> buckets_of(relative_buckets(height=1, width=3, num_prefix=0), torch.tensor([0, 2]))
@@ -158,7 +165,7 @@ def buckets_of(buckets: Int[Tensor, "n n"], tokens: Int[Tensor, "*batch k"]) -> 
                 [26, 24]])
     """
     if buckets.shape[-2] != buckets.shape[-1]:
-        raise ValueError(f"buckets {tuple(buckets.shape)} are not square: a row and a column per token")
+        raise ValueError(f"buckets {tuple(buckets.shape)} are not square: they need a row and a column per token")
     return buckets[tokens.unsqueeze(-1), tokens.unsqueeze(-2)]
 
 
@@ -167,22 +174,23 @@ def contextual_bias(
     table: Float[Tensor, "heads d buckets"],
     buckets: Int[Tensor, "*images k n"],
 ) -> Float[Tensor, "*batch h k n"]:
-    """Return what relative positions on the keys add to the scores of attention: query · vector of the bucket.
+    """Return the bias that relative positions on keys add to the attention scores: query · vector of the bucket.
 
-    Give it to `scaled_dot_product_attention` as `attn_mask`, which is added and not scaled. LoMaR has the queries
-    unscaled here, iRPE scaled by 1/√d as in the scores themselves: the same functions, but with the one a table is √d
-    times louder than with the other.
+    Pass it to `scaled_dot_product_attention` as `attn_mask`, which is added without scaling. LoMaR uses unscaled
+    queries here; iRPE scales them by 1/√d, as in the scores themselves. Both can represent the same functions, but with
+    unscaled queries the same table has √d times the effect.
 
-    For relative positions on the queries put keys in the place of queries, and transpose the last two axes of the
-    result before it is added: there a bucket is that of key minus query.
+    For relative positions on queries, pass keys instead of queries and transpose the last two axes of the result before
+    adding it; the bucket of a pair is then that of key minus query.
 
     Args:
-        table: for all heads (heads = 1) or for each.
-        buckets: the same for the whole batch, k × n; or with all leading axes of the queries but that of the heads, for
-            tokens that differ from image to image (`buckets_of`).
+        queries: of all heads.
+        table: shared by all heads (heads = 1) or one per head.
+        buckets: k × n, shared by the whole batch; or with all leading axes of the queries except the heads, for tokens
+            that differ from image to image (`buckets_of`).
 
     Raises:
-        ValueError: if heads, features or leading axes do not fit.
+        ValueError: if heads, features or leading axes do not match.
 
     Example:
         >>> queries, table = torch.ones(1, 3, 2), torch.zeros(1, 2, 50)
@@ -196,11 +204,11 @@ def contextual_bias(
     """
     _check_heads(table, queries)
     if table.shape[1] != queries.shape[-1]:
-        raise ValueError(f"a table {tuple(table.shape)} has not vectors of {queries.shape[-1]} features")
+        raise ValueError(f"a table {tuple(table.shape)} does not hold vectors of {queries.shape[-1]} features")
     if queries.shape[-2] != buckets.shape[-2] or (buckets.ndim > 2 and buckets.shape[:-2] != queries.shape[:-3]):
-        raise ValueError(f"buckets {tuple(buckets.shape)} are not those of queries {tuple(queries.shape)}")
-    # Few keys: a vector for each pair, as one product per query, whose gradient gathers the table's and scatters
-    # nothing of the batch. Many keys: that would be more products than buckets.
+        raise ValueError(f"buckets {tuple(buckets.shape)} and queries {tuple(queries.shape)} do not match")
+    # With few keys, look up a vector for each pair and multiply: the backward pass then scatters into the table alone
+    # and not for each image. With more keys than buckets this would take more products than one per bucket.
     with _no_autocast(queries):
         if buckets.ndim == 2 and len(table) == 1 and buckets.shape[-1] <= table.shape[-1]:
             vectors = table[0].index_select(1, buckets.flatten()).unflatten(1, buckets.shape)
@@ -214,17 +222,17 @@ def contextual_values(
     table: Float[Tensor, "heads buckets d"],
     buckets: Int[Tensor, "*images k n"],
 ) -> Float[Tensor, "*batch h k d"]:
-    """Return what relative positions on the values add to the output of attention: weighted vectors of the buckets.
+    """Return what relative positions on values add to the output of attention: the weighted sum of their vectors.
 
-    The weights of each bucket are summed first, so no vector per pair is ever made.
+    The weights of each bucket are summed first, so no vector per pair is ever stored.
 
     Args:
-        weights: the probabilities of attention.
-        table: for all heads (heads = 1) or for each; the bucket is its middle axis.
-        buckets: as of `contextual_bias`.
+        weights: attention probabilities.
+        table: shared by all heads (heads = 1) or one per head; buckets are the middle axis.
+        buckets: as in `contextual_bias`.
 
     Raises:
-        ValueError: if heads or leading axes do not fit.
+        ValueError: if heads or leading axes do not match.
 
     Example:
         >>> table = torch.arange(50.0).view(1, 50, 1)
@@ -237,7 +245,7 @@ def contextual_values(
     """
     _check_heads(table, weights)
     if weights.shape[-2:] != buckets.shape[-2:] or (buckets.ndim > 2 and buckets.shape[:-2] != weights.shape[:-3]):
-        raise ValueError(f"buckets {tuple(buckets.shape)} are not those of weights {tuple(weights.shape)}")
+        raise ValueError(f"buckets {tuple(buckets.shape)} and weights {tuple(weights.shape)} do not match")
     sums = weights.new_zeros(*weights.shape[:-1], table.shape[-2])
     with _no_autocast(weights):
         return sums.scatter_add(-1, _per_head(buckets, weights), weights) @ table.to(weights.dtype)
@@ -246,37 +254,37 @@ def contextual_values(
 def relative_bias(
     table: Float[Tensor, "heads buckets"], buckets: Int[Tensor, "*images k n"]
 ) -> Float[Tensor, "*images heads k n"]:
-    """Return what relative positions in bias mode add to the scores of attention: the number of each pair's bucket.
+    """Return the bias that relative positions in bias mode add to attention scores: the number of each bucket.
 
-    It depends on no query, and with heads = 1 it is the same for all of them.
+    It does not depend on the queries; with heads = 1 it is the same for all heads.
 
     Args:
-        table: for all heads (heads = 1) or for each.
-        buckets: the same for the whole batch, or with leading axes for tokens that differ from image to image.
+        table: shared by all heads (heads = 1) or one per head.
+        buckets: shared by the whole batch, or with leading axes for tokens that differ from image to image.
 
     Raises:
-        ValueError: if the table has no number, but a vector per bucket (`contextual_bias` is for these).
+        ValueError: if the table holds vectors instead of numbers; use `contextual_bias` for these.
 
     Example:
         >>> relative_bias(torch.arange(50.0)[None], relative_buckets(height=1, width=2, num_prefix=0))
         tensor([[[24., 23.],
                  [25., 24.]]])
 
-    Source: iRPE, arXiv 2107.14222, equation 11; as in the published code it is added to scaled scores.
+    Source: iRPE, arXiv 2107.14222, equation 11; as in the published code it is added to the scaled scores.
     """
     if table.ndim != 2:
-        raise ValueError(f"a table {tuple(table.shape)} has not one number per head and bucket")
+        raise ValueError(f"a table {tuple(table.shape)} does not hold one number per head and bucket")
     return table[:, buckets].movedim(0, -3)
 
 
 def _no_autocast(like: Tensor) -> torch.autocast:
-    """Autocast switched off, also where there is none (on the meta device): the answer has the dtype of the input."""
+    """Disable autocast, also on devices without it such as meta, so that the result has the dtype of the input."""
     kind = like.device.type
     return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
 
 
 def _per_head(buckets: Tensor, like: Tensor) -> Tensor:
-    """Repeat buckets for all heads, and for a whole batch if they are shared."""
+    """Expand buckets to all heads, and to the whole batch if it shares them."""
     if buckets.ndim > 2:
         buckets = buckets.unsqueeze(-3)
     return buckets.expand(*like.shape[:-1], buckets.shape[-1])
@@ -284,4 +292,4 @@ def _per_head(buckets: Tensor, like: Tensor) -> Tensor:
 
 def _check_heads(table: Tensor, per_head: Tensor) -> None:
     if len(table) not in (1, per_head.shape[-3]):
-        raise ValueError(f"a table {tuple(table.shape)} is not for {per_head.shape[-3]} heads, nor for all alike")
+        raise ValueError(f"a table {tuple(table.shape)} is neither for {per_head.shape[-3]} heads nor shared by all")

@@ -1,20 +1,20 @@
-"""Tokens: images to patches and back, masks to indices, gathering and scattering by index."""
+"""Tokens: cut images into patches and back, turn masks into indices, gather and scatter by index."""
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-# einops looks up its backend once; done here, it is no reason to compile a caller's graph a second time
+# einops looks up its backend at the first call; without this one, a caller's graph would compile twice
 rearrange(torch.empty(0), "n -> n")
 
 
 def patchify(images: Shaped[Tensor, "*batch c H W"], *, patch: int) -> Shaped[Tensor, "*batch n {patch}*{patch}*c"]:
     """Cut images into square patches, in raster order.
 
-    Inside a patch the values run over rows, then columns, then channels (the channel is fastest), as in MAE.
-    The weight of a convolutional patch embedding is channel-first: rearrange it with
-    `"d c p q -> d (p q c)"` to apply it to these patches.
+    The values of a patch are ordered by row, then column, then channel (the channel varies fastest), as in MAE. The
+    weight of a convolutional patch embedding has its channels first: rearrange it with `"d c p q -> d (p q c)"` to
+    apply it to these patches.
 
     Args:
         images: any dtype, channels first; H and W in pixels.
@@ -38,7 +38,7 @@ def patchify(images: Shaped[Tensor, "*batch c H W"], *, patch: int) -> Shaped[Te
 def unpatchify(
     patches: Shaped[Tensor, "*batch n d"], *, height: int, width: int, patch: int
 ) -> Shaped[Tensor, "*batch c {height}*{patch} {width}*{patch}"]:
-    """Put patches back together into images; the inverse of `patchify`.
+    """Reassemble images from their patches; the inverse of `patchify`.
 
     Args:
         patches: in raster order, channel fastest; d = patch · patch · c.
@@ -61,19 +61,19 @@ def unpatchify(
     if min(height, width) < 0 or n != height * width:
         raise ValueError(f"{n} patches do not fill a grid of {height} × {width}")
     if patch < 1 or d % patch**2:
-        raise ValueError(f"patches of {d} values are not {patch} × {patch} pixels of some channels")
+        raise ValueError(f"patches of {d} values do not divide into {patch} × {patch} pixels")
     return rearrange(patches, "... (h w) (p q c) -> ... c (h p) (w q)", h=height, w=width, p=patch, q=patch)
 
 
 def split(
     mask: Bool[Tensor, "*batch n"], *, num_masked: int
 ) -> tuple[Int[Tensor, "*batch n-{num_masked}"], Int[Tensor, "*batch {num_masked}"]]:
-    """Turn a mask into the indices of its visible and of its masked tokens, both ascending.
+    """Return the indices of the visible and of the masked tokens, each in ascending order.
 
     Args:
-        mask: `True` = masked, exactly `num_masked` per row (values are not looked at: a row with another count
-            gives indices of the wrong kind, never an error).
-        num_masked: count of masked tokens per row, 0 to n; fixes the shapes.
+        mask: `True` = masked, exactly `num_masked` per row. Values are not checked: a row with another count gives
+            wrong indices, not an error.
+        num_masked: number of masked tokens per row, 0 to n; fixes the shapes.
 
     Returns:
         visible, masked: indices for `take` and `put`.
@@ -94,13 +94,13 @@ def split(
 
 
 def take(tokens: Shaped[Tensor, "*batch n d"], indices: Int[Tensor, "*batch k"]) -> Shaped[Tensor, "*batch k d"]:
-    """Take some tokens of each row.
+    """Gather the tokens at the given indices of each row.
 
-    A table that all rows share needs no gathering along a batch: write `table[indices]`.
+    A table shared by all rows needs no batched gather: write `table[indices]`.
 
     Args:
         tokens: any dtype.
-        indices: in 0…n−1, each row its own, in any order.
+        indices: in 0…n−1, in any order, separate for each row.
 
     Raises:
         ValueError: if the leading axes differ.
@@ -118,13 +118,14 @@ def take(tokens: Shaped[Tensor, "*batch n d"], indices: Int[Tensor, "*batch k"])
 def take_patches(
     images: Shaped[Tensor, "*batch c H W"], indices: Int[Tensor, "*batch k"], *, patch: int
 ) -> Shaped[Tensor, "*batch k {patch}*{patch}*c"]:
-    """Cut some patches out of each image: `take(patchify(images), indices)`, but no other pixel is read.
+    """Cut the patches at the given indices out of each image.
 
-    Of large images of which a few patches are wanted that saves nearly all the time, of bytes (uint8) the more.
+    The result is `take(patchify(images), indices)`, but no other pixel is read. Where only a few patches of large
+    images are needed this saves nearly all of the time, even more so for images of bytes (uint8).
 
     Args:
         images: any dtype, channels first; H and W in pixels.
-        indices: in raster order of the patches, each row its own, in any order.
+        indices: of patches in raster order, in any order, separate for each row.
         patch: side of a patch in pixels; divides H and W.
 
     Raises:
@@ -150,12 +151,12 @@ def take_patches(
 def put(
     tokens: Shaped[Tensor, "*batch k d"], indices: Int[Tensor, "*batch k"], into: Shaped[Tensor, "*batch n d"]
 ) -> Shaped[Tensor, "*batch n d"]:
-    """Replace some tokens of each row: `put` undoes `take`. `into` itself is left as it is.
+    """Write tokens at the given indices of each row; the inverse of `take`.
 
     Args:
-        tokens: what to write, of the dtype of `into`.
-        indices: where, in 0…n−1, different within a row.
-        into: what to write into; give zeros to scatter all tokens back to their places.
+        tokens: values to write, with the dtype of `into`.
+        indices: where to write them, in 0…n−1, distinct within a row.
+        into: tokens to start from, not modified; pass zeros to scatter all tokens back to their places.
 
     Raises:
         ValueError: if the leading axes, the number of tokens and indices, or the features differ.

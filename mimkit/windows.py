@@ -1,4 +1,4 @@
-"""Windows: small rectangles of the grid, as the indices of their patches (LoMaR). An anchor is the top left patch."""
+"""Windows: small rectangles of the grid as indices of patches (LoMaR). The anchor of a window is its top left patch."""
 
 import torch
 from jaxtyping import Float, Int
@@ -8,7 +8,7 @@ from torch import Tensor
 def random_anchors(
     noise: Float[Tensor, "*batch w 2"], *, height: int, width: int, window_height: int, window_width: int
 ) -> Int[Tensor, "*batch w 2"]:
-    """Place windows in the grid, each anywhere inside it, independently of each other.
+    """Place windows uniformly at random in the grid, independently of each other.
 
     Args:
         noise: uniform in [0, 1); row and column of each window, every place equally likely.
@@ -29,7 +29,7 @@ def random_anchors(
     """
     if noise.shape[-1] != 2:
         raise ValueError(
-            f"noise of shape {tuple(noise.shape)} does not end in 2: one value for the row, one for the column"
+            f"noise of shape {tuple(noise.shape)} does not end in 2: a value for the row and one for the column"
         )
     if not (1 <= window_height <= height and 1 <= window_width <= width):
         raise ValueError(f"a window of {window_height} × {window_width} does not fit into a grid of {height} × {width}")
@@ -40,22 +40,22 @@ def random_anchors(
 def distinct_anchors(
     row_noise: Float[Tensor, "*batch rows"], column_noise: Float[Tensor, "*batch columns"], *, num_windows: int
 ) -> Int[Tensor, "*batch {num_windows} 2"]:
-    """Place windows in the grid so that no two of a row of the batch share their first row or their first column.
+    """Place windows in the grid so that no two in a row of the batch share their first row or their first column.
 
-    Each is anywhere inside the grid with equal likelihood; windows may still overlap.
+    Each window on its own is placed uniformly at random; windows may still overlap.
 
     Args:
-        row_noise: uniform in [0, 1), one value per row that can be a window's first: `height` − `window_height` + 1.
-            The windows take those of the smallest noise, in this order.
+        row_noise: uniform in [0, 1), one value per possible first row: `height` − `window_height` + 1 values. The
+            windows use the rows with the smallest noise, in ascending order of the noise.
         column_noise: the same for the columns.
-        num_windows: 0 to the smaller number of places.
+        num_windows: 0 to the smaller number of possible rows and columns.
 
     Returns:
         row and column of the top left patch of each window.
 
     Raises:
-        ValueError: if there are more windows than places (the published code gives fewer windows then), or the leading
-            axes differ.
+        ValueError: if there are more windows than possible rows or columns (the published code then returns fewer
+            windows), or the leading axes differ.
 
     Example:
         >>> distinct_anchors(torch.tensor([0.9, 0.1, 0.5]), torch.tensor([0.2, 0.3]), num_windows=2)
@@ -67,11 +67,11 @@ def distinct_anchors(
     rows, columns = row_noise.shape[-1], column_noise.shape[-1]
     if row_noise.shape[:-1] != column_noise.shape[:-1]:
         raise ValueError(
-            f"noise of rows {tuple(row_noise.shape)} and columns {tuple(column_noise.shape)}: leading axes differ"
+            f"row_noise {tuple(row_noise.shape)} and column_noise {tuple(column_noise.shape)} differ in leading axes"
         )
     if not 0 <= num_windows <= min(rows, columns):
         raise ValueError(
-            f"num_windows={num_windows}: {rows} × {columns} places hold at most {min(rows, columns)} of them"
+            f"num_windows={num_windows} in {rows} × {columns} places is not between 0 and {min(rows, columns)}"
         )
     orders = (noise.argsort(dim=-1, stable=True)[..., :num_windows] for noise in (row_noise, column_noise))
     return torch.stack(list(orders), dim=-1)
@@ -80,13 +80,13 @@ def distinct_anchors(
 def window_patches(
     anchors: Int[Tensor, "*batch 2"], *, width: int, window_height: int, window_width: int
 ) -> Int[Tensor, "*batch {window_height}*{window_width}"]:
-    """Return the patches of each window, in raster order, as indices into the grid.
+    """Return the indices of the patches of each window within the grid, in raster order.
 
-    `mimkit.tokens.take_patches` reads them from images.
+    Read the patches from images with `mimkit.tokens.take_patches`.
 
     Args:
         anchors: row and column of the top left patch of each window.
-        width: columns of the grid, in patches (how many rows it has does not matter).
+        width: columns of the grid, in patches (the number of rows does not matter).
         window_height: rows of a window, in patches.
         window_width: columns of a window, in patches, 1 to `width`.
 
@@ -94,7 +94,7 @@ def window_patches(
         ascending, in 0…`height` · `width` − 1.
 
     Raises:
-        ValueError: if a window is wider than the grid, or has no patch, or `anchors` does not end in 2.
+        ValueError: if a window is wider than the grid or empty, or `anchors` does not end in 2.
 
     Example:
         >>> window_patches(torch.tensor([1, 2]), width=5, window_height=2, window_width=3)

@@ -1,4 +1,4 @@
-"""What every block promises, checked for each row of one table."""
+"""The contract that every block fulfills, checked for each row of one table."""
 
 import importlib
 import inspect
@@ -11,15 +11,15 @@ import torch
 from strategies import SOURCES, copied, seeded
 from torch import Tensor, nn
 
-# PyTorch warns about the variance of nothing when the batch is empty
+# PyTorch warns about the variance of an empty batch
 pytestmark = pytest.mark.filterwarnings("ignore:.*degrees of freedom")
 
 
 @dataclass
 class Row:
-    """A call of a block: six rows of each tensor, what has no rows (numbers, tables), the answer's dtype to bfloat16.
+    """A call of a block: tensors with six rows, arguments without rows, and the dtype of the result for bfloat16.
 
-    A second call of the same block has a word after its name.
+    Further calls of the same block add words to its name.
     """
 
     tensors: list[Tensor]
@@ -111,18 +111,18 @@ every_block_of_tensors = pytest.mark.parametrize("name", [name for name, row in 
 
 
 def block(name: str, *, checked: bool = True) -> Callable[..., tuple[Tensor, ...]]:
-    """The block with its numbers filled in, a function from tensors to a tuple of tensors."""
+    """Return the block with its numbers filled in: a function from tensors to a tuple of tensors."""
     theme, function = name.split()[0].split(".")
     call = getattr(importlib.import_module(f"mimkit.{theme}") if checked else copied(theme), function)
     numbers = ROWS[name].numbers
     places = [parameter for parameter in inspect.signature(call).parameters if parameter not in numbers]
 
-    def answers(*tensors: Tensor, **device: str) -> tuple[Tensor, ...]:
+    def results(*tensors: Tensor, **device: str) -> tuple[Tensor, ...]:
         there = {key: x.to(tensors[0].device) if isinstance(x, Tensor) else x for key, x in numbers.items()}
         result = call(**dict(zip(places, tensors, strict=False)), **there, **device)
         return result if isinstance(result, tuple) else (result,)
 
-    return answers
+    return results
 
 
 def lowered(tensors: list[Tensor]) -> list[Tensor]:
@@ -146,41 +146,41 @@ def test_every_public_block_has_a_row():
 @every_block
 def test_a_block_is_a_pure_function(name):
     tensors = ROWS[name].tensors
-    before, chance = [tensor.clone() for tensor in tensors], torch.get_rng_state()
+    before, state = [tensor.clone() for tensor in tensors], torch.get_rng_state()
     first = block(name)(*tensors)
-    kept = [answer.clone() for answer in first]
+    kept = [result.clone() for result in first]
     assert all(a.equal(b) for a, b in zip(kept, block(name)(*tensors), strict=True))
     assert all(a.equal(b) for a, b in zip(kept, first, strict=True))
     assert all(a.equal(b) for a, b in zip(before, tensors, strict=True))
-    assert torch.get_rng_state().equal(chance)
+    assert torch.get_rng_state().equal(state)
 
 
 @every_block_of_tensors
-def test_vmap_is_batching(name):
+def test_vmap_equals_batching(name):
     tensors = ROWS[name].tensors
     torch.testing.assert_close(torch.func.vmap(block(name))(*tensors), block(name)(*tensors))
 
 
 @every_block_of_tensors
-def test_each_row_of_a_batch_is_what_it_is_alone(name):
+def test_rows_of_a_batch_are_independent(name):
     tensors = ROWS[name].tensors
     alone = [block(name)(*(tensor[i] for tensor in tensors)) for i in range(6)]
-    together = tuple(torch.stack(answers) for answers in zip(*alone, strict=True))
+    together = tuple(torch.stack(results) for results in zip(*alone, strict=True))
     torch.testing.assert_close(block(name)(*tensors), together)
 
 
 @every_block_of_tensors
-def test_several_leading_axes_are_one_flattened(name):
+def test_several_leading_axes_equal_one_flattened_axis(name):
     tensors = ROWS[name].tensors
-    answers = block(name)(*(tensor.unflatten(0, (2, 3)) for tensor in tensors))
-    torch.testing.assert_close(tuple(answer.flatten(0, 1) for answer in answers), block(name)(*tensors))
+    results = block(name)(*(tensor.unflatten(0, (2, 3)) for tensor in tensors))
+    torch.testing.assert_close(tuple(result.flatten(0, 1) for result in results), block(name)(*tensors))
 
 
 @every_block_of_tensors
-def test_an_empty_batch_gives_an_empty_answer(name):
+def test_an_empty_batch_gives_an_empty_result(name):
     tensors = ROWS[name].tensors
-    answers, full = block(name)(*(tensor[:0] for tensor in tensors)), block(name)(*tensors)
-    assert [(a.shape, a.dtype) for a in answers] == [((0, *b.shape[1:]), b.dtype) for b in full]
+    results, full = block(name)(*(tensor[:0] for tensor in tensors)), block(name)(*tensors)
+    assert [(a.shape, a.dtype) for a in results] == [((0, *b.shape[1:]), b.dtype) for b in full]
 
 
 @every_block_of_tensors
@@ -196,22 +196,22 @@ def test_strides_do_not_matter(name):
 def test_nothing_is_read_back_to_the_host(name):
     tensors = ROWS[name].tensors
     device = {} if tensors else {"device": "meta"}
-    answers, real = block(name)(*(tensor.to("meta") for tensor in tensors), **device), block(name)(*tensors)
-    assert all(answer.is_meta for answer in answers)
-    assert [(a.shape, a.dtype) for a in answers] == [(b.shape, b.dtype) for b in real]
+    results, real = block(name)(*(tensor.to("meta") for tensor in tensors), **device), block(name)(*tensors)
+    assert all(result.is_meta for result in results)
+    assert [(a.shape, a.dtype) for a in results] == [(b.shape, b.dtype) for b in real]
 
 
 @every_block
 def test_a_block_compiles_in_one_graph(name):
     tensors = ROWS[name].tensors
-    torch.compiler.reset()  # each block is compiled afresh, none counts as a recompilation of another
+    torch.compiler.reset()  # so that no block counts as a recompilation of another
     compiled = torch.compile(block(name, checked=False), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*tensors), block(name)(*tensors))
 
 
 @pytest.mark.parametrize("name", ["degrade.random_kernels", "degrade.wave", "degrade.zoom_out_any_size"])
-def test_python_numbers_may_be_symbols_of_a_dynamic_graph(name):
-    """These blocks compute with their numbers; the others only pass them on."""
+def test_numbers_may_be_symbolic_in_a_dynamic_graph(name):
+    """Only these blocks compute with their numbers before they reach a tensor."""
     tensors = ROWS[name].tensors
     torch.compiler.reset()
     compiled = torch.compile(block(name, checked=False), fullgraph=True, dynamic=True, backend="eager")
@@ -219,7 +219,7 @@ def test_python_numbers_may_be_symbols_of_a_dynamic_graph(name):
 
 
 class Exportable(nn.Module):
-    """A block as a module, which is what `torch.export` takes."""
+    """Wrap a block as a module, as `torch.export` requires."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -230,7 +230,7 @@ class Exportable(nn.Module):
 
 
 @every_block_of_tensors
-def test_an_exported_block_takes_a_batch_of_another_size(name):
+def test_an_exported_block_accepts_other_batch_sizes(name):
     tensors, batch = ROWS[name].tensors, torch.export.Dim("batch")
     shapes = ([{0: batch} for _ in tensors],)
     program = torch.export.export(Exportable(name), (tensors,), dynamic_shapes=shapes, strict=False).module()
@@ -246,6 +246,6 @@ def test_mixed_precision_keeps_the_dtype_of_the_input_and_losses_stay_float32(na
     exact = [tensor.float() if tensor.is_floating_point() else tensor for tensor in lowered(tensors)]
     expected = block(name)(*exact)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        answers, from_half = block(name)(*exact), block(name)(*lowered(exact))
-    torch.testing.assert_close(answers, expected)
-    torch.testing.assert_close(from_half, tuple(answer.to(half) for answer in expected))
+        results, from_half = block(name)(*exact), block(name)(*lowered(exact))
+    torch.testing.assert_close(results, expected)
+    torch.testing.assert_close(from_half, tuple(result.to(half) for result in expected))

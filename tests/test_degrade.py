@@ -1,4 +1,4 @@
-"""Degradations against loops, and what they must leave as it is."""
+"""Degradations against explicit loops, and what they must leave unchanged."""
 
 import colorsys
 import itertools
@@ -37,7 +37,7 @@ sides = st.integers(1, 9)
 
 
 def averaged(images: Tensor, H: int, W: int) -> Tensor:
-    """Area resize by its definition, one new pixel after the other."""
+    """Area resize by definition, one new pixel at a time."""
     old_H, old_W = images.shape[-2:]
     result = torch.empty(*images.shape[:-2], H, W)
     for i in range(H):
@@ -50,13 +50,13 @@ def averaged(images: Tensor, H: int, W: int) -> Tensor:
 
 @fast
 @given(images(), sides, sides)
-def test_each_new_pixel_is_the_mean_of_the_old_pixels_it_touches(pictures, H, W):
+def test_each_new_pixel_is_the_mean_of_the_old_pixels_it_overlaps(pictures, H, W):
     torch.testing.assert_close(area_resize(pictures, H=H, W=W), averaged(pictures, H, W))
 
 
 @fast
 @given(images(), sides, sides)
-def test_resizing_by_area_keeps_a_constant_and_stays_between_the_extremes(pictures, H, W):
+def test_area_resize_keeps_constants_and_stays_within_the_range_of_the_image(pictures, H, W):
     resized = area_resize(pictures, H=H, W=W)
     if pictures.numel():
         assert pictures.min() - 1e-6 <= resized.min()
@@ -66,20 +66,20 @@ def test_resizing_by_area_keeps_a_constant_and_stays_between_the_extremes(pictur
 
 @fast
 @given(images(), sides, sides, st.sampled_from([(-1,), (-2,), (-2, -1)]))
-def test_resizing_by_area_commutes_with_flips(pictures, H, W, axes):
+def test_area_resize_commutes_with_flips(pictures, H, W, axes):
     flipped = area_resize(pictures.flip(axes), H=H, W=W).flip(axes)
     torch.testing.assert_close(flipped, area_resize(pictures, H=H, W=W))
 
 
 @fast
 @given(images())
-def test_resizing_by_area_to_the_same_size_changes_nothing(pictures):
+def test_area_resize_to_the_same_size_changes_nothing(pictures):
     assert area_resize(pictures, H=pictures.shape[-2], W=pictures.shape[-1]).equal(pictures)
 
 
 @fast
 @given(images(even=True))
-def test_halving_is_plain_pooling_and_doubling_repeats_pixels(pictures):
+def test_halving_is_average_pooling_and_doubling_repeats_pixels(pictures):
     H, W = pictures.shape[-2:]
     halves = F.avg_pool2d(pictures.reshape(-1, H, W), 2) if pictures.numel() else pictures[..., ::2, ::2]
     halved = area_resize(pictures, H=H // 2, W=W // 2)
@@ -90,7 +90,7 @@ def test_halving_is_plain_pooling_and_doubling_repeats_pixels(pictures):
 
 @st.composite
 def windows(draw: st.DrawFn) -> tuple[Tensor, int, int]:
-    """Images, and the height and width of a window with a center on their pixels."""
+    """Draw images, and the height and width of a window that can be centered on their pixels."""
     pictures = draw(images())
     H, W = pictures.shape[-2:]
     return pictures, draw(st.sampled_from(range(H, 0, -2))), draw(st.sampled_from(range(W, 0, -2)))
@@ -120,7 +120,7 @@ def test_central_crop_and_zoom_in_commute_with_flips(arguments):
 
 @fast
 @given(windows())
-def test_zoom_in_enlarges_the_central_window_and_sees_nothing_else(arguments):
+def test_zoom_in_enlarges_the_central_window_and_reads_nothing_else(arguments):
     pictures, H, W = arguments
     zoomed = zoom_in(pictures, window_H=H, window_W=W)
     top, left = (pictures.shape[-2] - H) // 2, (pictures.shape[-1] - W) // 2
@@ -141,7 +141,7 @@ def test_zoom_in_on_the_full_window_changes_nothing(pictures):
 
 @fast
 @given(windows())
-def test_zoom_in_anywhere_in_the_middle_of_its_noise_is_zoom_in(arguments):
+def test_zoom_in_anywhere_with_noise_of_one_half_is_zoom_in(arguments):
     pictures, H, W = arguments
     noise = torch.full((*pictures.shape[:-3], 2), 0.5)
     anywhere = zoom_in_anywhere(pictures, noise, window_H=H, window_W=W)
@@ -150,7 +150,7 @@ def test_zoom_in_anywhere_in_the_middle_of_its_noise_is_zoom_in(arguments):
 
 @fast
 @given(uniforms(2), intervals(least=1), intervals(least=1))
-def test_zoom_in_anywhere_enlarges_the_window_where_the_noise_says(noise, rows, columns):
+def test_zoom_in_anywhere_enlarges_the_window_at_the_place_given_by_the_noise(noise, rows, columns):
     (H, window_H), (W, window_W) = rows, columns
     pictures = seeded(*noise.shape[:-1], 3, H, W)
     zoomed = zoom_in_anywhere(pictures, noise, window_H=window_H, window_W=window_W)
@@ -163,7 +163,7 @@ def test_zoom_in_anywhere_enlarges_the_window_where_the_noise_says(noise, rows, 
         torch.testing.assert_close(result, averaged(window, H, W))
 
 
-def test_the_largest_noise_zooms_into_the_last_corner():
+def test_the_largest_noise_zooms_in_on_the_last_corner():
     picture = seeded(3, 5, 6)
     expected = averaged(picture[:, 3:, 3:], 5, 6)
     for noise in (torch.full((2,), 1 - 2**-24), torch.ones(2, dtype=torch.bfloat16)):
@@ -177,9 +177,9 @@ def test_the_place_of_the_window_is_not_rounded_in_bfloat16():
     assert zoomed.equal(zoom_in_anywhere(pictures, noise, window_H=1, window_W=1))
 
 
-def test_zoom_in_anywhere_takes_every_place_equally_often():
+def test_every_place_of_zoom_in_anywhere_is_equally_likely():
     draws, H, W = 20_000, 5, 3
-    # a window of one pixel shows where it is: 5 × 3 places
+    # a window of one pixel reveals its place: 5 × 3 places
     pictures = torch.arange(H * W).float().view(1, H, W).expand(draws, 1, H, W)
     seen = zoom_in_anywhere(pictures, seeded(draws, 2), window_H=1, window_W=1)[:, 0, 0, 0].long()
     counts = seen.bincount(minlength=H * W).double()
@@ -192,7 +192,7 @@ def test_zoom_in_anywhere_takes_every_place_equally_often():
 
 
 def one_by_one(*tensors: Tensor, axes: int = 3) -> Iterator[tuple[Tensor, ...]]:
-    """Each image alone with what belongs to it; `axes` are those of an image."""
+    """Iterate over single images with their other tensors; `axes` is the number of axes of an image."""
     count = tensors[0].shape[: tensors[0].ndim - axes].numel()
     rest = [tensor.shape[tensors[0].ndim - axes :] for tensor in tensors]
     return zip(*(t.reshape(count, *shape) for t, shape in zip(tensors, rest, strict=True)), strict=True)
@@ -203,7 +203,7 @@ def per_image(pictures: Tensor, *shape: int, seed: int = 0) -> Tensor:
 
 
 def reflected(place: int, length: int) -> int:
-    """Where a mirror image repeated without end shows its pixel, step by step."""
+    """Return which pixel appears at a place of an infinitely repeated reflection, step by step."""
     while not 0 <= place < length:
         place = -1 - place if place < 0 else 2 * length - 1 - place
     return place
@@ -211,7 +211,7 @@ def reflected(place: int, length: int) -> int:
 
 @st.composite
 def canvases(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict[str, int]]:
-    """Small images, noise, and a canvas of up to some four times their size."""
+    """Draw small images, noise, and a canvas that is up to 20 pixels larger."""
     small = draw(images())
     noise = per_image(small, 2, seed=draw(st.integers(0, 99)))
     return small, noise, {side: small.shape[axis] + draw(st.integers(0, 20)) for side, axis in (("H", -2), ("W", -1))}
@@ -219,7 +219,7 @@ def canvases(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict[str, int]]:
 
 @fast
 @given(canvases())
-def test_mirror_fill_shows_the_image_where_the_noise_says_and_its_mirror_images_around(arguments):
+def test_mirror_fill_places_the_image_where_the_noise_says_surrounded_by_mirror_images(arguments):
     small, noise, size = arguments
     h, w = small.shape[-2:]
     canvas = mirror_fill(small, noise, **size)
@@ -234,7 +234,7 @@ def test_mirror_fill_shows_the_image_where_the_noise_says_and_its_mirror_images_
 
 @fast
 @given(canvases())
-def test_the_mirror_has_no_seam(arguments):
+def test_mirror_fill_has_no_seams(arguments):
     small, noise, size = arguments
     h, w = small.shape[-2:]
     numbered = torch.stack([torch.arange(h)[:, None].expand(h, w), torch.arange(w).expand(h, w)])
@@ -242,7 +242,7 @@ def test_the_mirror_has_no_seam(arguments):
     canvas = mirror_fill(numbered, noise, **size)
     for axis in (-2, -1):
         step = canvas.diff(dim=axis).abs()
-        assert (step.sum(dim=-3) <= 1).all()  # the same pixel again, or the one beside it
+        assert (step.sum(dim=-3) <= 1).all()  # the same pixel again, or an adjacent one
 
 
 @fast
@@ -259,12 +259,12 @@ def test_a_canvas_of_the_same_size_is_the_image(pictures, seed):
 
 @fast
 @given(canvases(), st.sampled_from([(-1,), (-2,), (-2, -1)]))
-def test_mirror_fill_commutes_with_flips_when_the_place_is_flipped_too(arguments, axes):
+def test_mirror_fill_commutes_with_flips_of_image_and_place(arguments, axes):
     small, noise, size = arguments
     other = noise.clone()
     for axis in axes:
         places = list(size.values())[axis] - small.shape[axis] + 1
-        # from the left edge to the right edge, in the middle of the interval of noise that leads there
+        # from the left edge to the right edge, in the middle of the interval of noise of that place
         other[..., axis] = (places - (noise[..., axis] * places).floor() - 0.5) / places
     flipped = mirror_fill(small.flip(axes), other, **size).flip(axes)
     assert flipped.equal(mirror_fill(small, noise, **size))
@@ -272,9 +272,9 @@ def test_mirror_fill_commutes_with_flips_when_the_place_is_flipped_too(arguments
 
 @fast
 @given(canvases())
-def test_paste_puts_the_image_where_mirror_fill_does_and_leaves_the_rest(arguments):
+def test_paste_uses_the_places_of_mirror_fill_and_keeps_the_rest_of_the_canvas(arguments):
     small, noise, size = arguments
-    # behind the mirrored canvas of an image is the image itself
+    # pasting an image onto its own mirror-filled canvas changes nothing
     mirrored = mirror_fill(small, noise, **size)
     assert paste(small, mirrored, noise).equal(mirrored)
     canvas = torch.full_like(mirrored, 2.0)
@@ -285,7 +285,7 @@ def test_paste_puts_the_image_where_mirror_fill_does_and_leaves_the_rest(argumen
 
 
 @pytest.mark.parametrize(("own", "other"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
-def test_paste_gives_the_dtype_of_the_images(own, other):
+def test_paste_returns_the_dtype_of_the_images(own, other):
     pasted = paste(torch.ones(1, 1, 1, dtype=own), torch.zeros(1, 1, 3, dtype=other), torch.tensor([0.0, 0.5]))
     assert pasted.dtype == own
     assert pasted.equal(torch.tensor([[[0.0, 1.0, 0.0]]], dtype=own))
@@ -293,7 +293,7 @@ def test_paste_gives_the_dtype_of_the_images(own, other):
 
 @fast
 @given(images(), st.data())
-def test_zoom_out_is_a_shrunken_image_among_its_mirror_images(pictures, data):
+def test_zoom_out_surrounds_the_shrunken_image_with_mirror_images(pictures, data):
     H, W = pictures.shape[-2:]
     h, w = data.draw(st.integers(1, H)), data.draw(st.integers(1, W))
     noise = per_image(pictures, 2, seed=data.draw(st.integers(0, 99)))
@@ -308,7 +308,7 @@ def test_zoom_out_is_a_shrunken_image_among_its_mirror_images(pictures, data):
 
 @fast
 @given(st.integers(1, 40), st.integers(1, 40), st.data())
-def test_zoom_out_of_any_size_is_zoom_out_with_the_size_of_each_image(H, W, data):
+def test_zoom_out_any_size_is_zoom_out_with_the_size_of_each_image(H, W, data):
     size = st.tuples(st.integers(1, H), st.integers(1, W))
     sizes = tuple(data.draw(st.lists(size, min_size=1, max_size=4)))
     noise = data.draw(uniforms(3))
@@ -320,7 +320,7 @@ def test_zoom_out_of_any_size_is_zoom_out_with_the_size_of_each_image(H, W, data
         torch.testing.assert_close(result, zoom_out(picture, chance[:2], small_H=h, small_W=w), rtol=1e-5, atol=1e-6)
 
 
-def test_zoom_out_of_any_size_works_with_the_sizes_of_the_paper():
+def test_zoom_out_any_size_supports_the_sizes_of_the_paper():
     pictures, noise = seeded(4, 1, 224, 224), seeded(4, 3)
     noise[:, 2] = torch.tensor([0.0, 0.25, 0.5, 0.75])
     sizes = (96, 128, 160, 192)
@@ -330,29 +330,29 @@ def test_zoom_out_of_any_size_works_with_the_sizes_of_the_paper():
         torch.testing.assert_close(zoomed[i], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_every_place_and_every_size_is_taken_equally_often():
+def test_every_place_and_every_size_is_equally_likely():
     draws, H, W = 20_000, 5, 3
 
     def check_equal(counts: Tensor) -> None:
         share = 1 / len(counts)
         assert (counts - draws * share).abs().max() < 4.5 * (draws * share * (1 - share)) ** 0.5
 
-    # a single pixel on a canvas shows where it is: 5 × 3 places
+    # a single pixel on a canvas reveals its place: 5 × 3 places
     pixels, noise = torch.ones(draws, 1, 1, 1), seeded(draws, 2)
     seen = paste(pixels, torch.zeros(draws, 1, H, W), noise).flatten(1).argmax(dim=1)
     check_equal(seen.bincount(minlength=H * W).double())
-    # an image of two pixels whose left one is 0: its place shows in the mirrored canvas
+    # an image of two pixels whose left one is 0 reveals its place in the mirror-filled canvas
     seen = mirror_fill(torch.arange(2.0).expand(draws, 1, 1, 2), noise, H=1, W=4)[:, 0, 0]
     patterns = [[0, 1, 1, 0], [0, 0, 1, 1], [1, 0, 0, 1]]
     check_equal(torch.tensor([(seen == torch.tensor(pattern)).all(dim=1).sum() for pattern in patterns]).double())
-    # shrunken to 1, 2 or 4 pixels, a ramp of four keeps that many values
+    # a ramp of four pixels shrunken to 1, 2 or 4 has that many values
     ramps = torch.arange(4.0).expand(draws, 1, 1, 4)
     zoomed = zoom_out_any_size(ramps, seeded(draws, 3), sizes=((1, 1), (1, 2), (1, 4)))[:, 0, 0].sort(dim=1).values
     values = 1 + (zoomed.diff(dim=1) > 0.1).sum(dim=1)
     check_equal(values.bincount(minlength=5)[[1, 2, 4]].double())
 
 
-def test_the_largest_noise_is_the_last_place_and_the_last_size():
+def test_the_largest_noise_gives_the_last_place_and_the_last_size():
     picture = torch.arange(12.0).view(1, 3, 4)
     for noise in (torch.full((3,), 1 - 2**-24), torch.ones(3, dtype=torch.bfloat16)):
         assert mirror_fill(picture, noise[:2], H=200, W=300)[..., -3:, -4:].equal(picture)
@@ -365,7 +365,7 @@ def test_the_largest_noise_is_the_last_place_and_the_last_size():
 
 
 def read(picture: Tensor, row: float, column: float) -> Tensor:
-    """The image at a place in pixels, bilinearly, 0 outside."""
+    """Sample the image at a place in pixels, bilinearly, with zeros outside."""
     _, H, W = picture.shape
     result = torch.zeros(len(picture))
     for y, x in itertools.product((math.floor(row), math.floor(row) + 1), (math.floor(column), math.floor(column) + 1)):
@@ -384,7 +384,7 @@ def to_pixel(place: float, size: int) -> float:
 
 @st.composite
 def bends(draw: st.DrawFn, *, most: float = 0.30) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, centers anywhere in them, also on the edge, and twists."""
+    """Draw images, centers inside or on the edge, and twists."""
     pictures, seed = draw(images()), draw(st.integers(0, 99))
     centers, twists = 2 * per_image(pictures, 2, seed=seed) - 1, most * per_image(pictures, seed=seed + 1)
     if draw(st.booleans()):
@@ -394,7 +394,7 @@ def bends(draw: st.DrawFn, *, most: float = 0.30) -> tuple[Tensor, Tensor, Tenso
 
 @fast
 @given(bends(most=0.8))
-def test_a_bent_pixel_shows_what_is_twist_times_the_squared_distance_nearer_to_the_center(arguments):
+def test_fisheye_samples_each_pixel_closer_to_the_center_by_twist_times_the_squared_distance(arguments):
     pictures, centers, twists = arguments
     H, W = pictures.shape[-2:]
     bent = fisheye_at(pictures, centers, twists)
@@ -409,7 +409,7 @@ def test_a_bent_pixel_shows_what_is_twist_times_the_squared_distance_nearer_to_t
 
 @fast
 @given(bends())
-def test_up_to_a_twist_of_030_nothing_outside_is_read_and_no_value_is_new(arguments):
+def test_up_to_a_twist_of_030_nothing_outside_the_image_is_read(arguments):
     pictures, centers, twists = arguments
     ones = torch.ones_like(pictures)
     torch.testing.assert_close(fisheye_at(ones, centers, twists), ones)
@@ -419,7 +419,7 @@ def test_up_to_a_twist_of_030_nothing_outside_is_read_and_no_value_is_new(argume
         assert bent.max() <= pictures.max() + 1e-6
 
 
-def test_far_above_that_zeros_come_in_from_outside():
+def test_large_twists_read_zeros_outside_the_image():
     bent = fisheye_at(torch.ones(1, 5, 5), torch.tensor([1.0, 1.0]), torch.tensor(0.8))
     assert bent[0, 0, 0] == 0
     assert bent[0, -1, -1] == 1
@@ -427,9 +427,9 @@ def test_far_above_that_zeros_come_in_from_outside():
 
 @fast
 @given(bends())
-def test_every_point_moves_towards_the_center_and_only_the_center_stays(arguments):
+def test_every_point_moves_towards_the_center_and_only_the_center_is_fixed(arguments):
     pictures, centers, twists = arguments
-    H, W = pictures.shape[-2] + 1, pictures.shape[-1] + 1  # along a single pixel nothing can move
+    H, W = pictures.shape[-2] + 1, pictures.shape[-1] + 1  # nothing can move along an axis of one pixel
     places = torch.stack(
         torch.meshgrid(*(torch.tensor([from_pixel(i, n) for i in range(n)]) for n in (H, W)), indexing="ij")
     )
@@ -441,7 +441,7 @@ def test_every_point_moves_towards_the_center_and_only_the_center_stays(argument
 
 @fast
 @given(bends(), st.sampled_from([(-1,), (-2,), (-2, -1)]))
-def test_fisheye_commutes_with_flips_and_transposition_when_the_center_goes_along(arguments, axes):
+def test_fisheye_commutes_with_flips_and_transposition_of_image_and_center(arguments, axes):
     pictures, centers, twists = arguments
     bent = fisheye_at(pictures, centers, twists)
     sign = torch.tensor([-1.0 if axis in axes else 1.0 for axis in (-2, -1)])
@@ -453,7 +453,7 @@ def test_fisheye_commutes_with_flips_and_transposition_when_the_center_goes_alon
 
 @fast
 @given(images(), st.integers(0, 99))
-def test_without_twist_or_amplitude_nothing_changes(pictures, seed):
+def test_zero_twist_and_zero_amplitude_change_nothing(pictures, seed):
     noise = per_image(pictures, 3, seed=seed)
     bent = fisheye(pictures, noise, least_twist=0.0, most_twist=0.0)
     torch.testing.assert_close(bent, pictures, rtol=0, atol=1e-5)
@@ -463,14 +463,14 @@ def test_without_twist_or_amplitude_nothing_changes(pictures, seed):
 
 @fast
 @given(images(), st.integers(0, 99))
-def test_the_noise_of_fisheye_is_row_column_and_twist(pictures, seed):
+def test_the_noise_of_fisheye_gives_row_column_and_twist(pictures, seed):
     noise = per_image(pictures, 3, seed=seed)
     bent = fisheye(pictures, noise, least_twist=0.2, most_twist=0.25)
     expected = fisheye_at(pictures, 2 * noise[..., :2] - 1, 0.2 + 0.05 * noise[..., 2])
     torch.testing.assert_close(bent, expected, rtol=0, atol=1e-5)
 
 
-def test_centers_of_fisheyes_are_anywhere_and_twists_between_their_bounds():
+def test_centers_of_fisheye_and_twists_are_uniform():
     draws, side = 5000, 9
     places = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, side)] * 2, indexing="ij"))
     shown = fisheye(places.expand(draws, 2, side, side), seeded(draws, 3), least_twist=0.2, most_twist=0.3)
@@ -489,7 +489,7 @@ def test_centers_of_fisheyes_are_anywhere_and_twists_between_their_bounds():
 
 
 def bounced(row: float, size: int) -> float:
-    """A place in pixels, mirrored at the edge pixels until it is inside."""
+    """Reflect a place in pixels about the edge pixels until it lies inside."""
     while size > 1 and not 0 <= row <= size - 1:
         row = -row if row < 0 else 2 * (size - 1) - row
     return row if size > 1 else 0.0
@@ -500,7 +500,7 @@ amplitudes, frequencies = st.sampled_from([0.1, -0.4, 3.0]), st.sampled_from([0.
 
 @fast
 @given(images(), amplitudes, frequencies)
-def test_a_wave_moves_each_column_by_a_cosine_and_mirrors_at_the_edge(pictures, amplitude, frequency):
+def test_wave_shifts_each_column_by_a_cosine_with_reflection_at_the_edge(pictures, amplitude, frequency):
     H, W = pictures.shape[-2:]
     waved = wave(pictures, amplitude=amplitude, frequency=frequency)
     for picture, result in one_by_one(pictures, waved):
@@ -512,7 +512,7 @@ def test_a_wave_moves_each_column_by_a_cosine_and_mirrors_at_the_edge(pictures, 
 
 @fast
 @given(images(), amplitudes, frequencies)
-def test_a_wave_keeps_columns_apart_and_adds_no_value(pictures, amplitude, frequency):
+def test_wave_does_not_mix_columns_and_stays_within_the_range_of_the_image(pictures, amplitude, frequency):
     columns = pictures[..., :1, :].expand_as(pictures)
     torch.testing.assert_close(wave(columns, amplitude=amplitude, frequency=frequency), columns, rtol=0, atol=1e-5)
     waved = wave(pictures, amplitude=amplitude, frequency=frequency)
@@ -523,7 +523,7 @@ def test_a_wave_keeps_columns_apart_and_adds_no_value(pictures, amplitude, frequ
 
 @fast
 @given(images(), amplitudes, frequencies)
-def test_a_wave_is_even_and_turns_over_with_its_amplitude(pictures, amplitude, frequency):
+def test_wave_commutes_with_flips_if_a_vertical_flip_negates_the_amplitude(pictures, amplitude, frequency):
     waved = wave(pictures, amplitude=amplitude, frequency=frequency)
     mirrored = wave(pictures.flip(-1), amplitude=amplitude, frequency=frequency).flip(-1)
     torch.testing.assert_close(mirrored, waved, rtol=0, atol=1e-5)
@@ -538,7 +538,7 @@ odd = st.sampled_from([1, 3, 5])
 
 @st.composite
 def kernels_of(draw: st.DrawFn, *, mixing: bool | None = None) -> tuple[Tensor, Tensor]:
-    """Images, and kernels of their own: one per channel, or one from each channel to each."""
+    """Draw images and their own kernels: one per channel, or one for each pair of channels."""
     pictures, k = draw(images()), draw(odd)
     c = pictures.shape[-3]
     both = draw(st.booleans()) if mixing is None else mixing
@@ -547,7 +547,7 @@ def kernels_of(draw: st.DrawFn, *, mixing: bool | None = None) -> tuple[Tensor, 
 
 @fast
 @given(kernels_of())
-def test_each_image_is_convolved_with_its_own_kernels_and_zeros_around_it(arguments):
+def test_each_image_is_convolved_with_its_own_kernels_and_zero_padding(arguments):
     pictures, kernels = arguments
     c, H, W = pictures.shape[-3:]
     m, k = kernels.shape[-3:-1]
@@ -566,7 +566,7 @@ def test_each_image_is_convolved_with_its_own_kernels_and_zeros_around_it(argume
 
 @fast
 @given(images(), odd, st.booleans())
-def test_a_kernel_that_is_a_single_one_changes_nothing(pictures, k, mixing):
+def test_an_identity_kernel_changes_nothing(pictures, k, mixing):
     c = pictures.shape[-3]
     kernels = torch.zeros(*pictures.shape[:-3], c, c, k, k)
     kernels[..., range(c), range(c), k // 2, k // 2] = 1
@@ -576,7 +576,7 @@ def test_a_kernel_that_is_a_single_one_changes_nothing(pictures, k, mixing):
 
 @fast
 @given(kernels_of(mixing=False))
-def test_a_mixing_kernel_without_mixture_is_one_per_channel(arguments):
+def test_mixing_kernels_on_the_diagonal_equal_one_kernel_per_channel(arguments):
     pictures, kernels = arguments
     c, k = pictures.shape[-3], kernels.shape[-1]
     mixing = torch.zeros(*pictures.shape[:-3], c, c, k, k)
@@ -597,7 +597,7 @@ def test_convolution_commutes_with_flips_and_transposition_of_image_and_kernel(a
 
 @fast
 @given(kernels_of())
-def test_zeros_around_a_kernel_make_no_difference(arguments):
+def test_zero_padding_of_kernels_makes_no_difference(arguments):
     pictures, kernels = arguments
     larger = convolve_each(pictures, F.pad(kernels, (2, 2, 2, 2)))
     torch.testing.assert_close(larger, convolve_each(pictures, kernels), rtol=1e-5, atol=1e-5)
@@ -611,7 +611,7 @@ def test_weights_are_normal_quantiles_of_the_noise(noise):
     torch.testing.assert_close(kernels, torch.tensor(expected).reshape(noise.shape), rtol=1e-5, atol=1e-6)
 
 
-def test_weights_are_finite_at_both_ends_of_the_noise_and_without_spread_all_the_mean():
+def test_weights_are_finite_at_both_ends_of_the_noise_and_equal_the_mean_if_std_is_zero():
     ends = torch.tensor([[0.0, 1 - 2**-24]])
     for noise in (ends.T @ torch.ones(1, 2), torch.ones(2, 2, dtype=torch.bfloat16), torch.zeros(2, 2)):
         kernels = random_kernels(noise, mean=0.0, std=1.0)
@@ -619,7 +619,7 @@ def test_weights_are_finite_at_both_ends_of_the_noise_and_without_spread_all_the
         assert random_kernels(noise, mean=0.5, std=0.0).equal(torch.full((2, 2), 0.5))
 
 
-def test_weights_have_the_mean_and_the_deviation_asked_for():
+def test_weights_have_the_given_mean_and_std():
     count = 100_000
     kernels = random_kernels(seeded(count // 100, 10, 10), mean=0.2, std=0.02).double()
     assert abs(float(kernels.mean()) - 0.2) < 4.5 * 0.02 / count**0.5
@@ -630,7 +630,7 @@ def test_weights_have_the_mean_and_the_deviation_asked_for():
 
 @fast
 @given(uniforms(), st.lists(odd, min_size=1, max_size=4), st.sampled_from([1, 3]))
-def test_smaller_kernels_stand_in_the_middle_of_zeros(size_noise, sizes, m):
+def test_smaller_kernels_are_centered_and_padded_with_zeros(size_noise, sizes, m):
     k = max(sizes)
     noise = seeded(*size_noise.shape, m, k, k)
     kernels = random_kernels_any_size(noise, size_noise, sizes=tuple(sizes), std=0.02)
@@ -642,7 +642,7 @@ def test_smaller_kernels_stand_in_the_middle_of_zeros(size_noise, sizes, m):
         torch.testing.assert_close(kernel, F.pad(expected, (margin,) * 4), rtol=1e-5, atol=1e-7)
 
 
-def test_kernels_of_all_sizes_are_equally_frequent():
+def test_every_kernel_size_is_equally_likely():
     draws, sizes = 20_000, (5, 7, 9, 11)
     noise = torch.full((1, 1, 1, 1), 0.5).expand(draws, 1, 11, 11)
     kernels = random_kernels_any_size(noise, seeded(draws), sizes=sizes, std=0.02)
@@ -660,7 +660,7 @@ saturations = st.sampled_from([0.0, 0.3, 0.6, 1.0])
 
 @fast
 @given(uniforms(3, 2, 3), saturations)
-def test_decolorize_scales_the_saturation_in_hsv(pictures, saturation):
+def test_decolorize_scales_the_saturation_of_hsv(pictures, saturation):
     ours = decolorize(pictures, saturation=saturation)
     for picture, result in one_by_one(pictures, ours):
         for i, j in itertools.product(range(2), range(3)):
@@ -671,7 +671,7 @@ def test_decolorize_scales_the_saturation_in_hsv(pictures, saturation):
 
 @fast
 @given(images(), saturations, saturations)
-def test_saturations_multiply_from_gray_to_unchanged(pictures, first, second):
+def test_saturations_multiply_and_range_from_gray_to_unchanged(pictures, first, second):
     assert decolorize(pictures, saturation=1.0).equal(pictures)
     gray = decolorize(pictures, saturation=0.0)
     torch.testing.assert_close(gray, pictures.amax(dim=-3, keepdim=True).expand_as(pictures))
@@ -681,7 +681,7 @@ def test_saturations_multiply_from_gray_to_unchanged(pictures, first, second):
 
 @fast
 @given(images(), saturations)
-def test_decolorize_only_brightens_up_to_the_brightest_channel_and_knows_no_order(pictures, saturation):
+def test_decolorize_brightens_up_to_the_largest_channel_and_is_permutation_equivariant(pictures, saturation):
     ours = decolorize(pictures, saturation=saturation)
     assert (ours >= pictures - 1e-6).all()
     assert (ours <= pictures.amax(dim=-3, keepdim=True) + 1e-6).all()
@@ -693,19 +693,19 @@ def test_decolorize_only_brightens_up_to_the_brightest_channel_and_knows_no_orde
 
 @fast
 @given(images(), st.integers(0, 99))
-def test_each_image_can_have_a_saturation_of_its_own(pictures, seed):
+def test_each_image_can_have_its_own_saturation(pictures, seed):
     saturation = per_image(pictures, seed=seed)
     ours = decolorize(pictures, saturation=saturation)
     for picture, result, own in one_by_one(pictures, ours, saturation):
         torch.testing.assert_close(result, decolorize(picture, saturation=float(own)))
 
 
-# What the table of contracts does not reach: another form of the same block
+# Forms of a block that have no row in the table of contracts
 
 IMAGES = seeded(6, 3, 5, 4)
 FORMS = {
     "one kernel per channel": ("convolve_each", lambda block: block, [IMAGES, seeded(6, 3, 3, 3)]),
-    "mixing kernels, rows left over": ("convolve_each", lambda block: block, [IMAGES, seeded(6, 9, 3, 3)]),
+    "mixing kernels, rows not divisible by four": ("convolve_each", lambda block: block, [IMAGES, seeded(6, 9, 3, 3)]),
     "one saturation per image": (
         "decolorize",
         lambda block: lambda images, saturation: block(images, saturation=saturation),
@@ -715,7 +715,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_keeps_the_contract(form):
+def test_every_form_fulfills_the_contract(form):
     name, called, tensors = FORMS[form]
     block = called(getattr(copied("degrade"), name))
     expected = block(*tensors)
@@ -732,7 +732,7 @@ def test_every_form_keeps_the_contract(form):
         torch.testing.assert_close(block(*(t.bfloat16() for t in exact)), block(*exact).bfloat16())
 
 
-# Bad input
+# Invalid arguments
 
 
 def window(H: int, W: int) -> dict[str, int]:
@@ -757,7 +757,7 @@ EMPTY = [
         *(("central_crop", (1, 4, 6), {"H": H, "W": W}, message) for (H, W), message in BIG + EMPTY),
         *(("zoom_in", (1, 4, 6), window(H, W), message) for (H, W), message in BIG + EMPTY),
         *(
-            (name, (1, 4, 6), numbers, f"a crop of {size} has no center in 4 × 6 pixels: margins must be even")
+            (name, (1, 4, 6), numbers, f"a crop of {size} cannot be centered in 4 × 6 pixels: margins must be equal")
             for name, numbers, size in [
                 ("central_crop", {"H": 3, "W": 2}, "3 × 2"),
                 ("central_crop", {"H": 2, "W": 3}, "2 × 3"),
@@ -767,7 +767,7 @@ EMPTY = [
         ),
     ],
 )
-def test_bad_input_gets_one_clear_sentence(name, shape, numbers, message):
+def test_invalid_arguments_raise_one_clear_sentence(name, shape, numbers, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         getattr(copied("degrade"), name)(torch.zeros(shape), **numbers)
 
@@ -776,18 +776,18 @@ def test_bad_input_gets_one_clear_sentence(name, shape, numbers, message):
     ("noise", "size", "message"),
     [
         *(((3, 2), size, message) for size, message in BIG + EMPTY),
-        ((1, 2), (2, 2), "noise (1, 2) does not give a row and a column to images (3, 1, 4, 6)"),
-        ((3, 1), (2, 2), "noise (3, 1) does not give a row and a column to images (3, 1, 4, 6)"),
-        ((2,), (2, 2), "noise (2,) does not give a row and a column to images (3, 1, 4, 6)"),
+        ((1, 2), (2, 2), "noise (1, 2) does not hold a row and a column for each of images (3, 1, 4, 6)"),
+        ((3, 1), (2, 2), "noise (3, 1) does not hold a row and a column for each of images (3, 1, 4, 6)"),
+        ((2,), (2, 2), "noise (2,) does not hold a row and a column for each of images (3, 1, 4, 6)"),
     ],
 )
-def test_bad_windows_and_noise_get_one_clear_sentence(noise, size, message):
+def test_invalid_windows_and_noise_raise_one_clear_sentence(noise, size, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         copied("degrade").zoom_in_anywhere(torch.zeros(3, 1, 4, 6), torch.zeros(noise), **window(*size))
 
 
-NEITHER = "noise (3, 1) does not give a row and a column to images (3, 1, 4, 6)"
-NOT_THREE = "noise (3, 2) does not give a row, a column and a {} to images (3, 1, 4, 6)"
+NEITHER = "noise (3, 1) does not hold a row and a column for each of images (3, 1, 4, 6)"
+NOT_THREE = "noise (3, 2) does not hold a row, a column and a {} for each of images (3, 1, 4, 6)"
 UNFIT = "an image of {} × {} pixels does not fit onto a canvas of {} × {}"
 
 
@@ -803,7 +803,12 @@ UNFIT = "an image of {} × {} pixels does not fit onto a canvas of {} × {}"
         ("paste", [(3, 1, 4, 6), (3, 1, 3, 8), (3, 2)], {}, UNFIT.format(4, 6, 3, 8)),
         ("paste", [(3, 1, 0, 6), (3, 1, 3, 8), (3, 2)], {}, UNFIT.format(0, 6, 3, 8)),
         *(
-            ("paste", [(3, 1, 4, 6), shape, (3, 2)], {}, f"images (3, 1, 4, 6) cannot be put on canvases {shape}")
+            (
+                "paste",
+                [(3, 1, 4, 6), shape, (3, 2)],
+                {},
+                f"images (3, 1, 4, 6) and canvases {shape} differ in more than height and width",
+            )
             for shape in [(3, 2, 8, 8), (1, 1, 8, 8), (1, 8, 8)]
         ),
         ("zoom_out", [(3, 1, 4, 6), (3, 1)], {"small_H": 2, "small_W": 2}, NEITHER),
@@ -812,7 +817,7 @@ UNFIT = "an image of {} × {} pixels does not fit onto a canvas of {} × {}"
             for h, w in [(5, 2), (2, 7), (0, 2), (2, 0)]
         ),
         ("zoom_out_any_size", [(3, 1, 4, 6), (3, 2)], {"sizes": ((2, 2),)}, NOT_THREE.format("size")),
-        ("zoom_out_any_size", [(3, 1, 4, 6), (3, 3)], {"sizes": ()}, "sizes=() leaves nothing to choose from"),
+        ("zoom_out_any_size", [(3, 1, 4, 6), (3, 3)], {"sizes": ()}, "sizes is empty"),
         *(
             ("zoom_out_any_size", [(3, 1, 4, 6), (3, 3)], {"sizes": ((2, 2), (h, w))}, UNFIT.format(h, w, 4, 6))
             for h, w in [(5, 2), (2, 7), (0, 2), (2, 0)]
@@ -823,7 +828,7 @@ UNFIT = "an image of {} × {} pixels does not fit onto a canvas of {} × {}"
                 "fisheye",
                 [(3, 1, 4, 6), (3, 3)],
                 {"least_twist": least, "most_twist": most},
-                f"twists from {least} to {most} are no interval of numbers from 0",
+                f"least_twist={least} and most_twist={most} do not satisfy 0 <= least_twist <= most_twist < inf",
             )
             for least, most in [(0.3, 0.2), (-0.1, 0.2), (math.nan, 0.2), (0.2, math.nan), (0.2, math.inf)]
         ),
@@ -832,18 +837,18 @@ UNFIT = "an image of {} × {} pixels does not fit onto a canvas of {} × {}"
                 "fisheye_at",
                 [(3, 1, 4, 6), centers, twists],
                 {},
-                f"centers {centers} and twists {twists} are not one of each for images (3, 1, 4, 6)",
+                f"centers {centers} and twists {twists} do not hold one of each per image of (3, 1, 4, 6)",
             )
             for centers, twists in [((3, 1), (3,)), ((2,), (3,)), ((3, 2), (1,)), ((3, 2), ())]
         ),
-        ("fisheye_at", [(3, 0, 4), (2,), ()], {}, "images of 0 × 4 pixels have nothing to show"),
-        ("wave", [(3, 4, 0)], {"amplitude": 0.1, "frequency": 1.0}, "images of 4 × 0 pixels have nothing to show"),
+        ("fisheye_at", [(3, 0, 4), (2,), ()], {}, "images of 0 × 4 pixels are empty"),
+        ("wave", [(3, 4, 0)], {"amplitude": 0.1, "frequency": 1.0}, "images of 4 × 0 pixels are empty"),
         *(
             (
                 "wave",
                 [(3, 4, 6)],
                 {"amplitude": amplitude, "frequency": frequency},
-                f"amplitude={amplitude} and frequency={frequency} make no wave",
+                f"amplitude={amplitude} and frequency={frequency} are not both finite",
             )
             for amplitude, frequency in [(math.nan, 1.0), (0.1, math.inf)]
         ),
@@ -852,7 +857,7 @@ UNFIT = "an image of {} × {} pixels does not fit onto a canvas of {} × {}"
                 "random_kernels",
                 [(3, 3)],
                 {"mean": mean, "std": std},
-                f"mean={mean} and std={std} are not those of a normal distribution",
+                f"mean={mean} and std={std} are not both finite, or std is negative",
             )
             for mean, std in [(math.nan, 0.1), (math.inf, 0.1), (0.0, -0.1), (0.0, math.nan), (0.0, math.inf)]
         ),
@@ -861,7 +866,7 @@ UNFIT = "an image of {} × {} pixels does not fit onto a canvas of {} × {}"
                 "random_kernels_any_size",
                 [noise, size],
                 {"sizes": (3, 5), "std": 0.1},
-                f"noise {noise} and size_noise {size} are not those of kernels of one image each",
+                f"noise {noise} and size_noise {size} do not hold square kernels and one size per image",
             )
             for noise, size in [((6, 3, 5, 5), ()), ((3, 5, 5), (6,)), ((6, 3, 5, 4), (6,)), ((6, 3, 4, 5), (6,))]
         ),
@@ -870,7 +875,7 @@ UNFIT = "an image of {} × {} pixels does not fit onto a canvas of {} × {}"
                 "random_kernels_any_size",
                 [(6, 3, 5, 5), (6,)],
                 {"sizes": sizes, "std": 0.1},
-                f"sizes={sizes} are not odd sides of kernels with 5 as the largest",
+                f"sizes={sizes} are not odd numbers with 5 as the largest",
             )
             for sizes in [(), (3,), (3, 7), (4, 5), (-1, 5)]
         ),
@@ -879,7 +884,7 @@ UNFIT = "an image of {} × {} pixels does not fit onto a canvas of {} × {}"
                 "random_kernels_any_size",
                 [(6, 3, 5, 5), (6,)],
                 {"sizes": (3, 5), "std": std},
-                f"std={std} is not that of a normal distribution",
+                f"std={std} is not finite, or negative",
             )
             for std in (-0.1, math.nan, math.inf)
         ),
@@ -888,7 +893,7 @@ UNFIT = "an image of {} × {} pixels does not fit onto a canvas of {} × {}"
                 "convolve_each",
                 [(2, 3, 4, 6), kernels],
                 {},
-                f"kernels {kernels} are not 3 or 9 squares of odd side for each of images (2, 3, 4, 6)",
+                f"kernels {kernels} do not hold 3 or 9 squares of odd side for each of images (2, 3, 4, 6)",
             )
             for kernels in [(2, 2, 3, 3), (2, 3, 4, 4), (2, 3, 3, 5), (1, 3, 3, 3), (3, 3, 3), (2, 1, 3, 3)]
         ),
@@ -901,13 +906,13 @@ UNFIT = "an image of {} × {} pixels does not fit onto a canvas of {} × {}"
                 "decolorize",
                 [(2, 3, 4, 6)],
                 {"saturation": torch.zeros(shape)},
-                f"saturation {shape} is not one per image of {(2, 3, 4, 6)}",
+                f"saturation {shape} does not hold one value per image of {(2, 3, 4, 6)}",
             )
             for shape in [(), (1,), (2, 1)]
         ),
     ],
 )
-def test_bad_arguments_of_a_degrader_get_one_clear_sentence(name, shapes, numbers, message):
+def test_invalid_arguments_with_several_tensors_raise_one_clear_sentence(name, shapes, numbers, message):
     block, tensors = getattr(copied("degrade"), name), [torch.zeros(shape) for shape in shapes]
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         block(*tensors, **numbers)

@@ -1,4 +1,4 @@
-"""Targets and losses against plain sums, and what their scale must not matter for."""
+"""Targets and losses against explicit sums, and the transformations they are invariant to."""
 
 import math
 import re
@@ -23,20 +23,20 @@ from strategies import channels, copied, fast, images, rows, seeded, uniforms, u
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# PyTorch warns about the variance of nothing when the batch is empty
+# PyTorch warns about the variance of an empty batch
 pytestmark = pytest.mark.filterwarnings("ignore:.*degrees of freedom")
 
 
 @st.composite
 def patches(draw: st.DrawFn) -> tuple[Tensor, int]:
-    """Patches of two or more pixels, constant ones too, and their number of channels."""
+    """Draw patches of two or more pixels, possibly constant, and their number of channels."""
     c = draw(channels)
     return draw(uniforms(draw(st.integers(0, 4)), draw(st.integers(2, 9)) * c)), c
 
 
 @st.composite
-def lively_patches(draw: st.DrawFn) -> tuple[Tensor, int]:
-    """Patches in which no channel is near a constant, and their number of channels."""
+def varied_patches(draw: st.DrawFn) -> tuple[Tensor, int]:
+    """Draw patches without nearly constant channels, and their number of channels."""
     drawn, c = draw(patches())
     ramp = torch.arange(drawn.shape[-1] // c).repeat_interleave(c)
     return drawn / 4 + ramp, c
@@ -55,8 +55,8 @@ def test_normalized_patches_subtract_the_mean_and_divide_by_the_unbiased_deviati
 
 
 @fast
-@given(lively_patches())
-def test_channel_normalized_patches_do_so_in_each_channel_alone(arguments):
+@given(varied_patches())
+def test_channel_normalized_patches_do_so_separately_for_each_channel(arguments):
     values, c = arguments
     target = channel_normalized_patches(values, channels=c)
     pixels = values.shape[-1] // c
@@ -67,8 +67,8 @@ def test_channel_normalized_patches_do_so_in_each_channel_alone(arguments):
         torch.testing.assert_close(target[..., i::c].double(), centered / (deviation + 1e-6), rtol=1e-4, atol=1e-4)
 
 
-def test_the_two_small_numbers_of_the_normalizations_stand_where_the_papers_code_has_them():
-    # a patch with unbiased variance 1e-6: inside the root it is doubled, outside the deviation grows by a thousandth
+def test_each_normalization_adds_its_epsilon_where_the_published_code_does():
+    # for a variance of 1e-6, epsilon doubles it inside the root, or adds a thousandth to the deviation outside
     faint = torch.tensor([[-1.0, 0.0, 1.0]]) * 1e-3
     torch.testing.assert_close(normalized_patches(faint), torch.tensor([[-1.0, 0.0, 1.0]]) / 2**0.5)
     channel = channel_normalized_patches(faint, channels=1)
@@ -76,12 +76,12 @@ def test_the_two_small_numbers_of_the_normalizations_stand_where_the_papers_code
 
 
 @fast
-@given(lively_patches(), st.floats(0.5, 3), st.floats(-2, 2))
-def test_brightness_and_contrast_do_not_matter_for_normalized_targets(arguments, contrast, brightness):
+@given(varied_patches(), st.floats(0.5, 3), st.floats(-2, 2))
+def test_normalized_targets_are_invariant_to_brightness_and_contrast(arguments, contrast, brightness):
     values, c = arguments
     changed = contrast * values + brightness
     torch.testing.assert_close(normalized_patches(changed), normalized_patches(values), rtol=1e-4, atol=1e-4)
-    # each channel may even have its own
+    # even to a separate contrast for each channel
     changed = changed * torch.linspace(1, 2, c).repeat(values.shape[-1] // c)
     torch.testing.assert_close(
         channel_normalized_patches(changed, channels=c),
@@ -92,15 +92,15 @@ def test_brightness_and_contrast_do_not_matter_for_normalized_targets(arguments,
 
 
 @fast
-@given(lively_patches())
-def test_with_one_channel_the_two_normalizations_agree(arguments):
+@given(varied_patches())
+def test_for_one_channel_both_normalizations_agree(arguments):
     values, _ = arguments
     alone = channel_normalized_patches(values, channels=1)
     torch.testing.assert_close(alone, normalized_patches(values), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("patch", [2, 4])
-def test_predicting_zero_costs_one_less_a_share_on_normalized_patches(patch):
+def test_predicting_zero_for_normalized_patches_has_a_loss_of_one_minus_one_over_d(patch):
     target = normalized_patches(patchify(seeded(2, 3, 8, 12), patch=patch))
     d = 3 * patch**2
     error = squared_error(torch.zeros_like(target), target)
@@ -122,7 +122,7 @@ def test_a_constant_patch_has_a_finite_target_and_a_finite_gradient(brightness):
 
 @st.composite
 def pairs(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
-    """A prediction and a target of the same shape, of no token too."""
+    """Draw a prediction and a target of the same shape, possibly without tokens."""
     prediction = draw(uniforms(draw(st.integers(0, 4)), draw(st.integers(1, 6))))
     return prediction, seeded(*prediction.shape, seed=draw(st.integers(0, 99)))
 
@@ -149,14 +149,14 @@ def test_squared_error_is_symmetric_and_zero_only_for_equal_tokens(arguments):
 
 @fast
 @given(pairs())
-def test_the_order_of_the_tokens_does_not_matter_for_their_errors(arguments):
+def test_squared_error_is_permutation_equivariant(arguments):
     prediction, target = arguments
     assert squared_error(prediction.flip(-2), target.flip(-2)).flip(-1).equal(squared_error(prediction, target))
 
 
 @st.composite
 def views(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, int]:
-    """A prediction and a target picture, and a center that leaves an even band."""
+    """Draw prediction and target images, and a center with equal margins."""
     prediction = draw(images().filter(lambda x: min(x.shape[-2:]) > 2))
     H, W = prediction.shape[-2:]
     target = seeded(*prediction.shape, seed=draw(st.integers(0, 99)))
@@ -165,7 +165,7 @@ def views(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, int]:
 
 @fast
 @given(views())
-def test_the_strips_of_the_band_weighted_by_area_are_all_that_lies_outside_the_center(arguments):
+def test_the_strips_of_the_band_weighted_by_area_sum_to_the_error_outside_the_center(arguments):
     prediction, target, inner_H, inner_W = arguments
     c, H, W = prediction.shape[-3:]
     strips = band_error(prediction, target, inner_H=inner_H, inner_W=inner_W)
@@ -198,7 +198,7 @@ def test_the_strips_of_the_band_are_top_bottom_left_right(arguments):
 
 @fast
 @given(views())
-def test_the_center_does_not_matter_for_the_band(arguments):
+def test_band_error_does_not_depend_on_the_center(arguments):
     prediction, target, inner_H, inner_W = arguments
     changed = prediction.clone()
     rows, columns = (changed.shape[-2] - inner_H) // 2, (changed.shape[-1] - inner_W) // 2
@@ -209,7 +209,7 @@ def test_the_center_does_not_matter_for_the_band(arguments):
 
 @fast
 @given(views())
-def test_flipping_the_view_exchanges_the_strips_of_the_band(arguments):
+def test_flipping_the_view_swaps_opposite_strips_of_the_band(arguments):
     prediction, target, inner_H, inner_W = arguments
     strips = band_error(prediction, target, inner_H=inner_H, inner_W=inner_W)
     for axis, order in ((-2, [1, 0, 2, 3]), (-1, [0, 1, 3, 2])):
@@ -222,14 +222,14 @@ lengths = st.sampled_from([1e-6, 0.1, 1.0, 1e6])
 
 @st.composite
 def features(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
-    """Features of 0 to 4 tokens and their targets, zeros and equal ones among them."""
+    """Draw features of 0 to 4 tokens and their targets, including zeros and equal vectors."""
     prediction = 4 * draw(uniforms(draw(st.integers(0, 4)), draw(st.integers(1, 6)))) - 2
     return prediction, 4 * draw(uniforms_like(prediction)) - 2
 
 
 @fast
 @given(features())
-def test_cosine_distance_is_two_minus_two_cosines_and_lies_in_0_to_4(arguments):
+def test_cosine_distance_is_two_minus_two_cosines_and_lies_between_0_and_4(arguments):
     prediction, target = arguments
     distance = cosine_distance(prediction, target)
     assert distance.shape == prediction.shape[:-1]
@@ -242,7 +242,7 @@ def test_cosine_distance_is_two_minus_two_cosines_and_lies_in_0_to_4(arguments):
 
 @fast
 @given(features(), lengths, lengths)
-def test_the_lengths_of_features_do_not_matter_for_their_cosine_distance(arguments, by, target_by):
+def test_cosine_distance_does_not_depend_on_the_norms_of_the_features(arguments, by, target_by):
     prediction, target = arguments
     longer = cosine_distance(by * prediction, target_by * target)
     torch.testing.assert_close(longer, cosine_distance(prediction, target), rtol=1e-4, atol=1e-5)
@@ -268,14 +268,14 @@ def test_a_zero_vector_has_a_finite_cosine_distance_and_a_finite_gradient():
 
 @st.composite
 def classified(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
-    """Logits of 0 to 4 tokens, and targets whose rows have any sum, also 0."""
+    """Draw logits of 0 to 4 tokens, and targets whose rows have any sum, including 0."""
     logits = 20 * draw(uniforms(draw(st.integers(0, 4)), draw(st.integers(1, 6)))) - 10
     return logits, draw(uniforms_like(logits))
 
 
 @fast
 @given(classified())
-def test_soft_cross_entropy_is_minus_the_sum_of_targets_and_logarithms_of_the_softmax(arguments):
+def test_soft_cross_entropy_is_minus_the_sum_of_target_times_log_softmax(arguments):
     logits, target = arguments
     error = soft_cross_entropy(logits, target)
     assert error.shape == logits.shape[:-1]
@@ -286,7 +286,7 @@ def test_soft_cross_entropy_is_minus_the_sum_of_targets_and_logarithms_of_the_so
 
 @fast
 @given(classified(), st.data())
-def test_with_one_class_as_the_target_it_is_the_cross_entropy_of_that_class(arguments, data):
+def test_for_one_hot_targets_it_is_the_cross_entropy(arguments, data):
     logits, _ = arguments
     c = logits.shape[-1]
     labels = (c * data.draw(uniforms_like(logits[..., 0]))).long()
@@ -305,7 +305,7 @@ def test_soft_cross_entropy_is_linear_in_the_target(arguments, data):
 
 @fast
 @given(classified())
-def test_the_least_cross_entropy_is_the_entropy_of_the_target_at_its_logarithm(arguments):
+def test_the_minimum_of_soft_cross_entropy_is_the_entropy_of_the_target(arguments):
     logits, target = arguments
     target = (target + 0.01) / (target + 0.01).sum(dim=-1, keepdim=True)
     least = soft_cross_entropy(target.log(), target)
@@ -334,13 +334,13 @@ def test_large_logits_have_a_finite_cross_entropy_and_a_finite_gradient(size):
 
 @st.composite
 def ranked(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
-    """Predictions and targets of 0 to 7 tokens, equal ones among them."""
+    """Draw predictions and targets of 0 to 7 tokens, including ties."""
     prediction = 8 * draw(uniforms(draw(st.integers(0, 7)))) - 4
     return prediction, draw(uniforms_like(prediction))
 
 
 def relative_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """The formula as it stands in the paper, with all pairs (i, j) in memory."""
+    """Compute the formula as printed in the paper, with all pairs (i, j) in memory."""
     difference = prediction.unsqueeze(-2) - prediction.unsqueeze(-1)
     above = target.unsqueeze(-2) > target.unsqueeze(-1)
     below = target.unsqueeze(-2) < target.unsqueeze(-1)
@@ -349,7 +349,7 @@ def relative_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def differentiated(function, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Value and gradient, where the rows of a batch weigh differently."""
+    """Return value and gradient, with different weights for the rows of a batch."""
     prediction = prediction.clone().requires_grad_()
     value = function(prediction, target)
     weights = 0.5 + seeded(*value.shape).to(value.dtype)
@@ -362,7 +362,7 @@ def relative(prediction: Tensor, target: Tensor) -> Tensor:
 
 @fast
 @given(ranked())
-def test_each_pair_costs_the_logarithm_of_the_sigmoid_and_equal_targets_do_not_count(arguments):
+def test_each_pair_costs_minus_the_log_of_the_sigmoid_and_equal_targets_do_not_count(arguments):
     prediction, target = arguments
     answers = ranking_loss(prediction, target)
     assert [(a.shape, a.dtype) for a in answers] == 3 * [(prediction.shape[:-1], torch.float32)]
@@ -380,16 +380,16 @@ def test_each_pair_costs_the_logarithm_of_the_sigmoid_and_equal_targets_do_not_c
 
 @fast
 @given(ranked())
-def test_the_gradient_that_is_computed_along_is_that_of_the_formula(arguments):
+def test_the_gradient_computed_in_the_forward_pass_is_that_of_the_formula(arguments):
     prediction, target = arguments
     expected = differentiated(relative_loss, prediction.double(), target)
     loss, gradient = differentiated(relative, prediction, target)
     torch.testing.assert_close((loss.double(), gradient.double()), expected, rtol=1e-5, atol=1e-5)
 
 
-# up to 181 tokens are one chunk of pairs; two rows of 182 are in a second one, and 1024 are 32 chunks
+# up to 181 tokens fit into one chunk of pairs, 182 need a second one for two rows, and 1024 need 32
 @pytest.mark.parametrize("shape", [(0,), (1,), (2, 0), (2, 3, 1), (2, 3, 147), (181,), (2, 2, 182), (3, 200), (1024,)])
-def test_many_pairs_looked_at_in_chunks_are_the_same_pairs(shape):
+def test_processing_pairs_in_chunks_does_not_change_the_result(shape):
     prediction, target = 6 * seeded(*shape), (50 * seeded(*shape, seed=1)).floor()
     expected = differentiated(relative_loss, prediction.double(), target)
     loss, gradient = differentiated(relative, prediction, target)
@@ -403,11 +403,11 @@ def test_many_pairs_looked_at_in_chunks_are_the_same_pairs(shape):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [0.0, 1.0, 12.0, 20.0, 100.0, 1e4])
-def test_badly_misjudged_and_equal_pairs_have_a_finite_loss_and_gradient(size, dtype):
+def test_badly_mispredicted_and_equal_pairs_have_a_finite_loss_and_gradient(size, dtype):
     prediction = size * torch.tensor([[1.0, -1.0, 0.0, 0.0], [0.0, 0.0, 1.0, -1.0]]).to(dtype)
     target = torch.tensor([[0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
     loss, gradient = differentiated(relative, prediction, target)
-    # the literal formula in float32, as 1 − sigmoid is rounded
+    # the formula in float32, because 1 − sigmoid rounds
     expected = differentiated(relative_loss, prediction.float(), target)
     torch.testing.assert_close(
         (loss, gradient.float()), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
@@ -418,7 +418,7 @@ def test_badly_misjudged_and_equal_pairs_have_a_finite_loss_and_gradient(size, d
     assert not gradient[1].any()
 
 
-def test_the_cost_of_a_pair_is_capped_by_the_small_number_in_the_logarithm():
+def test_the_epsilon_in_the_logarithm_bounds_the_cost_of_a_pair():
     loss, right, pairs = ranking_loss(torch.tensor([1e4, 0.0]), torch.tensor([0.0, 1.0]))
     torch.testing.assert_close(loss / pairs, torch.tensor(13.8155))
     assert right == 0
@@ -426,7 +426,7 @@ def test_the_cost_of_a_pair_is_capped_by_the_small_number_in_the_logarithm():
 
 @fast
 @given(ranked(), st.integers(-8, 8))
-def test_adding_a_constant_to_all_predictions_changes_nothing(arguments, constant):
+def test_ranking_loss_is_invariant_to_a_constant_added_to_all_predictions(arguments, constant):
     prediction, target = arguments
     prediction = (8 * prediction).round() / 8  # so that the sum is exact
     for a, b in zip(ranking_loss(prediction + constant, target), ranking_loss(prediction, target), strict=True):
@@ -442,7 +442,7 @@ def test_the_gradients_of_a_row_sum_to_zero(arguments):
 
 @fast
 @given(ranked(), st.data())
-def test_the_order_of_the_tokens_does_not_matter_for_the_sums_over_pairs(arguments, data):
+def test_ranking_loss_is_permutation_invariant(arguments, data):
     prediction, target = arguments
     order = data.draw(st.permutations(range(prediction.shape[-1])))
     shuffled = ranking_loss(prediction[..., order], target[..., order])
@@ -453,21 +453,21 @@ def test_the_order_of_the_tokens_does_not_matter_for_the_sums_over_pairs(argumen
 @given(ranked())
 def test_only_the_order_of_the_targets_matters(arguments):
     prediction, target = arguments
-    places = target.unique(return_inverse=True)[1].float()  # equal ones share a place
+    places = target.unique(return_inverse=True)[1].float()  # ties share a rank
     for a, b in zip(ranking_loss(prediction, places.exp()), ranking_loss(prediction, target), strict=True):
         assert a.equal(b)
 
 
 @fast
 @given(ranked())
-def test_turning_predictions_and_targets_upside_down_changes_nothing(arguments):
+def test_ranking_loss_is_invariant_to_negating_predictions_and_targets(arguments):
     prediction, target = arguments
     torch.testing.assert_close(ranking_loss(-prediction, -target), ranking_loss(prediction, target))
 
 
 @fast
 @given(ranked())
-def test_equal_predictions_cost_the_logarithm_of_two_and_are_not_right(arguments):
+def test_equal_predictions_cost_log_two_and_do_not_count_as_right(arguments):
     _, target = arguments
     loss, right, pairs = ranking_loss(torch.full_like(target, 0.3), target)
     torch.testing.assert_close(loss, -math.log(0.5 + 1e-6) * pairs)
@@ -476,14 +476,14 @@ def test_equal_predictions_cost_the_logarithm_of_two_and_are_not_right(arguments
 
 @fast
 @given(ranked())
-def test_predictions_in_the_order_of_the_targets_are_all_right_and_in_the_opposite_order_all_wrong(arguments):
+def test_predictions_in_the_order_of_the_targets_are_all_right_and_in_reverse_all_wrong(arguments):
     _, target = arguments
     _, right, pairs = ranking_loss(3 * target, target)
     assert right.equal(pairs)
     assert not ranking_loss(-target, target)[1].any()
 
 
-def test_the_target_of_the_ranking_gets_no_gradient():
+def test_the_target_of_ranking_loss_gets_no_gradient():
     prediction, target = seeded(2, 5, seed=1), seeded(2, 5).requires_grad_()
     assert not any(answer.requires_grad for answer in ranking_loss(prediction, target))
     loss, right, pairs = ranking_loss(prediction.requires_grad_(), target)
@@ -494,11 +494,11 @@ def test_the_target_of_the_ranking_gets_no_gradient():
     assert target.grad is None
 
 
-def test_the_gradient_of_the_ranking_is_the_same_under_vmap_and_in_a_compiled_graph():
+def test_the_gradient_of_ranking_loss_is_the_same_under_vmap_and_compiled():
     prediction, target = 6 * seeded(3, 200), seeded(3, 200, seed=1)
     loss, gradient = differentiated(relative, prediction, target)
     weights = 0.5 + seeded(*loss.shape).unsqueeze(-1)
-    # the checker on the annotations would break the graph: take the file as it is copied
+    # the run-time type checker would break the graph, so use an unchecked copy of the file
     alone = copied("losses").ranking_loss
     each = torch.func.vmap(torch.func.grad(lambda p, t: alone(p, t)[0]))(prediction, target)
     torch.testing.assert_close(weights * each, gradient)
@@ -508,7 +508,7 @@ def test_the_gradient_of_the_ranking_is_the_same_under_vmap_and_in_a_compiled_gr
 
 
 class Largest(TorchDispatchMode):
-    """Notes the number of values of the largest tensor that is made."""
+    """Record the number of elements of the largest tensor created."""
 
     numel = 0
 
@@ -520,7 +520,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("n", [147, 182, 1024])
-def test_pairs_are_in_memory_a_chunk_at_a_time_and_none_is_kept_for_the_backward_pass(n):
+def test_only_one_chunk_of_pairs_is_in_memory_and_none_is_saved_for_the_backward_pass(n):
     prediction, target, kept = seeded(2, n).requires_grad_(), seeded(2, n, seed=1), []
     with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()), lambda x: x):
         ranking_loss(prediction, target)
@@ -541,7 +541,7 @@ def zeros(*shape: int) -> Tensor:
                 "channel_normalized_patches",
                 [zeros(4, d)],
                 {"channels": c},
-                f"patches of {d} values are not two or more pixels of {c} channels",
+                f"patches of {d} values do not divide into two or more pixels of {c} channels",
             )
             for d, c in [(7, 3), (3, 3), (6, 0), (6, -3), (0, 3)]
         ),
@@ -565,12 +565,12 @@ def zeros(*shape: int) -> Tensor:
                 "band_error",
                 [zeros(1, 6, 8), zeros(1, 6, 8)],
                 {"inner_H": inner_H, "inner_W": inner_W},
-                f"a center of {inner_H} × {inner_W} leaves no even band in a view of 6 × 8 pixels",
+                f"a center of {inner_H} × {inner_W} leaves no equal margins in a view of 6 × 8 pixels",
             )
             for inner_H, inner_W in [(0, 2), (2, 0), (6, 2), (2, 8), (3, 2), (2, 3), (8, 2), (2, 10)]
         ),
     ],
 )
-def test_bad_input_gets_one_clear_sentence(name, tensors, numbers, message):
+def test_invalid_arguments_raise_one_clear_sentence(name, tensors, numbers, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         getattr(copied("losses"), name)(*tensors, **numbers)

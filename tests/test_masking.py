@@ -1,4 +1,4 @@
-"""Mask samplers: the count that always holds, the order of the noise, and how often each token is masked."""
+"""Mask samplers: the exact number of masked tokens, the role of the noise, and the frequency of each token."""
 
 import re
 
@@ -33,7 +33,7 @@ def test_random_tokens_masks_exactly_num_masked(arguments):
 
 @fast
 @given(noise_and_count())
-def test_random_tokens_masks_the_largest_noise_and_equal_values_count_from_the_left(arguments):
+def test_random_tokens_masks_the_largest_noise_and_breaks_ties_by_position(arguments):
     noise, num_masked = arguments
     n = noise.shape[-1]
     mask = random_tokens(noise, num_masked=num_masked)
@@ -44,7 +44,7 @@ def test_random_tokens_masks_the_largest_noise_and_equal_values_count_from_the_l
 
 @fast
 @given(noise_and_count())
-def test_masking_more_tokens_keeps_the_masked_ones_masked(arguments):
+def test_masked_tokens_stay_masked_when_num_masked_grows(arguments):
     noise, num_masked = arguments
     more = random_tokens(noise, num_masked=noise.shape[-1] - num_masked // 2)
     fewer = random_tokens(noise, num_masked=(noise.shape[-1] - num_masked // 2) // 2)
@@ -53,7 +53,7 @@ def test_masking_more_tokens_keeps_the_masked_ones_masked(arguments):
 
 @fast
 @given(st.permutations(range(7)), st.integers(0, 7))
-def test_shuffling_different_noise_shuffles_the_mask(order, num_masked):
+def test_random_tokens_is_permutation_equivariant_if_the_noise_has_no_ties(order, num_masked):
     noise = torch.arange(7) / 7
     shuffled = random_tokens(noise[list(order)], num_masked=num_masked)
     assert shuffled.equal(random_tokens(noise, num_masked=num_masked)[list(order)])
@@ -74,7 +74,7 @@ def test_random_tokens_masks_every_pair_equally_often():
 
 @st.composite
 def blocks(draw: st.DrawFn) -> tuple[Tensor, dict[str, int]]:
-    """Noise, and a block that fits into a grid; either may be empty."""
+    """Draw noise and a block that fits into a grid; either may be empty."""
     (height, block_height), (width, block_width) = draw(intervals(least=0)), draw(intervals(least=0))
     grid = {"height": height, "width": width, "block_height": block_height, "block_width": block_width}
     return draw(uniforms(2)), grid
@@ -82,7 +82,7 @@ def blocks(draw: st.DrawFn) -> tuple[Tensor, dict[str, int]]:
 
 @fast
 @given(blocks())
-def test_all_but_block_leaves_one_block_visible_where_the_noise_says(arguments):
+def test_all_but_block_leaves_one_block_visible_at_the_place_given_by_the_noise(arguments):
     noise, grid = arguments
     height, width, block_height, block_width = grid.values()
     mask = all_but_block(noise, **grid)
@@ -97,10 +97,10 @@ def test_all_but_block_leaves_one_block_visible_where_the_noise_says(arguments):
 
 @fast
 @given(blocks())
-def test_the_largest_noise_puts_the_block_into_the_last_corner(arguments):
+def test_the_largest_noise_puts_the_block_in_the_last_corner(arguments):
     _, grid = arguments
     last = all_but_block(torch.full((2,), 1 - 2**-24), **grid)
-    # 1 is what the largest noise becomes in bfloat16
+    # the largest noise rounds to 1 in bfloat16
     assert all_but_block(torch.ones(2, dtype=torch.bfloat16), **grid).equal(last)
     assert all_but_block(torch.zeros(2), **grid).equal(last.flip(0))
 
@@ -111,7 +111,7 @@ def test_the_place_of_the_block_is_not_rounded_in_bfloat16():
     assert all_but_block(noise.bfloat16(), **grid).equal(all_but_block(noise, **grid))
 
 
-def test_all_but_block_leaves_every_place_equally_often():
+def test_every_place_of_the_visible_block_is_equally_likely():
     draws, height, width = 20_000, 5, 4
     visible = ~all_but_block(seeded(draws, 2), height=height, width=width, block_height=2, block_width=3)
     # the first visible token is the top left corner of the block: 4 × 2 places
@@ -133,7 +133,7 @@ def test_easy_to_hard_masks_exactly_num_masked(arguments):
 
 @fast
 @given(easy_to_hard_arguments())
-def test_the_hardest_are_forced_and_of_the_others_a_random_permutation_leaves_the_first_visible(arguments):
+def test_easy_to_hard_masks_the_hardest_tokens_and_of_the_others_those_with_the_largest_noise(arguments):
     difficulty, noise, count = arguments
     n, num_masked, num_hard = noise.shape[-1], *count.values()
     mask = easy_to_hard(difficulty, noise, **count)
@@ -156,7 +156,7 @@ def test_the_num_hard_patches_with_the_largest_predicted_loss_are_masked(argumen
 
 @fast
 @given(easy_to_hard_arguments())
-def test_the_negative_difficulty_masks_the_easiest(arguments):
+def test_negated_difficulty_masks_the_easiest_tokens(arguments):
     difficulty, noise, count = arguments
     masked = difficulty.where(easy_to_hard(-difficulty, noise, **count), torch.inf)
     assert masked.sort().values[..., : count["num_hard"]].equal(difficulty.sort().values[..., : count["num_hard"]])
@@ -172,7 +172,7 @@ def test_without_hard_patches_the_mask_is_purely_random(arguments):
 
 @fast
 @given(easy_to_hard_arguments(), st.data())
-def test_when_all_masked_patches_are_the_hardest_chance_does_not_matter(arguments, data):
+def test_noise_does_not_matter_if_all_masked_patches_are_chosen_by_difficulty(arguments, data):
     difficulty, noise, count = arguments
     count["num_hard"] = count["num_masked"]
     other = data.draw(uniforms_like(noise))
@@ -183,13 +183,13 @@ def test_when_all_masked_patches_are_the_hardest_chance_does_not_matter(argument
 @given(easy_to_hard_arguments())
 def test_only_the_order_of_the_difficulties_matters(arguments):
     difficulty, noise, count = arguments
-    places = difficulty.unique(return_inverse=True)[1].float()  # equal ones share a place
+    places = difficulty.unique(return_inverse=True)[1].float()  # ties share a rank
     assert easy_to_hard(places.exp() - 9, noise, **count).equal(easy_to_hard(difficulty, noise, **count))
 
 
 @fast
 @given(easy_to_hard_arguments())
-def test_the_noise_of_the_forced_does_not_matter(arguments):
+def test_the_noise_of_the_hardest_tokens_does_not_matter(arguments):
     difficulty, noise, count = arguments
     forced = easy_to_hard(difficulty, noise, num_masked=count["num_hard"], num_hard=count["num_hard"])
     mask = easy_to_hard(difficulty, noise, **count)
@@ -199,7 +199,7 @@ def test_the_noise_of_the_forced_does_not_matter(arguments):
 
 @fast
 @given(easy_to_hard_arguments(), st.sampled_from([torch.int8, torch.int32, torch.int64]))
-def test_a_number_and_a_tensor_count_the_same_hard_patches(arguments, dtype):
+def test_num_hard_may_be_a_number_or_a_tensor(arguments, dtype):
     difficulty, noise, count = arguments
     scheduled = count | {"num_hard": torch.tensor(count["num_hard"], dtype=dtype)}
     assert easy_to_hard(difficulty, noise, **scheduled).equal(easy_to_hard(difficulty, noise, **count))
@@ -207,7 +207,7 @@ def test_a_number_and_a_tensor_count_the_same_hard_patches(arguments, dtype):
 
 @fast
 @given(easy_to_hard_arguments(), st.sampled_from([torch.int8, torch.int64]), st.data())
-def test_a_tensor_out_of_range_acts_like_the_nearest_end(arguments, dtype, data):
+def test_a_tensor_out_of_range_acts_like_the_nearest_bound(arguments, dtype, data):
     difficulty, noise, count = arguments
     few, many = (data.draw(st.integers(*ends)) for ends in [(-128, -1), (count["num_masked"] + 1, 127)])
     limits = torch.iinfo(dtype)
@@ -219,14 +219,14 @@ def test_a_tensor_out_of_range_acts_like_the_nearest_end(arguments, dtype, data)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("level", [0.0, 1 - 2**-24])  # in bfloat16 the largest noise is 1
-def test_the_hardest_are_masked_also_among_equal_noise(dtype, level):
+@pytest.mark.parametrize("level", [0.0, 1 - 2**-24])  # the largest noise rounds to 1 in bfloat16
+def test_the_hardest_tokens_are_masked_even_if_all_noise_is_equal(dtype, level):
     difficulty, noise = torch.tensor([3.0, 0.0, 2.0, 1.0, 0.0]), torch.full((5,), level, dtype=dtype)
     mask = easy_to_hard(difficulty, noise, num_masked=3, num_hard=2)
     assert mask.tolist() == [True, False, True, False, True]
 
 
-def test_one_graph_serves_the_whole_schedule():
+def test_following_a_schedule_does_not_recompile():
     torch.compiler.reset()
     graphs = []
 
@@ -242,7 +242,7 @@ def test_one_graph_serves_the_whole_schedule():
     assert len(graphs) == 1
 
 
-def test_the_random_part_is_uniform_over_the_patches_that_are_not_forced():
+def test_the_random_part_of_the_mask_is_uniform_over_the_remaining_patches():
     difficulty, forced = torch.tensor([0.1, 0.8, 0.3, 0.9, 0.4, 0.2, 0.0]), [1, 3]
     mask = easy_to_hard(difficulty.expand(30_000, 7), seeded(30_000, 7), num_masked=4, num_hard=2)
     assert mask[:, forced].all()
@@ -262,7 +262,7 @@ GRID = {"height": 2, "width": 3, "block_height": 1, "block_width": 1}
             "all_but_block",
             [(4, 3)],
             GRID,
-            "noise of shape (4, 3) does not end in 2: one value for the row, one for the column",
+            "noise of shape (4, 3) does not end in 2: a value for the row and one for the column",
         ),
         ("all_but_block", [(2,)], GRID | {"block_height": 3}, "a block of 3 × 1 does not fit into a grid of 2 × 3"),
         ("all_but_block", [(2,)], GRID | {"block_height": -1}, "a block of -1 × 1 does not fit into a grid of 2 × 3"),
@@ -287,12 +287,12 @@ GRID = {"height": 2, "width": 3, "block_height": 1, "block_width": 1}
                 "easy_to_hard",
                 [(4,), (4,)],
                 {"num_masked": 2, "num_hard": count},
-                f"num_hard={count} of num_masked=2 tokens cannot be the hardest ones",
+                f"num_hard={count} is not between 0 and num_masked=2",
             )
             for count in (-1, 3)
         ),
     ],
 )
-def test_bad_input_gets_one_clear_sentence(name, shapes, numbers, message):
+def test_invalid_arguments_raise_one_clear_sentence(name, shapes, numbers, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         getattr(copied("masking"), name)(*map(torch.zeros, shapes), **numbers)

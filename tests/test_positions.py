@@ -1,4 +1,4 @@
-"""Position tables and smoothed targets against their formulas; who keeps, loses and exchanges a position."""
+"""Position tables and targets against their formulas, and which positions are kept, dropped or permuted."""
 
 import math
 import re
@@ -41,7 +41,7 @@ def test_sincos_follows_its_formula_with_the_column_first(height, width, quarter
 
 @fast
 @given(positive_sides, positive_sides)
-def test_the_first_half_of_sincos_tells_the_column_and_the_second_the_row(height, width):
+def test_the_first_half_of_sincos_encodes_the_column_and_the_second_the_row(height, width):
     table = sincos(height=height, width=width, dim=8).view(height, width, 8)
     assert (table[..., :4] == table[:1, :, :4]).all()
     assert (table[..., 4:] == table[:, :1, 4:]).all()
@@ -61,12 +61,12 @@ def test_sinusoid_follows_its_formula(height, width, half):
 
 @fast
 @given(sides, sides)
-def test_sinusoid_knows_nothing_of_rows(height, width):
+def test_sinusoid_depends_only_on_the_raster_index(height, width):
     assert sinusoid(height=height, width=width, dim=6).equal(sinusoid(height=1, width=height * width, dim=6))
 
 
 def test_tables_are_float32_and_exact_far_from_the_origin():
-    # in float32 the angle 49 999 · ω would already be wrong in the third digit
+    # in float32 the angle 49,999 · ω would be wrong in the third digit
     for make in (sincos, sinusoid):
         table = make(height=1, width=50_000, dim=8)
         assert table.dtype == torch.float32
@@ -80,13 +80,13 @@ def test_tables_are_float32_and_exact_far_from_the_origin():
 
 @st.composite
 def tables(draw: st.DrawFn) -> tuple[Tensor, dict[str, int]]:
-    """A table and its old and new grid."""
+    """Draw a table, and its old and new grid."""
     grid = {name: draw(positive_sides) for name in ("height", "width", "new_height", "new_width")}
     return draw(uniforms(grid["height"] * grid["width"], draw(st.integers(1, 3)))), grid
 
 
 def bicubic(old: int, new: int) -> Tensor:
-    """Weights of `old` samples in each of `new` ones: Keys' kernel with A = −0.75, edges repeated."""
+    """Return the weights of `old` samples in each of `new` ones: Keys' kernel with A = −0.75 and replicated edges."""
     weights = torch.zeros(new, old, dtype=torch.float64)
     for i in range(new):
         center = (i + 0.5) * old / new - 0.5
@@ -108,7 +108,7 @@ def test_resize_table_is_a_bicubic_resampling_of_rows_and_columns(arguments):
 
 @fast
 @given(tables())
-def test_resizing_to_the_same_grid_gives_a_copy(arguments):
+def test_resizing_to_the_same_grid_returns_a_copy(arguments):
     table, grid = arguments
     height, width = grid["height"], grid["width"]
     copy = resize_table(table, height=height, width=width, new_height=height, new_width=width)
@@ -118,7 +118,7 @@ def test_resizing_to_the_same_grid_gives_a_copy(arguments):
 
 @fast
 @given(tables())
-def test_resizing_commutes_with_exchanging_rows_and_columns(arguments):
+def test_resizing_commutes_with_transposition(arguments):
     table, grid = arguments
     height, width, new_height, new_width = grid.values()
     turned = table.unflatten(-2, (height, width)).transpose(-3, -2).flatten(-3, -2)
@@ -135,7 +135,7 @@ def test_resize_table_computes_bfloat16_in_float32():
 
 @st.composite
 def dropped_positions(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
-    """Different positions of 0 to 6 tokens, which of them are dropped (none, some, all), and noise."""
+    """Draw distinct positions of 0 to 6 tokens, which of them are dropped (none, some, all), and noise."""
     noise = draw(uniforms(draw(st.integers(0, 6))))
     dropped = draw(uniforms_like(noise)) < draw(st.sampled_from([0.0, 0.5, 1.0]))
     numbers = torch.arange(noise.numel() * 3, dtype=torch.float32)
@@ -144,7 +144,7 @@ def dropped_positions(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
 
 @fast
 @given(dropped_positions())
-def test_only_a_dropped_position_is_replaced(arguments):
+def test_only_dropped_positions_are_replaced(arguments):
     positions, dropped, _ = arguments
     result = drop_positions(positions, dropped, -1 - positions)
     assert result.shape == positions.shape
@@ -154,7 +154,7 @@ def test_only_a_dropped_position_is_replaced(arguments):
 
 @fast
 @given(dropped_positions())
-def test_the_position_mask_token_learns_from_each_dropped_position_and_a_position_from_each_kept_one(arguments):
+def test_gradients_reach_the_replacement_of_dropped_positions_and_the_positions_that_are_kept(arguments):
     positions, dropped, _ = arguments
     token = torch.zeros(3, requires_grad=True)
     result = drop_positions(positions.requires_grad_(), dropped, token.expand_as(positions))
@@ -165,7 +165,7 @@ def test_the_position_mask_token_learns_from_each_dropped_position_and_a_positio
 
 @fast
 @given(dropped_positions())
-def test_the_dropped_exchange_their_positions_in_the_order_of_the_noise_and_anchors_keep_theirs(arguments):
+def test_dropped_positions_are_permuted_in_the_order_of_the_noise_and_the_others_are_kept(arguments):
     positions, dropped, noise = arguments
     result = permute_positions(positions, dropped, noise)
     assert result.shape == positions.shape
@@ -180,7 +180,7 @@ def test_the_dropped_exchange_their_positions_in_the_order_of_the_noise_and_anch
 
 @fast
 @given(dropped_positions())
-def test_the_noise_of_anchors_does_not_matter(arguments):
+def test_the_noise_of_kept_positions_does_not_matter(arguments):
     positions, dropped, noise = arguments
     result = permute_positions(positions, dropped, noise)
     for level in (0.0, 1 - 2**-24):
@@ -188,13 +188,13 @@ def test_the_noise_of_anchors_does_not_matter(arguments):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("level", [0.0, 1 - 2**-24])  # in bfloat16 the largest noise is 1
-def test_equal_noise_leaves_every_position_where_it_is(dtype, level):
+@pytest.mark.parametrize("level", [0.0, 1 - 2**-24])  # the largest noise rounds to 1 in bfloat16
+def test_equal_noise_leaves_all_positions_unchanged(dtype, level):
     positions, dropped = torch.arange(4.0).unsqueeze(-1), torch.tensor([False, True, False, True])
     assert permute_positions(positions, dropped, torch.full((4,), level, dtype=dtype)).equal(positions)
 
 
-def assert_all_orders_are_equally_frequent(orders: Tensor) -> None:
+def assert_all_permutations_are_equally_frequent(orders: Tensor) -> None:
     draws, k = orders.shape
     assert orders.sort().values.equal(torch.arange(k).expand(draws, k))
     counts = orders.unique(dim=0, return_counts=True)[1].double()
@@ -210,16 +210,16 @@ def test_every_permutation_of_the_dropped_positions_is_equally_likely():
         positions.view(6, 1).expand(30_000, 6, 1), dropped.expand(30_000, 6), seeded(30_000, 6)
     ).squeeze(-1)
     assert (result[:, ~dropped] == 9).all()
-    assert_all_orders_are_equally_frequent(result[:, dropped].long())
+    assert_all_permutations_are_equally_frequent(result[:, dropped].long())
 
 
-def test_every_order_of_the_tokens_is_equally_likely():
-    assert_all_orders_are_equally_frequent(shuffle(seeded(30_000, 4))[0])
+def test_every_permutation_of_the_tokens_is_equally_likely():
+    assert_all_permutations_are_equally_frequent(shuffle(seeded(30_000, 4))[0])
 
 
 @fast
 @given(uniforms(5), st.integers(0, 5))
-def test_shuffling_is_undone_by_the_way_back(noise, k):
+def test_back_undoes_the_shuffle(noise, k):
     noise = noise[..., :k]
     tokens = seeded(*noise.shape, 2)
     order, back = shuffle(noise)
@@ -229,13 +229,13 @@ def test_shuffling_is_undone_by_the_way_back(noise, k):
 
 @fast
 @given(uniforms(5))
-def test_shuffled_tokens_stand_in_the_order_of_their_noise_and_equal_ones_stay(noise):
+def test_shuffled_tokens_are_sorted_by_their_noise_and_ties_keep_their_order(noise):
     for chance, order in zip(rows(noise), rows(shuffle(noise)[0]), strict=True):
         assert order.tolist() == sorted(range(5), key=chance.tolist().__getitem__)
 
 
 def neighborhood(sigma: float, height: int, width: int) -> Tensor:
-    """The weight exp(−d² / σ²) of each place for each place, not normalized; in double precision."""
+    """Return the unnormalized weight exp(−d² / σ²) of each pair of places, in float64."""
     places = [(y, x) for y in range(height) for x in range(width)]
     squares = [[(a - c) ** 2 + (b - d) ** 2 for c, d in places] for a, b in places]
     weights = [[math.exp(-d2 / sigma**2) if sigma**2 and d2 else float(d2 == 0) for d2 in row] for row in squares]
@@ -275,7 +275,7 @@ def test_each_smoothed_target_is_a_distribution(sigma, height, width):
 
 @fast
 @given(widths, sides, sides)
-def test_flipping_or_turning_the_grid_turns_the_smoothed_targets_with_it(sigma, height, width):
+def test_smoothed_targets_are_equivariant_to_flips_and_transposition_of_the_grid(sigma, height, width):
     grid = smoothed_targets(sigma, height=height, width=width).unflatten(-1, (height, width))
     grid = grid.unflatten(-3, (height, width))
     torch.testing.assert_close(grid.flip(-4, -2), grid)
@@ -287,7 +287,7 @@ def test_flipping_or_turning_the_grid_turns_the_smoothed_targets_with_it(sigma, 
 
 @fast
 @given(st.floats(0.5, 4, width=32), positive_sides, positive_sides)
-def test_a_nearer_position_gets_more(sigma, height, width):
+def test_a_nearer_position_has_a_larger_probability(sigma, height, width):
     targets = smoothed_targets(torch.tensor(sigma), height=height, width=width)
     places = torch.cartesian_prod(torch.arange(height), torch.arange(width)).float()
     distances = torch.cdist(places, places).square().round()
@@ -298,21 +298,21 @@ def test_a_nearer_position_gets_more(sigma, height, width):
 
 @fast
 @given(sides, sides, st.sampled_from([0.0, 0.05, 1e-3, 1e-20, 1e-38, 1e-45]))
-def test_without_a_width_every_target_is_the_position_itself(height, width, sigma):
-    # at a width of 0.05 the weight of a neighbor is exp(−400), nothing in float32
+def test_with_zero_width_every_target_is_one_hot(height, width, sigma):
+    # at a width of 0.05 the weight of a neighbor, exp(−400), is 0 in float32
     identity = torch.eye(height * width)
     assert smoothed_targets(torch.tensor(sigma), height=height, width=width).equal(identity)
 
 
 @fast
 @given(positive_sides, positive_sides, st.sampled_from([1e4, 1e19, 1e30, math.inf]))
-def test_with_a_huge_width_every_position_gets_the_same(height, width, sigma):
+def test_with_a_very_large_width_every_target_is_uniform(height, width, sigma):
     targets = smoothed_targets(torch.tensor(sigma), height=height, width=width)
     torch.testing.assert_close(targets, torch.full_like(targets, 1 / (height * width)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_smoothed_targets_are_float32_whatever_the_width_is(dtype):
+def test_smoothed_targets_are_float32_for_any_dtype_of_sigma(dtype):
     sigma = torch.tensor(0.75, dtype=dtype)
     targets = smoothed_targets(sigma, height=2, width=3)
     assert targets.dtype == torch.float32
@@ -327,31 +327,31 @@ def test_the_true_position_has_the_probability_of_the_paper(sigma, place, probab
     assert targets[place][place].item() == pytest.approx(probability, abs=5e-4)
 
 
-def test_the_published_rows_weigh_corners_less_and_their_neighbors_more():
+def test_rows_of_the_published_targets_sum_to_less_than_one_at_corners_and_more_beside_them():
     rows = smoothed_targets(torch.tensor(1.0), height=14, width=14).mT.sum(dim=-1).view(14, 14)
     corner, edge, inside, interior = rows[0, 0], rows[0, 7], rows[1, 1], rows[7, 7]
     assert corner.item() == pytest.approx(0.886, abs=5e-4)
     assert [round(x.item(), 2) for x in (edge, inside, interior)] == [0.94, 1.11, 1.00]
 
 
-def test_the_floor_of_the_loss_is_the_entropy_of_the_targets():
+def test_the_targets_have_the_entropy_that_bounds_the_loss_from_below():
     targets = smoothed_targets(torch.tensor(1.0), height=14, width=14)
     entropy = -targets.xlogy(targets).sum(dim=-1).view(14, 14)
     assert [round(entropy[place].item(), 2) for place in [(7, 7), (0, 0)]] == [2.14, 1.29]
 
 
-lengths = st.sampled_from([1e-4, 0.1, 1.0, 1e6])  # 1e-8 is the least length that counts
+lengths = st.sampled_from([1e-4, 0.1, 1.0, 1e6])  # vectors shorter than 1e-8 are not normalized
 
 
 @st.composite
 def resemblances(draw: st.DrawFn) -> tuple[Tensor, Tensor, float]:
-    """Features of 0 to 6 tokens and of their guide, zeros among them, and a temperature."""
+    """Draw features of 0 to 6 tokens and of a guide, including zeros, and a temperature."""
     tokens = 4 * draw(uniforms(draw(st.integers(0, 6)), draw(st.integers(1, 4)))) - 2
     return tokens, 4 * draw(uniforms_like(tokens[..., :1, :].sum(dim=-2))) - 2, draw(st.sampled_from([0.05, 0.1, 1.0]))
 
 
 def cosines(tokens: Tensor, guide: Tensor) -> Tensor:
-    """Cosine of each token with the guide, 0 where one of them is 0; in double precision."""
+    """Return the cosine of each token with the guide, 0 where either is zero, in float64."""
     tokens, guide = tokens.double(), guide.double().unsqueeze(-2)
     lengths = (tokens.square().sum(dim=-1) * guide.square().sum(dim=-1)).sqrt()
     return (tokens * guide).sum(dim=-1) / lengths.where(lengths > 0, 1)
@@ -359,7 +359,7 @@ def cosines(tokens: Tensor, guide: Tensor) -> Tensor:
 
 @fast
 @given(resemblances())
-def test_attentive_weights_are_exponentials_of_the_cosine_over_the_temperature_divided_by_their_sum(arguments):
+def test_attentive_weights_are_the_softmax_of_the_cosines_divided_by_the_temperature(arguments):
     tokens, guide, temperature = arguments
     weights = attentive_weights(tokens, guide, temperature=temperature)
     assert weights.shape == tokens.shape[:-1]
@@ -370,7 +370,7 @@ def test_attentive_weights_are_exponentials_of_the_cosine_over_the_temperature_d
 
 @fast
 @given(resemblances())
-def test_attentive_weights_sum_to_one_also_where_a_feature_is_zero(arguments):
+def test_attentive_weights_sum_to_one_even_if_a_vector_is_zero(arguments):
     tokens, guide, temperature = arguments
     for a, b in [(tokens, guide), (0 * tokens, guide), (tokens, 0 * guide)]:
         weights = attentive_weights(a, b, temperature=temperature)
@@ -379,7 +379,7 @@ def test_attentive_weights_sum_to_one_also_where_a_feature_is_zero(arguments):
 
 @fast
 @given(resemblances())
-def test_a_patch_that_resembles_the_class_token_more_weighs_more(arguments):
+def test_a_patch_more_similar_to_the_class_token_has_a_larger_weight(arguments):
     tokens, guide, temperature = arguments
     weights, cosine = attentive_weights(tokens, guide, temperature=temperature), cosines(tokens, guide)
     nearer = cosine.unsqueeze(-1) > cosine.unsqueeze(-2) + 1e-5
@@ -388,7 +388,7 @@ def test_a_patch_that_resembles_the_class_token_more_weighs_more(arguments):
 
 @fast
 @given(resemblances(), lengths, lengths)
-def test_the_length_of_features_does_not_matter_for_their_weights(arguments, by, guide_by):
+def test_attentive_weights_do_not_depend_on_the_norms_of_the_features(arguments, by, guide_by):
     tokens, guide, temperature = arguments
     longer = attentive_weights(by * tokens, guide_by * guide, temperature=temperature)
     torch.testing.assert_close(longer, attentive_weights(tokens, guide, temperature=temperature), rtol=1e-4, atol=1e-6)
@@ -396,21 +396,21 @@ def test_the_length_of_features_does_not_matter_for_their_weights(arguments, by,
 
 @fast
 @given(resemblances())
-def test_an_infinite_temperature_means_no_weighting(arguments):
+def test_an_infinite_temperature_gives_equal_weights(arguments):
     tokens, guide, _ = arguments
     weights = attentive_weights(tokens, guide, temperature=math.inf)
     torch.testing.assert_close(weights, torch.full_like(weights, 1 / max(1, weights.shape[-1])))
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-30])
-def test_towards_temperature_zero_the_most_similar_patch_gets_all(temperature):
+def test_near_temperature_zero_the_most_similar_patch_has_all_the_weight(temperature):
     tokens, guide = torch.tensor([[1.0, 1.0], [5.0, 1.0], [-9.0, 0.0], [0.0, 0.0]]), torch.tensor([2.0, 0.0])
     assert attentive_weights(tokens, guide, temperature=temperature).tolist() == [0, 1, 0, 0]
 
 
 @fast
 @given(resemblances(), st.integers(1, 6))
-def test_weights_among_the_visible_are_weights_among_all_divided_by_the_sum_of_the_visible(arguments, visible):
+def test_weights_of_visible_patches_are_those_of_all_patches_renormalized(arguments, visible):
     tokens, guide, temperature = arguments
     everywhere = attentive_weights(tokens, guide, temperature=temperature)[..., :visible]
     weights = attentive_weights(tokens[..., :visible, :], guide, temperature=temperature)
@@ -427,18 +427,18 @@ DROPPED = torch.zeros(4, dtype=torch.bool)
         *(
             ("sincos", [], {"height": 1, "width": 1, "dim": dim}, f"dim={dim} is not a positive multiple of 4: {why}")
             for dim in (0, -4, 6)
-            for why in ["sine and cosine, of row and column"]
+            for why in ["it holds sine and cosine of row and column"]
         ),
         *(
             ("sinusoid", [], {"height": 1, "width": 1, "dim": dim}, f"dim={dim} is not a positive even number: {why}")
             for dim in (0, -2, 3)
-            for why in ["sine and cosine of each angle"]
+            for why in ["it holds sine and cosine of each angle"]
         ),
         *(
             (name, [], {"height": height, "width": width, "dim": 4}, f"a grid of {height} × {width} patches {why}")
             for name in ("sincos", "sinusoid")
             for height, width in [(-1, 2), (2, -1)]
-            for why in ["does not exist"]
+            for why in ["has a negative side"]
         ),
         ("resize_table", [torch.zeros(5, 2)], GRID, "a table of 5 rows is not one of a grid of 2 × 3"),
         (
@@ -466,7 +466,7 @@ DROPPED = torch.zeros(4, dtype=torch.bool)
             "a table cannot be resized from 2 × 0 to 1 × 1",
         ),
         *(
-            (name, [positions, DROPPED, other], {}, f"positions {shape} and dropped (4,) do not fit")
+            (name, [positions, DROPPED, other], {}, f"positions {shape} and dropped (4,) do not match")
             for positions, shape in [(torch.zeros(3, 2), "(3, 2)"), (torch.zeros(1, 4, 2), "(1, 4, 2)")]
             for name, other in [("drop_positions", positions), ("permute_positions", torch.zeros(4))]
         ),
@@ -475,7 +475,7 @@ DROPPED = torch.zeros(4, dtype=torch.bool)
                 "drop_positions",
                 [torch.zeros(4, 2), DROPPED, replacement],
                 {},
-                f"positions (4, 2) and replacement {shape} differ",
+                f"positions (4, 2) and replacement {shape} differ in shape",
             )
             for replacement, shape in [(torch.zeros(2), "(2,)"), (torch.zeros(4, 1), "(4, 1)")]
         ),
@@ -485,13 +485,13 @@ DROPPED = torch.zeros(4, dtype=torch.bool)
             {},
             "dropped (4,) and noise (1,) differ in shape",
         ),
-        ("shuffle", [torch.tensor(0.5)], {}, "noise has no axis of tokens to shuffle"),
+        ("shuffle", [torch.tensor(0.5)], {}, "noise is 0-d and has no axis to shuffle"),
         *(
             (
                 "smoothed_targets",
                 [torch.tensor(1.0)],
                 {"height": height, "width": width},
-                f"a grid of {height} × {width} patches does not exist",
+                f"a grid of {height} × {width} patches has a negative side",
             )
             for height, width in [(-1, 2), (2, -1)]
         ),
@@ -509,12 +509,12 @@ DROPPED = torch.zeros(4, dtype=torch.bool)
                 "attentive_weights",
                 [torch.zeros(3, 4, 2), torch.zeros(shape)],
                 {"temperature": 0.1},
-                f"tokens (3, 4, 2) and guide {shape} do not fit",
+                f"tokens (3, 4, 2) and guide {shape} do not match",
             )
             for shape in [(2,), (3, 1), (1, 2), (3, 4, 2)]
         ),
     ],
 )
-def test_bad_input_gets_one_clear_sentence(name, tensors, numbers, message):
+def test_invalid_arguments_raise_one_clear_sentence(name, tensors, numbers, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         getattr(copied("positions"), name)(*tensors, **numbers)

@@ -1,4 +1,4 @@
-"""What every file promises, read from its source."""
+"""The promises that every file makes, checked on its source."""
 
 import ast
 import re
@@ -21,7 +21,7 @@ def test_a_file_imports_only_torch_einops_jaxtyping_and_the_standard_library(pat
             assert node.level == 0
             imported.add(node.module or "")
     assert {name.split(".")[0] for name in imported} <= {"torch", "einops", "jaxtyping", *sys.stdlib_module_names}
-    assert "__future__" not in imported  # annotations as strings hide the shapes from the checker
+    assert "__future__" not in imported  # strings would hide the shapes from the type checker
 
 
 @every_file
@@ -29,7 +29,7 @@ def test_a_file_works_when_copied_alone(path):
     assert copied(path.stem).__name__ == f"copied_{path.stem}"
 
 
-def test_importing_the_blocks_is_light():
+def test_importing_all_blocks_loads_no_heavy_package():
     heavy = ["torchvision", "timm", "beartype", "hypothesis", "sklearn", "matplotlib", "PIL"]
     imports = ", ".join(["sys", *(f"mimkit.{path.stem}" for path in SOURCES)])
     program = f"import {imports}; print([name for name in {heavy} if name in sys.modules])"
@@ -58,7 +58,7 @@ def public_functions() -> list:
 
 
 @pytest.mark.parametrize("function", public_functions())
-def test_a_docstring_tells_how_to_call_the_block(function):
+def test_a_docstring_has_every_section(function):
     text = ast.get_docstring(function) or ""
     assert re.match(r"[A-Z][a-z]+ [^\n]*[.:)](\n|$)", text)
     assert "\nExample:\n" in text
@@ -70,7 +70,7 @@ def test_a_docstring_tells_how_to_call_the_block(function):
 
 
 @pytest.mark.parametrize("function", public_functions())
-def test_tensors_go_by_place_and_numbers_by_keyword(function):
+def test_tensors_are_positional_and_numbers_are_keywords(function):
     by_place = {ast.unparse(argument.annotation) for argument in function.args.args}
     assert all(re.match(r"(Float|Int|Bool|Shaped)\[Tensor, ", annotation) for annotation in by_place)
     assert function.args.kwonlyargs or by_place

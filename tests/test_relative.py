@@ -1,4 +1,4 @@
-"""Relative positions: which bucket a pair of tokens has, and what a table of them adds, against loops and one-hots."""
+"""Relative positions: buckets against loops, and what a table adds to attention against one-hot products."""
 
 import math
 import re
@@ -35,25 +35,25 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# The numbers of distances
+# Piecewise index
 
 
 @st.composite
 def coefficients(draw: st.DrawFn) -> dict[str, float]:
-    """Any alpha, beta and gamma such that what is rounded up to alpha is within beta."""
+    """Draw alpha, beta and gamma such that alpha rounds to at most beta."""
     alpha = draw(st.floats(0.1, 40))
     return {"alpha": alpha, "beta": alpha + draw(st.floats(0.5, 40)), "gamma": alpha * draw(st.floats(1.1, 20))}
 
 
 @st.composite
 def distances(draw: st.DrawFn) -> Tensor:
-    """Whole and real numbers of either sign, in ascending order."""
+    """Draw integers and real numbers of either sign, in ascending order."""
     found = draw(st.lists(st.one_of(st.integers(-300, 300), st.floats(-300, 300)), min_size=1, max_size=20))
     return torch.tensor(sorted(map(float, found)), dtype=torch.float64)
 
 
 def numbered(distance: float, *, alpha: float, beta: float, gamma: float) -> int:
-    """The formula, one number at a time."""
+    """Compute the formula for a single number."""
     far = abs(distance)
     if far <= alpha:
         return round(distance)
@@ -67,39 +67,39 @@ def of_ratio(ratio: float) -> dict[str, float]:
 
 @fast
 @given(distances(), ratios)
-def test_a_distance_has_the_number_of_the_formula(distance, ratio):
+def test_piecewise_index_follows_its_formula(distance, ratio):
     found = piecewise_index(distance, **of_ratio(ratio))
     assert found.tolist() == [numbered(x, **of_ratio(ratio)) for x in distance.tolist()]
 
 
 @fast
 @given(distances(), coefficients())
-def test_the_opposite_distance_has_the_opposite_number(distance, numbers):
+def test_piecewise_index_is_odd(distance, numbers):
     assert piecewise_index(-distance, **numbers).equal(-piecewise_index(distance, **numbers))
 
 
 @fast
 @given(distances(), coefficients())
-def test_a_longer_distance_never_has_a_smaller_number(distance, numbers):
+def test_piecewise_index_is_monotonic(distance, numbers):
     assert (piecewise_index(distance, **numbers).diff() >= 0).all()
 
 
 @fast
 @given(distances(), coefficients())
-def test_no_number_exceeds_beta_cut_to_an_integer(distance, numbers):
+def test_no_index_exceeds_the_integer_part_of_beta(distance, numbers):
     assert piecewise_index(distance, **numbers).abs().max() <= int(numbers["beta"])
 
 
 @fast
 @given(coefficients())
-def test_the_farthest_have_the_largest_number(numbers):
+def test_far_distances_reach_the_largest_index(numbers):
     far = torch.tensor([-1.0, 1.0], dtype=torch.float64) * 1e9
     assert piecewise_index(far, **numbers).tolist() == [-int(numbers["beta"]), int(numbers["beta"])]
 
 
 @fast
 @given(distances(), coefficients())
-def test_up_to_alpha_a_distance_is_rounded_and_ties_to_the_even_number(distance, numbers):
+def test_distances_up_to_alpha_are_rounded_with_ties_to_even(distance, numbers):
     halves = torch.arange(-20, 21, dtype=torch.float64) / 2
     near = torch.cat([distance, halves])
     near = near[near.abs() <= numbers["alpha"]]
@@ -115,23 +115,23 @@ def test_up_to_alpha_a_distance_is_rounded_and_ties_to_the_even_number(distance,
         (3.0, [1, 1, 1, 2, 4, 8, math.inf]),
     ],
 )
-def test_runs_of_whole_distances_share_a_number(ratio, runs):
-    """As many distances from 0 on have the numbers 0, 1, 2, …; the last has all others."""
+def test_runs_of_integer_distances_share_an_index(ratio, runs):
+    """Starting from 0, `runs` gives how many distances have the index 0, 1, 2, …; the last run is infinite."""
     expected = [number for number, run in enumerate(runs) for _ in range(int(min(run, 100)))][:100]
     found = piecewise_index(torch.arange(100), **of_ratio(ratio))
     assert found.tolist() == expected
     assert len(runs) == int(2 * ratio) + 1
 
 
-def test_the_limit_is_a_real_number_and_then_cut_which_offsets_of_eleven_show():
-    """There the logarithm is rounded to 4, limited to 3.8 and cut to 3; at ten it is rounded to 3."""
+def test_the_limit_is_applied_after_rounding_and_before_truncation_which_a_distance_of_eleven_shows():
+    """At 11 the logarithm rounds to 4, is limited to 3.8 and truncated to 3; at 10 it rounds to 3."""
     ten, eleven = (1.9 + 1.9 * math.log(far / 1.9) / math.log(8) for far in (10, 11))
     assert ten < 3.5 < eleven
     assert piecewise_index(torch.tensor([10, 11, -11]), **of_ratio(1.9)).tolist() == [3, 3, -3]
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32, torch.bfloat16])
-def test_distances_may_be_of_any_dtype(dtype):
+def test_distances_may_have_any_dtype(dtype):
     distance = torch.tensor([[-13, 0], [2, 5]]).to(dtype)
     found = piecewise_index(distance, **of_ratio(1.9))
     assert found.tolist() == [[-3, 0], [2, 3]]
@@ -143,7 +143,7 @@ def test_distances_may_be_of_any_dtype(dtype):
 
 @st.composite
 def grids(draw: st.DrawFn) -> dict[str, int]:
-    """Small grids of any shape, and long ones."""
+    """Draw small grids of any shape, and long ones."""
     height, width = draw(st.integers(0, 4)), draw(st.integers(0, 4))
     longer = draw(st.sampled_from([0, 0, 18]))
     return draw(
@@ -152,7 +152,7 @@ def grids(draw: st.DrawFn) -> dict[str, int]:
 
 
 def bucket(down: int, across: int, *, method: str, ratio: float) -> int:
-    """The bucket of one offset, query minus key."""
+    """Compute the bucket of one offset, query minus key."""
     half = int(2 * ratio)
 
     def number(distance: float) -> int:
@@ -168,7 +168,7 @@ def bucket(down: int, across: int, *, method: str, ratio: float) -> int:
 
 @fast
 @given(grids(), methods, ratios, prefixes)
-def test_a_bucket_is_that_of_the_offset_of_query_minus_key(grid, method, ratio, prefix):
+def test_a_bucket_depends_on_the_offset_of_query_minus_key(grid, method, ratio, prefix):
     found = relative_buckets(**grid, method=method, ratio=ratio, num_prefix=prefix)
     width = grid["width"]
     places = [divmod(i, width) for i in range(grid["height"] * width)]
@@ -178,7 +178,7 @@ def test_a_bucket_is_that_of_the_offset_of_query_minus_key(grid, method, ratio, 
 
 @fast
 @given(grids(), methods, ratios, prefixes)
-def test_a_class_token_has_the_last_bucket_as_query_as_key_and_with_itself(grid, method, ratio, prefix):
+def test_every_pair_with_a_class_token_has_the_last_bucket(grid, method, ratio, prefix):
     found = relative_buckets(**grid, method=method, ratio=ratio, num_prefix=prefix)
     count = num_buckets(method=method, ratio=ratio, num_prefix=prefix)
     assert found.shape == (prefix + grid["height"] * grid["width"],) * 2
@@ -190,7 +190,7 @@ def test_a_class_token_has_the_last_bucket_as_query_as_key_and_with_itself(grid,
 
 @fast
 @given(grids(), ratios)
-def test_buckets_of_a_pair_and_of_the_pair_turned_round_add_up(grid, ratio):
+def test_the_buckets_of_a_pair_and_of_the_reversed_pair_sum_to_the_last_bucket(grid, ratio):
     found = relative_buckets(**grid, ratio=ratio, num_prefix=0)
     last = num_buckets(ratio=ratio, num_prefix=0) - 1
     assert (found + found.T == last).all()
@@ -200,15 +200,15 @@ def test_buckets_of_a_pair_and_of_the_pair_turned_round_add_up(grid, ratio):
 
 @fast
 @given(grids(), ratios, st.sampled_from(["euclidean", "quantized"]))
-def test_where_direction_does_not_matter_the_lower_half_of_the_table_is_not_used(grid, ratio, method):
+def test_undirected_methods_are_symmetric_and_use_only_the_upper_half_of_the_table(grid, ratio, method):
     found = relative_buckets(**grid, method=method, ratio=ratio, num_prefix=0)
     assert found.equal(found.T)
     assert (found >= int(2 * ratio)).all()
     assert (found.diagonal() == int(2 * ratio)).all()
 
 
-def test_euclidean_distances_are_rounded_before_they_are_numbered_and_squared_ones_are_not_ranked():
-    """Two rows and three columns are √13 = 3.6, as far as 4; squared they are 13."""
+def test_euclidean_distances_are_rounded_before_indexing_and_squared_ones_are_not_ranked():
+    """An offset of two rows and three columns has the distance √13 = 3.6, which rounds to 4; squared it is 13."""
     euclidean = relative_buckets(height=3, width=4, method="euclidean")[1, -1]
     quantized = relative_buckets(height=3, width=4, method="quantized", ratio=33.0)[1, -1]
     assert numbered(math.sqrt(13), **of_ratio(1.9)) == 2
@@ -217,7 +217,7 @@ def test_euclidean_distances_are_rounded_before_they_are_numbered_and_squared_on
 
 @fast
 @given(grids(), ratios)
-def test_the_product_is_made_of_rows_and_columns_the_rows_first(grid, ratio):
+def test_the_product_combines_rows_and_columns_with_rows_as_the_high_digit(grid, ratio):
     product, rows, columns = (
         relative_buckets(**grid, method=method, ratio=ratio, num_prefix=0) for method in ("product", "rows", "columns")
     )
@@ -230,8 +230,8 @@ def test_the_product_is_made_of_rows_and_columns_the_rows_first(grid, ratio):
 
 @fast
 @given(st.data(), methods, ratios, prefixes)
-def test_a_window_has_the_same_buckets_wherever_it_is(data, method, ratio, prefix):
-    """So a window of a grid is a grid, and shifting all positions changes nothing."""
+def test_the_buckets_of_a_window_do_not_depend_on_its_place(data, method, ratio, prefix):
+    """A window therefore acts as a grid, and translating all positions changes nothing."""
     height, width = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
     rows, columns = data.draw(st.integers(0, height)), data.draw(st.integers(0, width))
     top, left = data.draw(st.integers(0, height - rows)), data.draw(st.integers(0, width - columns))
@@ -251,7 +251,7 @@ def test_a_window_has_the_same_buckets_wherever_it_is(data, method, ratio, prefi
         (3.0, 170, {7: 82, 14: 122, 24: 170}),
     ],
 )
-def test_at_ratio_1_9_a_window_of_7_by_7_meets_every_bucket_and_at_others_it_does_not(ratio, columns, reached):
+def test_a_window_of_7_by_7_uses_every_bucket_at_ratio_1_9_and_not_at_larger_ratios(ratio, columns, reached):
     assert num_buckets(ratio=ratio) == columns
     for side, count in reached.items():
         assert len(relative_buckets(height=side, width=side, ratio=ratio).unique()) == count
@@ -261,22 +261,22 @@ def test_at_ratio_1_9_a_window_of_7_by_7_meets_every_bucket_and_at_others_it_doe
     ("method", "ratio", "columns", "reached"),
     [("euclidean", 20.0, 82, 20), ("quantized", 33.0, 134, 51), ("rows", 20.0, 82, 28)],
 )
-def test_the_buckets_that_14_by_14_reaches_are_those_in_the_names_of_the_published_networks(
+def test_a_grid_of_14_by_14_uses_the_number_of_buckets_in_the_names_of_the_published_models(
     method, ratio, columns, reached
 ):
-    """The cross method, which has two tables, reaches 28 in each: 56."""
+    """The method cross, with two tables, uses 28 in each: 56."""
     assert num_buckets(method=method, ratio=ratio) == columns
     assert len(relative_buckets(height=14, width=14, method=method, ratio=ratio).unique()) == reached
 
 
 @fast
 @given(methods, ratios)
-def test_any_number_of_tokens_before_the_patches_costs_one_bucket(method, ratio):
+def test_tokens_before_the_patches_share_one_bucket(method, ratio):
     counts = [num_buckets(method=method, ratio=ratio, num_prefix=prefix) for prefix in range(4)]
     assert counts == [counts[0]] + 3 * [counts[0] + 1]
 
 
-def test_49_visible_tokens_of_14_by_14_are_not_7_by_7():
+def test_49_visible_tokens_of_14_by_14_are_not_a_grid_of_7_by_7():
     whole, small = relative_buckets(height=14, width=14), relative_buckets(height=7, width=7)
     visible = seeded(196).argsort()[:49].sort().values
     found = buckets_of(whole, F.pad(visible + 1, (1, 0)))
@@ -292,9 +292,9 @@ def test_49_visible_tokens_of_14_by_14_are_not_7_by_7():
 
 @st.composite
 def contexts(draw: st.DrawFn, *, square: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, a table for all heads or for each, and buckets for the whole batch or for each image.
+    """Draw queries, a table shared by all heads or one per head, and buckets of the whole batch or of each image.
 
-    There are fewer or more keys than buckets, and not all buckets are met.
+    There are fewer or more keys than buckets, and some buckets are unused.
     """
     batch, heads, k, d = draw(batches), draw(st.integers(1, 3)), draw(st.integers(0, 4)), draw(st.integers(1, 3))
     n, count = k if square else draw(st.integers(0, 6)), draw(st.integers(1, 8))
@@ -306,20 +306,20 @@ def contexts(draw: st.DrawFn, *, square: bool = False) -> tuple[Tensor, Tensor, 
 
 
 def obvious_bias(queries: Tensor, table: Tensor, buckets: Tensor) -> Tensor:
-    """Which bucket each pair has as a one-hot vector, between query and table."""
+    """Multiply queries, table and the one-hot encoded bucket of each pair."""
     which = F.one_hot(buckets, table.shape[-1]).to(table.dtype)
     table = table.expand(queries.shape[-3], -1, -1)
     return torch.einsum("...hkd,hdb,...knb->...hkn", queries, table, which)
 
 
 def obvious_values(weights: Tensor, table: Tensor, buckets: Tensor) -> Tensor:
-    """A vector for each pair, summed with its weight."""
+    """Sum the weighted vectors of all pairs."""
     vectors = table.expand(weights.shape[-3], -1, -1)[:, buckets].movedim(0, -4)
     return (weights.unsqueeze(-1) * vectors).sum(dim=-2)
 
 
 def with_gradients(call: Any, left: Tensor, table: Tensor, buckets: Tensor) -> tuple[Tensor, ...]:
-    """The answer, and its gradients of both inputs."""
+    """Return the result and its gradients with respect to both inputs."""
     inputs = left.clone().requires_grad_(), table.clone().requires_grad_()
     answer = call(*inputs, buckets)
     weight = normal(*answer.shape, seed=5)
@@ -337,8 +337,8 @@ def test_a_contextual_bias_is_the_query_times_the_vector_of_the_bucket(arguments
 
 
 @pytest.mark.parametrize("n", [49, 50, 51])
-def test_few_keys_and_many_keys_are_two_ways_to_the_same(n):
-    """Those of few keys share a product per query, those of many are gathered."""
+def test_few_and_many_keys_take_two_paths_to_the_same_result(n):
+    """With few keys there is one product per query, with many keys a gather."""
     queries, table = normal(2, 3, 5, 4), normal(1, 4, 50, seed=1)
     buckets = (50 * seeded(5, n, seed=2)).long()
     expected = with_gradients(obvious_bias, queries, table, buckets)
@@ -348,7 +348,7 @@ def test_few_keys_and_many_keys_are_two_ways_to_the_same(n):
 
 @fast
 @given(contexts())
-def test_a_table_for_all_heads_is_one_repeated_for_each(arguments):
+def test_a_shared_table_equals_one_repeated_for_each_head(arguments):
     queries, table, buckets = arguments
     repeated = table[:1].expand(queries.shape[-3], -1, -1)
     close(contextual_bias(queries, table[:1], buckets), contextual_bias(queries, repeated, buckets))
@@ -359,7 +359,7 @@ def test_a_table_for_all_heads_is_one_repeated_for_each(arguments):
 
 @st.composite
 def tokens_of_grids(draw: st.DrawFn) -> tuple[dict[str, int], Tensor]:
-    """A grid behind a class token, and some tokens for each image, in any order."""
+    """Draw a grid with a class token, and a subset of tokens for each image, in any order."""
     grid, batch = {"height": draw(st.integers(1, 4)), "width": draw(st.integers(1, 4))}, draw(batches)
     order = seeded(*batch, 1 + grid["height"] * grid["width"], seed=draw(st.integers(0, 99))).argsort(dim=-1)
     return grid, order[..., : draw(st.integers(0, order.shape[-1]))]
@@ -367,7 +367,7 @@ def tokens_of_grids(draw: st.DrawFn) -> tuple[dict[str, int], Tensor]:
 
 @fast
 @given(tokens_of_grids(), st.integers(1, 3))
-def test_some_tokens_of_each_image_have_their_rows_and_columns_of_the_whole(arguments, heads):
+def test_the_bias_of_a_subset_of_tokens_is_the_submatrix_of_the_bias_of_all(arguments, heads):
     grid, tokens = arguments
     whole, table = relative_buckets(**grid), normal(heads, 3, 50, seed=1)
     queries = normal(*tokens.shape[:-1], heads, len(whole), 3)
@@ -379,7 +379,7 @@ def test_some_tokens_of_each_image_have_their_rows_and_columns_of_the_whole(argu
 
 @fast
 @given(contexts(square=True))
-def test_on_queries_the_bucket_is_that_of_key_minus_query(arguments):
+def test_relative_positions_on_queries_use_the_bucket_of_key_minus_query(arguments):
     keys, table, buckets = arguments
     found = contextual_bias(keys, table, buckets).mT
     which = F.one_hot(buckets.mT, table.shape[-1]).double()  # [query, key] holds the bucket of (key, query)
@@ -387,7 +387,7 @@ def test_on_queries_the_bucket_is_that_of_key_minus_query(arguments):
     close(found, torch.einsum("...hjd,hdb,...ijb->...hij", keys, table, which))
 
 
-def test_as_a_mask_of_attention_it_is_added_before_the_softmax_and_not_scaled():
+def test_as_attn_mask_the_bias_is_added_before_the_softmax_without_scaling():
     q, k, v = (normal(2, 3, 7, 4, seed=i).requires_grad_() for i in range(3))
     table, buckets = normal(1, 4, 50, seed=3).requires_grad_(), relative_buckets(height=2, width=3)
     added = obvious_bias(q, table, buckets)
@@ -399,7 +399,7 @@ def test_as_a_mask_of_attention_it_is_added_before_the_softmax_and_not_scaled():
     close(*gradients)
 
 
-def test_scaled_queries_and_a_louder_table_are_the_same_functions():
+def test_scaling_the_queries_is_equivalent_to_scaling_the_table():
     q, table, buckets = normal(2, 3, 7, 4), normal(1, 4, 50, seed=1), relative_buckets(height=2, width=3)
     close(contextual_bias(q / 2, 2 * table, buckets), contextual_bias(q, table, buckets))
 
@@ -414,7 +414,7 @@ def test_contextual_values_are_the_weighted_vectors_of_all_pairs(arguments):
 
 @fast
 @given(contexts())
-def test_a_bucket_that_no_pair_has_gets_a_gradient_of_zero(arguments):
+def test_unused_buckets_get_zero_gradient(arguments):
     queries, table, buckets = arguments
     unmet = sorted(set(range(table.shape[-1])) - set(buckets.unique().tolist()))
     assert (with_gradients(contextual_bias, *arguments)[2][..., unmet] == 0).all()
@@ -422,7 +422,7 @@ def test_a_bucket_that_no_pair_has_gets_a_gradient_of_zero(arguments):
     assert (with_gradients(contextual_values, weights, table.mT.contiguous(), buckets)[2][..., unmet, :] == 0).all()
 
 
-def test_tables_of_zeros_add_nothing_and_still_learn():
+def test_a_table_of_zeros_adds_nothing_and_still_gets_gradients():
     queries, buckets = normal(2, 3, 7, 4), relative_buckets(height=2, width=3)
     bias, of_queries, of_table = with_gradients(contextual_bias, queries, torch.zeros(1, 4, 50).double(), buckets)
     assert (bias == 0).all()
@@ -432,7 +432,7 @@ def test_tables_of_zeros_add_nothing_and_still_learn():
 
 @fast
 @given(contexts())
-def test_in_bias_mode_each_pair_has_the_number_of_its_bucket(arguments):
+def test_in_bias_mode_each_pair_gets_the_number_of_its_bucket(arguments):
     _, table, buckets = arguments
     found = relative_bias(table[:, 0], buckets)
     assert found.shape == (*buckets.shape[:-2], len(table), *buckets.shape[-2:])
@@ -441,7 +441,7 @@ def test_in_bias_mode_each_pair_has_the_number_of_its_bucket(arguments):
         assert found[(*batch, slice(None), i, j)].equal(table[:, 0, int(buckets[(*batch, i, j)])])
 
 
-def test_one_pair_can_be_given_its_bias_by_hand():
+def test_a_small_example_agrees_with_a_calculation_by_hand():
     queries, table = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([[[1.0, 10.0], [100.0, 1000.0]]])
     buckets = torch.tensor([[0, 1], [1, 1]])
     assert contextual_bias(queries, table, buckets).tolist() == [[[201.0, 2010.0], [4030.0, 4030.0]]]
@@ -465,7 +465,7 @@ def zeros(*shape: int) -> Tensor:
                 "piecewise_index",
                 [zeros(3)],
                 {"alpha": alpha, "beta": beta, "gamma": gamma},
-                f"alpha={alpha}, beta={beta}, gamma={gamma}: not 0 < alpha < beta and alpha < gamma",
+                f"alpha={alpha}, beta={beta} and gamma={gamma} do not satisfy 0 < alpha < beta and alpha < gamma",
             )
             for alpha, beta, gamma in [(0, 1, 8), (-1, 1, 8), (1, 1, 8), (1, 2, 1), (math.nan, 2, 8)]
         ],
@@ -479,63 +479,68 @@ def zeros(*shape: int) -> Tensor:
                 ({"num_prefix": -1}, "num_prefix=-1 is negative"),
                 (
                     {"method": "cross"},
-                    "method=cross is none of product, rows, columns, euclidean and quantized",
+                    "method=cross is not one of product, rows, columns, euclidean and quantized",
                 ),
             )
         ],
-        ("relative_buckets", [], {"height": -2, "width": 3}, "a grid of -2 × 3 has a negative side"),
-        ("relative_buckets", [], {"height": 2, "width": -3}, "a grid of 2 × -3 has a negative side"),
-        ("buckets_of", [pairs(2, 3), pairs(2)], {}, "buckets (2, 3) are not square: a row and a column per token"),
+        ("relative_buckets", [], {"height": -2, "width": 3}, "a grid of -2 × 3 patches has a negative side"),
+        ("relative_buckets", [], {"height": 2, "width": -3}, "a grid of 2 × -3 patches has a negative side"),
+        (
+            "buckets_of",
+            [pairs(2, 3), pairs(2)],
+            {},
+            "buckets (2, 3) are not square: they need a row and a column per token",
+        ),
         (
             "contextual_bias",
             [zeros(3, 4, 5), zeros(2, 5, 9), pairs(4, 4)],
             {},
-            "a table (2, 5, 9) is not for 3 heads, nor for all alike",
+            "a table (2, 5, 9) is neither for 3 heads nor shared by all",
         ),
         (
             "contextual_bias",
             [zeros(3, 4, 5), zeros(1, 9, 5), pairs(4, 4)],
             {},
-            "a table (1, 9, 5) has not vectors of 5 features",
+            "a table (1, 9, 5) does not hold vectors of 5 features",
         ),
         (
             "contextual_bias",
             [zeros(3, 4, 5), zeros(1, 5, 9), pairs(5, 4)],
             {},
-            "buckets (5, 4) are not those of queries (3, 4, 5)",
+            "buckets (5, 4) and queries (3, 4, 5) do not match",
         ),
         (
             "contextual_bias",
             [zeros(2, 3, 4, 5), zeros(1, 5, 9), pairs(3, 4, 4)],
             {},
-            "buckets (3, 4, 4) are not those of queries (2, 3, 4, 5)",
+            "buckets (3, 4, 4) and queries (2, 3, 4, 5) do not match",
         ),
         (
             "contextual_values",
             [zeros(3, 4, 4), zeros(2, 9, 5), pairs(4, 4)],
             {},
-            "a table (2, 9, 5) is not for 3 heads, nor for all alike",
+            "a table (2, 9, 5) is neither for 3 heads nor shared by all",
         ),
         (
             "contextual_values",
             [zeros(3, 4, 6), zeros(1, 9, 5), pairs(4, 4)],
             {},
-            "buckets (4, 4) are not those of weights (3, 4, 6)",
+            "buckets (4, 4) and weights (3, 4, 6) do not match",
         ),
         (
             "contextual_values",
             [zeros(2, 3, 4, 4), zeros(1, 9, 5), pairs(1, 4, 4)],
             {},
-            "buckets (1, 4, 4) are not those of weights (2, 3, 4, 4)",
+            "buckets (1, 4, 4) and weights (2, 3, 4, 4) do not match",
         ),
         (
             "relative_bias",
             [zeros(1, 4, 9), pairs(2, 2)],
             {},
-            "a table (1, 4, 9) has not one number per head and bucket",
+            "a table (1, 4, 9) does not hold one number per head and bucket",
         ),
     ],
 )
-def test_bad_input_gets_one_clear_sentence(name, tensors, numbers, message):
+def test_invalid_arguments_raise_one_clear_sentence(name, tensors, numbers, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         getattr(copied("relative"), name)(*tensors, **numbers)

@@ -1,4 +1,4 @@
-"""Patches and images, masks and indices: there and back, and against loops."""
+"""Tokens: inverse operations undo each other, and results equal those of explicit loops."""
 
 import re
 
@@ -16,14 +16,14 @@ from torch import Tensor
 
 @st.composite
 def images_to_cut(draw: st.DrawFn) -> tuple[Tensor, int, int, int]:
-    """Images, and the height, width and patch of the grid they are cut into."""
+    """Draw images, and the height, width and patch of the grid they are cut into."""
     height, width, patch = draw(st.integers(0, 3)), draw(st.integers(0, 3)), draw(st.integers(1, 3))
     return draw(uniforms(draw(channels), height * patch, width * patch)), height, width, patch
 
 
 @st.composite
 def tokens_and_indices(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
-    """Tokens, and for each row some places, all different, in any order."""
+    """Draw tokens, and distinct indices for each row in any order."""
     n, d = draw(st.integers(0, 6)), draw(st.integers(0, 3))
     tokens = draw(uniforms(n, d))
     order = seeded(*tokens.shape[:-1], seed=draw(st.integers(0, 99))).argsort(dim=-1)
@@ -32,7 +32,7 @@ def tokens_and_indices(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
 
 @st.composite
 def patches_to_take(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
-    """Images of some dtype, indices of up to 5 of their patches, repeated ones among them, and the patch."""
+    """Draw images of some dtype, indices of up to 5 of their patches, possibly repeated, and the side of a patch."""
     pictures, height, width, patch = draw(images_to_cut())
     dtype = draw(st.sampled_from([torch.uint8, torch.int64, torch.bool, torch.float32, torch.bfloat16, torch.float64]))
     count = draw(st.integers(0, 5 if height * width else 0))
@@ -42,7 +42,7 @@ def patches_to_take(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
 
 @fast
 @given(images_to_cut())
-def test_a_patch_runs_over_rows_then_columns_then_channels(arguments):
+def test_the_values_of_a_patch_are_ordered_by_row_then_column_then_channel(arguments):
     pictures, height, width, patch = arguments
     patches = patchify(pictures, patch=patch)
     c = pictures.shape[-3]
@@ -88,7 +88,7 @@ def test_a_convolutional_patch_embedding_is_a_linear_map_of_the_patches():
 
 @fast
 @given(noise_and_count())
-def test_split_gives_each_token_once_in_ascending_order(arguments):
+def test_split_returns_each_token_once_in_ascending_order(arguments):
     noise, num_masked = arguments
     n = noise.shape[-1]
     mask = noise.argsort(dim=-1, stable=True) < num_masked
@@ -130,7 +130,7 @@ def test_put_writes_the_tokens_and_leaves_the_others(arguments):
 
 @fast
 @given(noise_and_count())
-def test_visible_and_masked_tokens_put_back_give_all_tokens(arguments):
+def test_putting_back_visible_and_masked_tokens_restores_all_tokens(arguments):
     noise, num_masked = arguments
     tokens = torch.stack([noise, -noise], dim=-1)
     visible, masked = split(noise.argsort(dim=-1, stable=True) < num_masked, num_masked=num_masked)
@@ -144,7 +144,7 @@ def test_take_may_repeat_a_token():
 
 @fast
 @given(patches_to_take())
-def test_patches_taken_from_images_are_those_taken_from_all_of_them(arguments):
+def test_take_patches_equals_take_after_patchify(arguments):
     pictures, indices, patch = arguments
     patches = take_patches(pictures, indices, patch=patch)
     assert patches.dtype == pictures.dtype
@@ -153,7 +153,7 @@ def test_patches_taken_from_images_are_those_taken_from_all_of_them(arguments):
 
 @fast
 @given(images_to_cut())
-def test_all_patches_taken_in_raster_order_are_the_image_cut_into_patches(arguments):
+def test_taking_all_patches_in_raster_order_equals_patchify(arguments):
     pictures, height, width, patch = arguments
     everywhere = torch.arange(height * width).expand(*pictures.shape[:-3], -1)
     assert take_patches(pictures, everywhere, patch=patch).equal(patchify(pictures, patch=patch))
@@ -161,11 +161,11 @@ def test_all_patches_taken_in_raster_order_are_the_image_cut_into_patches(argume
 
 @fast
 @given(patches_to_take())
-def test_pixels_of_patches_that_are_not_taken_do_not_matter_and_get_no_gradient(arguments):
+def test_pixels_of_other_patches_are_not_read_and_get_no_gradient(arguments):
     pictures, indices, patch = arguments
     pictures = pictures.float()
     (H, W), n = pictures.shape[-2:], pictures.shape[-2:].numel() // patch**2
-    taken = (indices.unsqueeze(-1) == torch.arange(n)).sum(dim=-2)  # how often
+    taken = (indices.unsqueeze(-1) == torch.arange(n)).sum(dim=-2)  # how many times each patch is taken
     values = taken.unsqueeze(-1).expand(*taken.shape, patch**2 * pictures.shape[-3])
     times = unpatchify(values, height=H // patch, width=W // patch, patch=patch)
     broken = pictures.masked_fill(times == 0, torch.nan).requires_grad_()
@@ -215,13 +215,13 @@ def places(*shape: int) -> Tensor:
             "unpatchify",
             [zeros(6, 6)],
             {"height": 2, "width": 3, "patch": 2},
-            "patches of 6 values are not 2 × 2 pixels of some channels",
+            "patches of 6 values do not divide into 2 × 2 pixels",
         ),
         (
             "unpatchify",
             [zeros(6, 5)],
             {"height": 2, "width": 3, "patch": 0},
-            "patches of 5 values are not 0 × 0 pixels of some channels",
+            "patches of 5 values do not divide into 0 × 0 pixels",
         ),
         ("split", [zeros(4).bool()], {"num_masked": 5}, "num_masked=5 of 4 tokens cannot be masked"),
         ("split", [zeros(4).bool()], {"num_masked": -1}, "num_masked=-1 of 4 tokens cannot be masked"),
@@ -281,6 +281,6 @@ def places(*shape: int) -> Tensor:
         ),
     ],
 )
-def test_bad_input_gets_one_clear_sentence(name, tensors, numbers, message):
+def test_invalid_arguments_raise_one_clear_sentence(name, tensors, numbers, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         getattr(copied("tokens"), name)(*tensors, **numbers)

@@ -1,4 +1,4 @@
-"""Windows of LoMaR: where they lie in the grid, and which patches they have."""
+"""Windows of LoMaR: their places in the grid and the patches they contain."""
 
 import re
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @st.composite
 def anchored(draw: st.DrawFn) -> tuple[Tensor, int, dict[str, int]]:
-    """Windows inside a grid, its height and the numbers of `window_patches`."""
+    """Draw windows inside a grid, its height, and the numbers of `window_patches`."""
     (height, window_height), (width, window_width) = draw(intervals(least=1)), draw(intervals(least=1))
     noise = draw(uniforms(2)) * torch.tensor([height - window_height + 1, width - window_width + 1])
     return noise.long(), height, {"width": width, "window_height": window_height, "window_width": window_width}
@@ -22,7 +22,7 @@ def anchored(draw: st.DrawFn) -> tuple[Tensor, int, dict[str, int]]:
 
 @st.composite
 def random_windows(draw: st.DrawFn) -> tuple[Tensor, dict[str, int]]:
-    """Noise and sizes for 0 to 3 windows anywhere in a grid."""
+    """Draw noise and sizes for 0 to 3 windows anywhere in a grid."""
     (height, window_height), (width, window_width) = draw(intervals(least=1)), draw(intervals(least=1))
     sizes = {"height": height, "width": width, "window_height": window_height, "window_width": window_width}
     return draw(uniforms(draw(st.integers(0, 3)), 2)), sizes
@@ -30,7 +30,7 @@ def random_windows(draw: st.DrawFn) -> tuple[Tensor, dict[str, int]]:
 
 @st.composite
 def distinct_windows(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
-    """Noise of up to 6 rows and columns that a window can begin with, and a number of windows that they allow."""
+    """Draw noise for up to 6 possible first rows and columns, and a valid number of windows."""
     down, across = draw(st.integers(0, 6)), draw(st.integers(0, 6))
     of_rows = draw(uniforms(down))
     of_columns = draw(uniforms_like(torch.empty(*of_rows.shape[:-1], across)))
@@ -42,7 +42,7 @@ def distinct_windows(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
 
 @fast
 @given(anchored())
-def test_a_window_has_the_patches_of_its_rectangle_of_the_grid(arguments):
+def test_a_window_contains_the_patches_of_its_rectangle(arguments):
     anchors, height, numbers = arguments
     patches = window_patches(anchors, **numbers)
     grid = torch.arange(height * numbers["width"]).view(height, numbers["width"])
@@ -62,16 +62,16 @@ def test_the_patches_of_a_window_are_ascending_and_inside_the_grid(arguments):
 
 
 @given(st.integers(1, 5), st.integers(1, 5))
-def test_a_window_as_large_as_the_grid_has_all_its_patches(height, width):
+def test_a_window_as_large_as_the_grid_contains_all_patches(height, width):
     patches = window_patches(torch.tensor([0, 0]), width=width, window_height=height, window_width=width)
     assert patches.tolist() == list(range(height * width))
 
 
-# Anchors of their own rows and columns
+# Distinct anchors
 
 
 def order(noise: Tensor, count: int) -> list[int]:
-    """The places of the smallest noise; equal values in the order they stand in."""
+    """Return the indices of the smallest noise in ascending order; ties keep their order."""
     return sorted(range(len(noise)), key=noise.tolist().__getitem__)[:count]
 
 
@@ -89,7 +89,7 @@ def test_no_two_windows_share_a_first_row_or_a_first_column(arguments):
 
 @fast
 @given(distinct_windows())
-def test_windows_take_rows_and_columns_in_the_order_of_their_noise(arguments):
+def test_windows_use_rows_and_columns_in_ascending_order_of_their_noise(arguments):
     row_noise, column_noise, num_windows = arguments
     anchors = distinct_anchors(row_noise, column_noise, num_windows=num_windows)
     found = anchors.reshape(row_noise.shape[:-1].numel(), num_windows, 2).tolist()
@@ -100,7 +100,7 @@ def test_windows_take_rows_and_columns_in_the_order_of_their_noise(arguments):
 
 @fast
 @given(distinct_windows())
-def test_fewer_windows_are_the_first_of_more(arguments):
+def test_fewer_windows_are_a_prefix_of_more_windows(arguments):
     row_noise, column_noise, num_windows = arguments
     all_of_them = min(row_noise.shape[-1], column_noise.shape[-1])
     every = distinct_anchors(row_noise, column_noise, num_windows=all_of_them)
@@ -108,19 +108,19 @@ def test_fewer_windows_are_the_first_of_more(arguments):
     assert some.equal(every[..., :num_windows, :])
 
 
-def test_each_window_is_anywhere_with_equal_likelihood():
+def test_each_distinct_window_is_placed_uniformly_at_random():
     anchors = distinct_anchors(seeded(40000, 4), seeded(40000, 3, seed=1), num_windows=3)
     for windows in anchors.unbind(1):
         shares = torch.bincount(windows[:, 0] * 3 + windows[:, 1], minlength=12) / len(anchors)
         torch.testing.assert_close(shares, torch.full((12,), 1 / 12), rtol=0, atol=0.006)
 
 
-# Anchors anywhere
+# Independent anchors
 
 
 @fast
 @given(random_windows())
-def test_a_window_anywhere_is_inside_the_grid(arguments):
+def test_a_random_window_lies_inside_the_grid(arguments):
     noise, sizes = arguments
     anchors = random_anchors(noise, **sizes)
     places = torch.tensor([sizes["height"] - sizes["window_height"], sizes["width"] - sizes["window_width"]])
@@ -130,7 +130,7 @@ def test_a_window_anywhere_is_inside_the_grid(arguments):
 
 @fast
 @given(random_windows())
-def test_places_share_the_noise_equally(arguments):
+def test_every_place_gets_an_equal_share_of_the_noise(arguments):
     noise, sizes = arguments
     down, across = sizes["height"] - sizes["window_height"] + 1, sizes["width"] - sizes["window_width"] + 1
     for (row, column), (top, left) in zip(rows(noise).tolist(), rows(random_anchors(noise, **sizes)), strict=True):
@@ -139,10 +139,12 @@ def test_places_share_the_noise_equally(arguments):
 
 
 @given(random_windows(), st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
-def test_both_ends_are_reached_and_noise_that_was_rounded_to_one_stays_inside(arguments, dtype):
+def test_both_ends_are_reached_and_noise_rounded_to_one_stays_inside(arguments, dtype):
     _, sizes = arguments
     last = [sizes["height"] - sizes["window_height"], sizes["width"] - sizes["window_width"]]
-    ends = torch.tensor([[0.0, 0.0], [1 - 2**-24, 1 - 2**-24]]).to(dtype)  # the second is one in half precision
+    ends = torch.tensor([[0.0, 0.0], [1 - 2**-24, 1 - 2**-24]]).to(
+        dtype
+    )  # the second row rounds to 1 in half precision
     assert random_anchors(ends, **sizes).tolist() == [[0, 0], last]
     assert random_anchors(torch.ones(1, 2, dtype=dtype), **sizes).tolist() == [last]
 
@@ -152,7 +154,7 @@ def test_noise_of_half_precision_is_multiplied_in_single_precision():
     assert random_anchors(torch.tensor([[0.99609375, 0.5]]).bfloat16(), **sizes).tolist() == [[499, 4]]
 
 
-def test_row_and_column_have_noise_of_their_own():
+def test_row_and_column_use_separate_noise():
     sizes = {"height": 9, "width": 6, "window_height": 2, "window_width": 3}
     assert random_anchors(torch.tensor([[0.99, 0.3]]), **sizes).tolist() == [[7, 1]]
 
@@ -176,7 +178,7 @@ WINDOW = {"width": 6, "window_height": 2, "window_width": 3}
             "random_anchors",
             [noise(3, 1)],
             GRID,
-            "noise of shape (3, 1) does not end in 2: one value for the row, one for the column",
+            "noise of shape (3, 1) does not end in 2: a value for the row and one for the column",
         ),
         *[
             (
@@ -200,25 +202,25 @@ WINDOW = {"width": 6, "window_height": 2, "window_width": 3}
             "distinct_anchors",
             [noise(2, 4), noise(3, 4)],
             {"num_windows": 1},
-            "noise of rows (2, 4) and columns (3, 4): leading axes differ",
+            "row_noise (2, 4) and column_noise (3, 4) differ in leading axes",
         ),
         (
             "distinct_anchors",
             [noise(8), noise(9)],
             {"num_windows": 9},
-            "num_windows=9: 8 × 9 places hold at most 8 of them",
+            "num_windows=9 in 8 × 9 places is not between 0 and 8",
         ),
         (
             "distinct_anchors",
             [noise(9), noise(8)],
             {"num_windows": 9},
-            "num_windows=9: 9 × 8 places hold at most 8 of them",
+            "num_windows=9 in 9 × 8 places is not between 0 and 8",
         ),
         (
             "distinct_anchors",
             [noise(8), noise(9)],
             {"num_windows": -1},
-            "num_windows=-1: 8 × 9 places hold at most 8 of them",
+            "num_windows=-1 in 8 × 9 places is not between 0 and 8",
         ),
         ("window_patches", [places(2, 3)], WINDOW, "anchors of shape (2, 3) do not end in 2: a row and a column"),
         *[
@@ -234,6 +236,6 @@ WINDOW = {"width": 6, "window_height": 2, "window_width": 3}
         ],
     ],
 )
-def test_bad_input_gets_one_clear_sentence(name, tensors, numbers, message):
+def test_invalid_arguments_raise_one_clear_sentence(name, tensors, numbers, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         getattr(copied("windows"), name)(*tensors, **numbers)
