@@ -1,7 +1,12 @@
+import os
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+# Tensors are small and workers many: more than one thread each is slower. Read when torch is loaded, also by the
+# programs that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 hypothesis.settings.register_profile("mimkit", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("mimkit")
