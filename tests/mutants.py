@@ -172,7 +172,8 @@ class Nearest:
 
     def pytest_collection_modifyitems(self, items: list) -> None:
         assert Path(sys.modules["mimkit"].__path__[0]).resolve() == Path("mimkit").resolve()
-        items[:] = [item for item in items if item.path.stem != "test_contract" or f"[{self.theme}." in item.name]
+        rows = re.compile(rf"[\[-]{self.theme}\.")
+        items[:] = [item for item in items if item.path.stem != "test_contract" or rows.search(item.name)]
         items.sort(key=lambda item: not self.names.search(item.name + self.text(item)))
 
     @staticmethod
