@@ -14,7 +14,7 @@ from torch import Tensor
 
 SOURCES = sorted(path for path in Path(mimkit.__path__[0]).glob("*.py") if path.stem != "__init__")
 
-fast = settings(deadline=None, max_examples=100)
+fast = settings(deadline=None)
 batches = st.sampled_from([(), (1,), (3,), (2, 3), (0,), (2, 0)])
 channels = st.sampled_from([1, 3, 10])
 

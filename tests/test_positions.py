@@ -17,7 +17,7 @@ from mimkit.tokens import take
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import copied, fast, rows, seeded, uniforms, uniforms_like
 from torch import Tensor
@@ -245,7 +245,7 @@ def neighborhood(sigma: float, height: int, width: int) -> Tensor:
 widths = uniforms().map(lambda numbers: 4 * numbers)
 
 
-@settings(fast, max_examples=40)
+@fast
 @given(widths, sides, sides)
 def test_smoothed_targets_are_a_gaussian_of_the_squared_distance_divided_by_its_row(sigma, height, width):
     targets = smoothed_targets(sigma, height=height, width=width)
