@@ -73,7 +73,8 @@ class Digits:
                 raise SettingsError(
                     f"--labels-per-class {per_class} of the {fewest} training images of a digit cannot be drawn"
                 )
-            chosen = [sorted(d, key=lambda index: seed_of("labeled", seed, index))[:per_class] for d in train]
+            # the word is part of the seed: spelled otherwise it draws other images
+            chosen = [sorted(d, key=lambda index: seed_of("labelled", seed, index))[:per_class] for d in train]
         else:
             chosen = {"train": train, "test": test}[split]
         self._indices = sorted(index for of_digit in chosen for index in of_digit)
