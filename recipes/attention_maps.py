@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.analysis import images_to_look_at
-from common.config import SettingsError
+from common.config import SettingsError, program
 from common.data.loading import Loader, ViewDataset
 from common.data.normalize import Normalize
 from common.data.sources import Source, decode
@@ -27,7 +27,6 @@ from mimkit.tokens import patchify
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -193,7 +192,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except SettingsError as error:
-        raise SystemExit(f"attention_maps: {error}") from error
+    program(main, Config, name="attention_maps", description=__doc__)

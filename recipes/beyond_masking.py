@@ -7,34 +7,17 @@
 Paper: Beyond Masking: Demystifying Token-Based Pre-Training for Vision Transformers, arXiv 2203.14313.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from common import recipe
 from common.config import Network, Optimization
-from common.data.normalize import Normalize
-from common.evaluation import finetuning
 from common.networks.building import count_masked, encoder_and_decoder
 from common.networks.initialization import initialize_truncated
 from common.pretraining import pretrain
-from common.recipe import SMALL_DECODER, Recipe, digits, folder
+from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, digits, finetuning, folder
 from common.report.pictures import Pictures, gray_out
 from common.report.reconstruction import reconstruction
-from mimkit.degrade import (
-    area_resize,
-    central_crop,
-    convolve_each,
-    decolorize,
-    fisheye,
-    paste,
-    random_kernels_any_size,
-    wave,
-    zoom_in,
-    zoom_in_anywhere,
-    zoom_out,
-    zoom_out_any_size,
-)
+from mimkit import degrade
 from mimkit.losses import channel_normalized_patches, squared_error
 from mimkit.masking import all_but_block, random_tokens
 from mimkit.positions import sinusoid
@@ -45,7 +28,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Config(recipe.Config):
+class Config(BaseConfig):
     """The settings of the paper are the preset "imagenet". Options of other tasks than --task are not used."""
 
     task: Literal["masked", "zoom_in", "zoom_out", "distorted", "blurred", "decolorized"] = "masked"
@@ -105,7 +88,7 @@ class Task(nn.Module):
         forms = {"masked": c.mask, "zoom_in": c.zoom, "zoom_out": c.fill, "distorted": c.distortion}
         return forms.get(c.task, c.task)
 
-    def noise(self, rand: Callable[..., Tensor], batch: int) -> dict[str, Tensor]:
+    def noise(self, rand: Rand, batch: int) -> dict[str, Tensor]:
         noise = {"mask": rand(batch, self.height * self.width), "place": rand(batch, 3)}
         if self.config.task == "blurred":
             count, side = self.channels ** (2 if self.config.mix else 1), max(self.config.kernels)
@@ -137,36 +120,36 @@ class Task(nn.Module):
         x = self.normalize(view)
         match self.variant:
             case "center":
-                return zoom_in(x, window_H=_window(H, c.window), window_W=_window(W, c.window)), view
+                return degrade.zoom_in(x, window_H=_window(H, c.window), window_W=_window(W, c.window)), view
             case "anywhere":
                 window = {"window_H": _window(H, c.window), "window_W": _window(W, c.window)}
-                return zoom_in_anywhere(x, place[:, :2], **window), view
+                return degrade.zoom_in_anywhere(x, place[:, :2], **window), view
             case "view":
-                return central_crop(x, H=H, W=W), area_resize(view, H=H, W=W)
+                return degrade.central_crop(x, H=H, W=W), degrade.area_resize(view, H=H, W=W)
             case "mirror" if len(c.shrunken) > 1:
                 sizes = tuple((round(H * share), round(W * share)) for share in c.shrunken)
-                return zoom_out_any_size(x, place, sizes=sizes), view
+                return degrade.zoom_out_any_size(x, place, sizes=sizes), view
             case "mirror":
                 small = {"small_H": round(H * min(c.shrunken)), "small_W": round(W * min(c.shrunken))}
-                return zoom_out(x, place[:, :2], **small), view
+                return degrade.zoom_out(x, place[:, :2], **small), view
             case "black" | "foreign":
-                small = area_resize(x, H=round(H * min(c.shrunken)), W=round(W * min(c.shrunken)))
+                small = degrade.area_resize(x, H=round(H * min(c.shrunken)), W=round(W * min(c.shrunken)))
                 black = self.normalize(torch.zeros_like(view))
-                return paste(small, black if self.variant == "black" else x.roll(1, dims=0), place[:, :2]), view
+                return degrade.paste(small, black if self.variant == "black" else x.roll(1, dims=0), place[:, :2]), view
             case "none":
-                return area_resize(x, H=self.inner[0] * self.patch, W=self.inner[1] * self.patch), view
+                return degrade.area_resize(x, H=self.inner[0] * self.patch, W=self.inner[1] * self.patch), view
             case "fisheye":
-                return fisheye(x, place, least_twist=c.twist[0], most_twist=c.twist[1]), view
+                return degrade.fisheye(x, place, least_twist=c.twist[0], most_twist=c.twist[1]), view
             case "lossless":
-                bent = fisheye(x, place, least_twist=c.twist[0], most_twist=c.twist[1])
-                return area_resize(bent, H=H, W=W), central_crop(view, H=H, W=W)
+                bent = degrade.fisheye(x, place, least_twist=c.twist[0], most_twist=c.twist[1])
+                return degrade.area_resize(bent, H=H, W=W), degrade.central_crop(view, H=H, W=W)
             case "wave":
-                return wave(x, amplitude=c.wave[0], frequency=c.wave[1]), view
+                return degrade.wave(x, amplitude=c.wave[0], frequency=c.wave[1]), view
             case "blurred":
-                kernels = random_kernels_any_size(noise["kernels"], place[:, 0], sizes=c.kernels, std=0.02)
-                return convolve_each(x, kernels), view
+                kernels = degrade.random_kernels_any_size(noise["kernels"], place[:, 0], sizes=c.kernels, std=0.02)
+                return degrade.convolve_each(x, kernels), view
             case "decolorized":
-                return self.normalize(decolorize(view, saturation=c.saturation)), view
+                return self.normalize(degrade.decolorize(view, saturation=c.saturation)), view
             case _:  # only patches are hidden
                 return x, view
 
@@ -188,9 +171,10 @@ class Task(nn.Module):
     def pictures(self, images: Tensor, noise: dict[str, Tensor]) -> Pictures:
         degraded, original = self.degrade(self.normalize.unit(images), noise)
         seen, mask = self.normalize.undo(degraded), self.mask(noise)
+        sizes = {"height": self.height, "width": self.width, "patch": self.patch}
         if self.num_masked and self.variant != "none":
-            seen = gray_out(seen, mask, height=self.height, width=self.width, patch=self.patch)
-        return reconstruction(self, original, *self.reconstruct(images, noise), seen=seen)
+            seen = gray_out(seen, mask, **sizes)
+        return reconstruction(self.normalize, original, *self.reconstruct(images, noise), **sizes, seen=seen)
 
 
 def _window(side: int, share: float) -> int:

@@ -7,17 +7,13 @@
 Paper: Beyond Masking: Demystifying Token-Based Pre-Training for Vision Transformers, arXiv 2203.14313.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from common import recipe
-from common.config import Network, Optimization, SettingsError
-from common.data.normalize import Normalize
-from common.evaluation import finetuning
+from common.config import SettingsError
 from common.networks.building import count_masked, encoder_and_decoder
 from common.networks.initialization import initialize_truncated
 from common.pretraining import pretrain
-from common.recipe import SMALL_DECODER, Recipe, digits, folder
+from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, digits, folder
 from common.report.pictures import Pictures, gray_out, shown
 from mimkit.degrade import area_resize, central_crop
 from mimkit.losses import band_error, channel_normalized_patches, squared_error
@@ -26,11 +22,13 @@ from mimkit.positions import sinusoid
 from mimkit.tokens import patchify, put, split, take, unpatchify
 
 import torch
+from beyond_masking import IMAGENET as TASKS
+from beyond_masking import NAMES
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Config(recipe.Config):
+class Config(BaseConfig):
     """The settings of the paper are the preset "imagenet"."""
 
     view_size: tuple[int, int] = (320, 320)
@@ -60,7 +58,7 @@ class Integrated(nn.Module):
         self.normalize = normalize
         initialize_truncated(self)
 
-    def noise(self, rand: Callable[..., Tensor], batch: int) -> dict[str, Tensor]:
+    def noise(self, rand: Rand, batch: int) -> dict[str, Tensor]:
         return {"mask": rand(batch, self.height * self.width)}
 
     def forward(self, images: Tensor, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
@@ -111,16 +109,7 @@ class Integrated(nn.Module):
         return Pictures(columns, "prediction and target are normalized per patch and channel")
 
 
-# From the names of the released model to ours; its class token is never used
-NAMES = {r"mask_token": "decoder.mask_token", r"encoder_to_decoder\.": "decoder.embed."}
-
-IMAGENET = Config(
-    network=Network(decoder_dim=384, decoder_depth=4, decoder_heads=6),
-    optimization=Optimization(
-        epochs=300, batch_size=2048, warmup_epochs=20, min_lr=1e-5, schedule="step", undecayed=("mask_token",)
-    ),
-    finetune=finetuning.BEYOND_MASKING,
-)
+IMAGENET = Config(network=TASKS.network, optimization=TASKS.optimization, finetune=TASKS.finetune)
 PRESETS = {
     "digits": digits(IMAGENET, view_size=(46, 46), evaluate=("finetune", "scratch", "budget"), **SMALL_DECODER),
     "folder": folder(IMAGENET),

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from common.analysis import central_views, images_to_look_at, load_method
-from common.config import SettingsError
+from common.config import program
 from common.report.pictures import Pictures, draw_pictures, heat_maps
 from mimkit.losses import ranking_loss
 from mimkit.masking import random_tokens
 from mimkit.tokens import patchify, split, take
 
 import torch
-import tyro
 from torch import Tensor
 
 
@@ -85,7 +84,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except SettingsError as error:
-        raise SystemExit(f"difficulty_maps: {error}") from error
+    program(main, Config, name="difficulty_maps", description=__doc__)

@@ -8,22 +8,18 @@ Paper: DropPos: Pre-Training Vision Transformers by Reconstructing Dropped Posit
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from common import recipe
 from common.config import Network, Optimization, SettingsError
-from common.data.normalize import Normalize
-from common.evaluation import finetuning
-from common.networks.building import grid
+from common.networks.building import build_vit
 from common.networks.decoder import Predictor
 from common.networks.initialization import initialize_mae
-from common.networks.vit import SIZES, ViT
 from common.pretraining import pretrain
-from common.recipe import SMALL_DECODER, Recipe, digits, folder
+from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, digits, finetuning, folder
 from common.report.pictures import Pictures, gray_out
 from common.training.schedules import epoch_of
+from common.weights.published_names import MAE_FAMILY
 from mimkit.losses import soft_cross_entropy
 from mimkit.masking import random_tokens
 from mimkit.positions import attentive_weights, drop_positions, permute_positions, shuffle, smoothed_targets
@@ -34,7 +30,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Config(recipe.Config):
+class Config(BaseConfig):
     """The settings of the paper are the preset "imagenet"."""
 
     mask_ratio: float = 0.75
@@ -56,11 +52,9 @@ class Config(recipe.Config):
 class DropPos(nn.Module):
     def __init__(self, config: Config, normalize: Normalize) -> None:
         super().__init__()
-        network, self.config, self.normalize = config.network, config, normalize
-        self.view_size, self.patch, channels = config.data.image_size, network.patch, config.data.channels
-        self.height, self.width = grid(config.data, network)
-        sizes = {"height": self.height, "width": self.width, "patch": self.patch, "channels": channels}
-        self.encoder = ViT(**sizes, **SIZES[network.size])
+        self.encoder, network = build_vit(config.data, config.network), config.network
+        self.height, self.width, self.patch = self.encoder.height, self.encoder.width, self.encoder.patch
+        self.config, self.normalize, self.view_size = config, normalize, config.data.image_size
         # The decoder knows no position but those that the anchors bring along
         places = self.height * self.width
         self.embed = nn.Linear(self.encoder.dim, network.decoder_dim)
@@ -74,7 +68,7 @@ class DropPos(nn.Module):
         """Count the patches to mask and the positions to drop of these shares."""
         return count_dropped(self.height * self.width, mask_ratio, drop_ratio)
 
-    def noise(self, rand: Callable[..., Tensor], batch: int) -> dict[str, Tensor]:
+    def noise(self, rand: Rand, batch: int) -> dict[str, Tensor]:
         tokens = self.height * self.width
         noise = {"mask": rand(batch, tokens), "drop": rand(batch, tokens - self.num_masked)}
         chance = {"permuted": self.config.dropped == "permuted", "shuffle": self.config.shuffle}
@@ -113,13 +107,13 @@ class DropPos(nn.Module):
 
     def replacement(self, positions: Tensor, dropped: Tensor, noise: dict[str, Tensor]) -> Tensor:
         """Return what stands for dropped positions."""
-        match self.config.dropped:
-            case "learned":
-                return self.position_token.expand_as(positions)
-            case "zero":
-                return torch.zeros_like(positions)
-            case "permuted":
-                return permute_positions(positions, dropped, noise["permuted"])
+        if self.config.dropped == "permuted":
+            return permute_positions(positions, dropped, noise["permuted"])
+        return (
+            self.position_token.expand_as(positions)
+            if self.config.dropped == "learned"
+            else torch.zeros_like(positions)
+        )
 
     def sigma(self, progress: Tensor) -> Tensor:
         """Return the width of the targets, constant within an epoch."""
@@ -154,26 +148,19 @@ class DropPos(nn.Module):
         anchored = put(torch.where(dropped[..., None], 0.5, seen), visible, gray)
         found = torch.where(dropped, logits.argmax(dim=-1), visible)
         columns = {"input": image, "visible": gray_out(image, mask, **sizes)}
-        columns["with a position"] = unpatchify(anchored, **sizes)
-        columns["put back"] = unpatchify(put(seen, found, gray), **sizes)
-        return Pictures(
-            columns, "put back: every patch where it was thought to belong; of several at a place one is seen"
-        )
+        columns |= {"with a position": unpatchify(anchored, **sizes)}
+        columns |= {"put back": unpatchify(put(seen, found, gray), **sizes)}
+        return Pictures(columns, "put back: every patch at its most probable position; of several there, one is drawn")
 
 
-def count_dropped(places: int, mask_ratio: float, drop_ratio: float) -> tuple[int, int]:
-    """Count the patches to mask and the positions to drop: what is kept is truncated, in double precision.
-
-    Raises:
-        SettingsError: if nothing would be visible or no position dropped.
-    """
-    visible = int(places * (1 - mask_ratio)) if 0 <= mask_ratio < 1 else 0
+def count_dropped(tokens: int, mask_ratio: float, drop_ratio: float) -> tuple[int, int]:
+    """Count the patches to mask and the positions to drop: what is kept is truncated, in double precision."""
+    visible = int(tokens * (1 - mask_ratio)) if 0 <= mask_ratio < 1 else 0
     dropped = visible - int(visible * (1 - drop_ratio)) if 0 < drop_ratio <= 1 else 0
     if not visible or not dropped:
-        raise SettingsError(
-            f"--mask-ratio {mask_ratio} and --drop-ratio {drop_ratio} of {places} leave nothing to locate"
-        )
-    return places - visible, dropped
+        ratios = f"--mask-ratio {mask_ratio} and --drop-ratio {drop_ratio}"
+        raise SettingsError(f"{ratios} of {tokens} leave nothing to locate")
+    return tokens - visible, dropped
 
 
 def own(values: Tensor, places: Tensor) -> Tensor:
@@ -182,13 +169,7 @@ def own(values: Tensor, places: Tensor) -> Tensor:
 
 
 # From the names of the released model to ours
-NAMES = {
-    r"mask_pos_token": "position_token",
-    r"decoder_embed\.": "embed.",
-    r"decoder_(blocks|norm)\.": r"decoder.\1.",
-    r"decoder_pred\.": "decoder.head.",
-    r"(?=cls_token|pos_embed|patch_embed|blocks|norm)": "encoder.",
-}
+NAMES = {r"mask_pos_token": "position_token", r"decoder_embed\.": "embed.", **MAE_FAMILY}
 
 IMAGENET = Config(
     network=Network(decoder_depth=2),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.analysis import load_method
-from common.config import SettingsError, to_json
+from common.config import SettingsError, program, to_json
 from common.data.sources import open_data
 from common.evaluation.finetuning import finetune
 from common.files import write_json
@@ -25,7 +25,6 @@ from common.weights.encoders import load_encoder
 from mimkit.masking import easy_to_hard
 from mimkit.tokens import split
 
-import tyro
 from torch import Tensor, nn
 
 Part = Literal["all", "hardest", "random", "easiest"]
@@ -108,7 +107,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except SettingsError as error:
-        raise SystemExit(f"half_patches: {error}") from error
+    program(main, Config, name="half_patches", description=__doc__)

@@ -7,23 +7,20 @@
 Paper: Hard Patches Mining for Masked Image Modeling, arXiv 2304.05919.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from common import recipe
 from common.config import Optimization, Positive
-from common.data.normalize import Normalize
-from common.evaluation import finetuning
 from common.networks.building import count_masked, encoder_and_decoder
 from common.networks.decoder import Predictor
 from common.networks.ema import ema_copy, ema_update
 from common.networks.initialization import initialize_mae
 from common.pretraining import pretrain
-from common.recipe import SMALL_DECODER, Recipe, digits, folder
+from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, digits, finetuning, folder
 from common.report.pictures import Pictures, gray_out, heat_maps
 from common.report.reconstruction import reconstruction
 from common.training.schedules import epoch_of
+from common.weights.published_names import MAE_FAMILY
 from mimkit.losses import cosine_distance, normalized_patches, ranking_loss, squared_error
 from mimkit.masking import easy_to_hard
 from mimkit.tokens import patchify, split, take
@@ -34,7 +31,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Config(recipe.Config):
+class Config(BaseConfig):
     """The settings of the paper are the preset "imagenet"."""
 
     mask_ratio: float = 0.75
@@ -73,7 +70,7 @@ class HPM(nn.Module):
         """Return the networks of which the teacher is a moving average: what predicts how hard patches are."""
         return nn.ModuleList([self.encoder, self.decoder.embed, self.predictor])
 
-    def noise(self, rand: Callable[..., Tensor], batch: int) -> dict[str, Tensor]:
+    def noise(self, rand: Rand, batch: int) -> dict[str, Tensor]:
         return {"mask": rand(batch, self.height * self.width)}
 
     def forward(self, images: Tensor, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
@@ -141,23 +138,22 @@ class HPM(nn.Module):
         last = torch.tensor(1 - 1 / self.config.optimization.epochs, dtype=torch.float64, device=images.device)
         mask = self.mask(difficulty, noise, last)
         visible, masked = split(mask, num_masked=self.num_masked)
-        image, sizes = self.normalize.unit(images), {"height": self.height, "width": self.width, "patch": self.patch}
+        image = self.normalize.unit(images)
+        sizes: Any = {"height": self.height, "width": self.width, "patch": self.patch}
         drawn = Pictures({"input": image, "seen": gray_out(image, mask, **sizes)})
         if self.config.target != "features":
             prediction = self.decoder(self.encode(patches, visible), visible, masked)
-            drawn = reconstruction(self, image, prediction, self.target(take(patches, masked)), masked)
+            target = self.target(take(patches, masked))
+            drawn = reconstruction(self.normalize, image, prediction, target, masked, **sizes)
         columns = {"hard (red) and easy": heat_maps(image, difficulty, **sizes)} | drawn.columns
         return Pictures(columns, "; ".join(filter(None, ("masks are those of the last epoch", drawn.note))))
 
 
 # From the names of the released model to ours
 NAMES = {
-    r"mask_token": "decoder.mask_token",
     r"decoder_(blocks|norm)_losspred\.": r"predictor.\1.",
     r"decoder_pred_losspred\.": "predictor.head.",
-    r"decoder_(embed|blocks|norm)\.": r"decoder.\1.",
-    r"decoder_pred\.": "decoder.head.",
-    r"(?=cls_token|pos_embed|patch_embed|blocks|norm)": "encoder.",
+    **MAE_FAMILY,
 }
 
 IMAGENET = Config(optimization=Optimization(epochs=200, warmup_epochs=10, clip=5.0), finetune=finetuning.HPM)

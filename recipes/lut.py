@@ -7,23 +7,20 @@
 Paper: Learning with Unmasked Tokens Drives Stronger Vision Learners, ECCV 2024.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from common import recipe
 from common.config import Count, NonNegative, Optimization, Share
-from common.data.normalize import Normalize
 from common.data.views import WeakStrong
-from common.evaluation import finetuning
 from common.networks.building import count_masked, encoder_and_decoder
-from common.networks.ema import cosine_momentum, ema_copy, ema_update
+from common.networks.ema import Teacher, cosine_momentum, ema_update
 from common.networks.initialization import initialize_mae
 from common.networks.projectors import HeadNorm, mlp, refuse_single_images, share_statistics
 from common.pretraining import pretrain
-from common.recipe import SMALL_DECODER, Recipe, digits, folder
+from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, digits, finetuning, folder
 from common.report.pictures import Pictures, gray_out
 from common.report.reconstruction import reconstruction
+from common.weights.published_names import MAE_FAMILY
 from mimkit.losses import cosine_distance, normalized_patches, squared_error
 from mimkit.masking import disjoint_views
 from mimkit.tokens import patchify, split, take
@@ -36,7 +33,7 @@ ViewPair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class ContextConfig(recipe.Config):
+class ContextConfig(BaseConfig):
     """How the context of an image is learned from two views of it, whatever predicts pixels beside it."""
 
     loss: Literal["both", "context"] = "both"
@@ -77,19 +74,13 @@ class LUT(nn.Module):
         self.num_masked = count_masked(self.height * self.width, config.mask_ratio)
         self.num_visible = self.height * self.width - self.num_masked
         initialize_mae(self)
-        self.teacher = ema_copy(self.student()).eval()
+        self.teacher = Teacher(self.student())
 
     def student(self) -> nn.ModuleList:
         """Return the networks of which the teacher is a moving average."""
         return nn.ModuleList([self.encoder, self.projector])
 
-    def train(self, mode: bool = True) -> "LUT":
-        """Train the student; the teacher stays in evaluation mode: its batch norm uses the running statistics."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
-
-    def noise(self, rand: Callable[..., Tensor], batch: int) -> dict[str, Tensor]:
+    def noise(self, rand: Rand, batch: int) -> dict[str, Tensor]:
         refuse_single_images(self, batch)
         return {"mask": rand(batch, self.height * self.width)}
 
@@ -148,14 +139,8 @@ def heads(dim: int, config: ContextConfig) -> tuple[nn.Module, nn.Module]:
 def context_losses(method: Any, means: ViewPair, patches: Tensor) -> dict[str, Tensor]:
     """Compare what is predicted from the visible tokens of each view with the teacher's projection of the other view.
 
-    Args:
-        method: has `config`, `projector`, `predictor` and `teacher`, encoder and projector.
-        means: of the visible tokens of both views; batch norm sees the first view before the second.
-        patches: all of both views, one behind the other.
-
-    Returns:
-        the weighted loss, the loss itself, and the spread of the teacher's projections over the images: 0 where all are
-        alike, so that there is nothing to learn from it, and 1 where they are spread evenly.
+    `means` are those of the visible tokens (the order affects batch statistics), `patches` all of both views. Beside the
+    losses the spread of the teacher's projections is returned: 0 where all images are alike, 1 where they fill the space.
     """
     first, second = (method.predictor(method.projector(mean)) for mean in means)
     with torch.no_grad():
@@ -175,20 +160,11 @@ def view_pictures(
     first, second = (method.normalize.unit(view) for view in images)
     drawn = Pictures({"input": first, "seen": gray_out(first, masks[0], **sizes)})
     if pixels is not None:
-        drawn = reconstruction(method, first, *pixels)
+        drawn = reconstruction(method.normalize, first, *pixels, **sizes)
     more = {"second view": second, "seen of it": gray_out(second, masks[1], **sizes)}
     note = "the student encodes the visible patches of the second view, the teacher all of them"
     return Pictures(drawn.columns | more, "; ".join(filter(None, (drawn.note, note))))
 
-
-# From the names of the published checkpoints to ours; they come without predictor and teacher
-NAMES = {
-    r"head\.": "projector.",
-    r"mask_token": "decoder.mask_token",
-    r"decoder_(embed|blocks|norm)\.": r"decoder.\1.",
-    r"decoder_pred\.": "decoder.head.",
-    r"(?=cls_token|pos_embed|patch_embed|blocks|norm)": "encoder.",
-}
 
 IMAGENET = Config(optimization=Optimization(epochs=1600, sqrt_rule_at=4096), finetune=finetuning.LUT)
 LINEAR = {"sqrt_rule_at": None}  # small batches follow the linear rule
@@ -198,6 +174,7 @@ PRESETS = {
     "folder": folder(IMAGENET, head_width=2048, **LINEAR),
     "imagenet": IMAGENET,
 }
+NAMES = {r"head\.": "projector.", **MAE_FAMILY}
 RECIPE = Recipe(LUT, PRESETS, NAMES)
 
 if __name__ == "__main__":

@@ -8,40 +8,29 @@ Paper: Learning with Unmasked Tokens Drives Stronger Vision Learners, ECCV 2024,
 Nothing is published of how the two are put together: this is our construction, see docs/lut.md.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from common.config import BelowOne
-from common.data.normalize import Normalize
 from common.data.views import WeakStrong
-from common.evaluation import finetuning
 from common.networks.building import masking_encoder, whole_cells
 from common.networks.decoder import PixelHead
-from common.networks.ema import cosine_momentum, ema_copy, ema_update
+from common.networks.ema import Teacher, cosine_momentum, ema_update
 from common.networks.initialization import initialize_mae
 from common.networks.projectors import refuse_single_images, share_statistics
 from common.pretraining import pretrain
-from common.recipe import Recipe, digits, folder
+from common.recipe import Normalize, Rand, Recipe, digits, finetuning, folder
 from common.report.pictures import Pictures
 from mimkit.masking import disjoint_views, random_cells
 from mimkit.tokens import patchify, split, take
 
 import torch
 from lut import ContextConfig, ViewPair, context_losses, heads, view_pictures
-from simmim import IMAGENET_100, NAMES, pixel_loss
+from simmim import IMAGENET_100, NAMES, CellConfig, pixel_loss
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Config(ContextConfig):
+class Config(ContextConfig, CellConfig):
     """The settings of the paper, as far as they are known, are the preset "imagenet". --crop-scale has no effect."""
-
-    mask_ratio: float = 0.6
-    """share of the cells that is masked, rounded up"""
-    cell: int = 32
-    """side of a cell in pixels, a multiple of --patch; a cell is masked whole or not at all"""
-    drop_path: BelowOne = 0.1
-    """drop path of the last block, rising linearly from 0, in pre-training"""
 
 
 class LUTSimMIM(nn.Module):
@@ -58,19 +47,13 @@ class LUTSimMIM(nn.Module):
         initialize_mae(self.predictor)
         self.num_cells, self.cells = whole_cells(config.data, config.network, config.cell, config.mask_ratio)
         self.num_visible = self.num_cells - self.cells["num_masked"] // (self.height * self.width // self.num_cells)
-        self.teacher = ema_copy(self.student()).eval()
+        self.teacher = Teacher(self.student())
 
     def student(self) -> nn.ModuleList:
         """Return the networks of which the teacher is a moving average."""
         return nn.ModuleList([self.encoder, self.projector])
 
-    def train(self, mode: bool = True) -> "LUTSimMIM":
-        """Train the student; the teacher stays in evaluation mode: its batch norm uses the running statistics."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
-
-    def noise(self, rand: Callable[..., Tensor], batch: int) -> dict[str, Tensor]:
+    def noise(self, rand: Rand, batch: int) -> dict[str, Tensor]:
         refuse_single_images(self, batch)
         noise = {"mask": rand(batch, self.num_cells)}
         paths = {f"drop_path_{view}": rand(batch, self.encoder.depth, 2) for view in (1, 2)}

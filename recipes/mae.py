@@ -7,17 +7,15 @@
 Paper: Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from common import recipe
 from common.config import Optimization
-from common.data.normalize import Normalize
 from common.networks.building import count_masked, encoder_and_decoder
 from common.networks.initialization import initialize_mae
 from common.pretraining import pretrain
-from common.recipe import SMALL_DECODER, Recipe, digits, folder
+from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, digits, folder
+from common.weights.published_names import MAE_FAMILY
 from mimkit.losses import normalized_patches, squared_error
 from mimkit.masking import random_tokens
 from mimkit.positions import sincos
@@ -27,7 +25,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Config(recipe.Config):
+class Config(BaseConfig):
     """The settings of the paper are the preset "imagenet"."""
 
     mask_ratio: float = 0.75
@@ -49,7 +47,7 @@ class MAE(nn.Module):
         self.num_masked = count_masked(self.height * self.width, config.mask_ratio)
         initialize_mae(self)
 
-    def noise(self, rand: Callable[..., Tensor], batch: int) -> dict[str, Tensor]:
+    def noise(self, rand: Rand, batch: int) -> dict[str, Tensor]:
         return {"mask": rand(batch, self.height * self.width)}
 
     def forward(self, images: Tensor, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
@@ -74,17 +72,9 @@ class MAE(nn.Module):
         return prediction, normalized_patches(target) if self.config.normalize_target else target, masked
 
 
-# From the names of the published checkpoints to ours; they come with or without a decoder
-NAMES = {
-    r"mask_token": "decoder.mask_token",
-    r"decoder_(embed|blocks|norm)\.": r"decoder.\1.",
-    r"decoder_pred\.": "decoder.head.",
-    r"(?=cls_token|pos_embed|patch_embed|blocks|norm)": "encoder.",
-}
-
 IMAGENET = Config(optimization=Optimization(epochs=1600))
 PRESETS = {"digits": digits(IMAGENET, **SMALL_DECODER), "folder": folder(IMAGENET), "imagenet": IMAGENET}
-RECIPE = Recipe(MAE, PRESETS, NAMES, optional=(r"decoder\.",))
+RECIPE = Recipe(MAE, PRESETS, MAE_FAMILY, optional=(r"decoder\.",))
 
 if __name__ == "__main__":
     pretrain(RECIPE, name="mae", description=__doc__)

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from common.analysis import central_views, images_to_look_at, load_method
-from common.config import SettingsError
+from common.config import program
 from common.files import write_json
 from common.report.pictures import draw_grid
 from mimkit.masking import random_tokens
 from mimkit.tokens import patchify, split, take
 
 import torch
-import tyro
 from torch import Tensor
 
 
@@ -99,7 +98,4 @@ def report(config: Config, grid: Tensor, places: int, seen: int) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except SettingsError as error:
-        raise SystemExit(f"position_accuracy: {error}") from error
+    program(main, Config, name="position_accuracy", description=__doc__)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.analysis import images_to_look_at, load_method, recipe_of
-from common.config import Count, SettingsError, check, parse
+from common.config import Count, SettingsError, parse, program
 from common.data.loading import Loader, ViewDataset
 from common.data.normalize import normalization
 from common.data.views import CenterCrop
@@ -25,7 +25,6 @@ from common.report.pictures import Pictures, draw_pictures
 from common.report.reconstruction import pictures_of
 
 import torch
-import tyro
 from torch import Tensor
 
 
@@ -56,7 +55,6 @@ class Config:
 
 
 def main(config: Config) -> None:
-    check(config)
     if not (config.run is None) == bool(config.recipe) == (config.weights is not None):
         raise SettingsError("give either the --run of a recipe here, or a --recipe and its --weights")
     method, settings = published(config) if config.run is None else load_method(config.run)
@@ -131,7 +129,4 @@ def table(names: list[str], losses: list[dict[str, float]]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except SettingsError as error:
-        raise SystemExit(f"reconstruct: {error}") from error
+    program(main, Config, name="reconstruct", description=__doc__)

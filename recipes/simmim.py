@@ -7,18 +7,14 @@
 Paper: SimMIM: A Simple Framework for Masked Image Modeling, arXiv 2111.09886.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from common import recipe
 from common.config import BelowOne, DataSettings, Must, Optimization
-from common.data.normalize import Normalize
-from common.evaluation import finetuning
 from common.networks.building import masking_encoder, whole_cells
 from common.networks.decoder import PixelHead
 from common.pretraining import pretrain
-from common.recipe import Recipe, changed, digits, folder
+from common.recipe import BaseConfig, Normalize, Rand, Recipe, changed, digits, finetuning, folder
 from mimkit.losses import absolute_error, window_normalized
 from mimkit.masking import random_cells
 from mimkit.tokens import patchify, split, take
@@ -27,19 +23,25 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Config(recipe.Config):
-    """The settings of the published code are the presets "imagenet" and "imagenet_100"; --decoder-… have no effect."""
+class CellConfig(BaseConfig):
+    """How cells are masked; --decoder-… have no effect: there is no decoder."""
 
     mask_ratio: float = 0.6
     """share of the cells that is masked, rounded up"""
     cell: int = 32
     """side of a cell in pixels, a multiple of --patch; a cell is masked whole or not at all"""
+    drop_path: BelowOne = 0.1
+    """drop path of the last block, rising linearly from 0, in pre-training"""
+
+
+@dataclass(frozen=True)
+class Config(CellConfig):
+    """The settings of the published code are the presets "imagenet" and "imagenet_100"."""
+
     target: Literal["pixels", "window"] = "pixels"
     """what is predicted: the pixels; or the pixels normalized by the mean and variance of a window around each"""
     window: Annotated[int, Must("an odd number of at least 3", lambda x: x >= 3 and x % 2 == 1)] = 47
     """of --target window: its side in pixels, odd"""
-    drop_path: BelowOne = 0.1
-    """drop path of the last block, rising linearly from 0, in pre-training"""
 
 
 class SimMIM(nn.Module):
@@ -51,7 +53,7 @@ class SimMIM(nn.Module):
         self.head = PixelHead(self.patch, config.data.channels, self.encoder.dim)
         self.num_cells, self.cells = whole_cells(config.data, config.network, config.cell, config.mask_ratio)
 
-    def noise(self, rand: Callable[..., Tensor], batch: int) -> dict[str, Tensor]:
+    def noise(self, rand: Rand, batch: int) -> dict[str, Tensor]:
         noise = {"mask": rand(batch, self.num_cells)}
         return noise | {"drop_path": rand(batch, self.encoder.depth, 2)} if self.config.drop_path else noise
 

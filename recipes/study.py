@@ -15,11 +15,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.config import SettingsError, program
 from common.files import write
 from common.training.log import read_metrics
 
 import matplotlib
-import tyro
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -68,7 +68,7 @@ class Study:
 def main(study: Study) -> None:
     unknown = set(study.only) - set(RECIPES)
     if unknown:
-        raise ValueError(f"{', '.join(sorted(unknown))}: choose among {', '.join(RECIPES)}")
+        raise SettingsError(f"{', '.join(sorted(unknown))}: choose among {', '.join(RECIPES)}")
     for seed in study.seeds:
         for row in study.only:
             run(row, seed, study)
@@ -125,7 +125,4 @@ def draw(study: Study) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Study, description=__doc__))
-    except ValueError as error:
-        raise SystemExit(f"study: {error}") from error
+    program(main, Study, name="study", description=__doc__)

@@ -189,6 +189,23 @@ def parse(
     return config
 
 
+def program(main: Callable[[C], None], kind: type[C], *, name: str, description: str | None) -> None:
+    """Run a program with the settings of the command line; a mistake of the user becomes one sentence.
+
+    Args:
+        main: the program.
+        kind: of its settings.
+        name: of the program, in front of the sentence.
+        description: text on top of the help.
+    """
+    try:
+        config = tyro.cli(kind, description=description)
+        check(config)
+        main(config)
+    except SettingsError as error:
+        raise SystemExit(f"{name}: {error}") from error
+
+
 def started_with(kind: type[C], path: Path) -> C | None:
     """Return the settings in the `config.json` of a run, if there is one and its recipe is the same."""
     if not path.is_file():

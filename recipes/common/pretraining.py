@@ -13,7 +13,7 @@ from common.data.views import CropFlip
 from common.evaluation.evaluations import EVALUATIONS, in_order
 from common.evaluation.finetuning import check_finetuning
 from common.files import write_json
-from common.recipe import Config, Method, Recipe
+from common.recipe import BaseConfig, Method, Recipe
 from common.report.curves import draw_curves
 from common.report.pictures import draw_pictures
 from common.report.reconstruction import pictures_of
@@ -41,14 +41,14 @@ def pretrain(
         args: the command line; that of the process if none.
     """
     try:
-        config: Config = parse(recipe.presets, args, name=name, description=description)
+        config: BaseConfig = parse(recipe.presets, args, name=name, description=description)
         with join_processes(config.run.device) as processes:
             return _pretrain(recipe, config, name, processes)
     except SettingsError as error:
         raise SystemExit(f"{name}: {error}") from error
 
 
-def _pretrain(recipe: Recipe, config: Config, name: str, processes: Processes) -> dict[str, Any]:
+def _pretrain(recipe: Recipe, config: BaseConfig, name: str, processes: Processes) -> dict[str, Any]:
     run, folder = config.run, config.run.runs / (config.run.name or name)
 
     # 1. The images, opened once, and whether all that is to be done with them can be done
@@ -91,7 +91,7 @@ def _pretrain(recipe: Recipe, config: Config, name: str, processes: Processes) -
     return result
 
 
-def pretrain_method(method: nn.Module, config: Config, stage: Stage) -> dict[str, Any]:
+def pretrain_method(method: nn.Module, config: BaseConfig, stage: Stage) -> dict[str, Any]:
     """Train a method on the training images, and draw what it learned.
 
     Returns:
@@ -123,7 +123,7 @@ def draw_some(method: Method, images: Any, count: int, *, seed: int) -> Any:
     return pictures_of(method, images, {name: values.to(device) for name, values in noise.items()})
 
 
-def check_stages(config: Config, data: Data, processes: Processes) -> tuple[str, ...]:
+def check_stages(config: BaseConfig, data: Data, processes: Processes) -> tuple[str, ...]:
     """Check what pre-training and evaluations would stumble over, and return the evaluations that the images allow.
 
     Raises:

@@ -1,4 +1,7 @@
-"""What a recipe consists of: settings, a method, presets, and the names of published weights."""
+"""What a recipe consists of: settings, a method, presets, and the names of published weights.
+
+All recipes import from here what all of them use.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -14,11 +17,13 @@ from common.weights.reading import load_weights, read_foreign
 
 from torch import Tensor, nn
 
+Rand = Callable[..., Tensor]  # uniform noise of a shape whose first axis is the batch, see `common.randomness.Noise`
+
 EvaluationName = Literal["finetune", "scratch", "budget", "linear", "knn", "nonlinear"]
 
 
 @dataclass(frozen=True)
-class Config:
+class BaseConfig:
     """What the settings of all recipes have; a recipe adds those of its method."""
 
     weights: Path | None = None
@@ -33,7 +38,7 @@ class Config:
     finetune: Finetuning = field(default_factory=Finetuning)
 
 
-C = TypeVar("C", bound=Config)
+C = TypeVar("C", bound=BaseConfig)
 
 
 class Method(Protocol):
@@ -48,7 +53,7 @@ class Method(Protocol):
     normalize: Normalize
     view_size: tuple[int, int]
 
-    def noise(self, rand: Callable[..., Tensor], batch: int) -> dict[str, Tensor]: ...
+    def noise(self, rand: Rand, batch: int) -> dict[str, Tensor]: ...
     def __call__(self, images: Any, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]: ...
 
 

@@ -27,6 +27,13 @@ def grid(data: DataSettings, network: Network) -> tuple[int, int]:
     return height // network.patch, width // network.patch
 
 
+def build_vit(data: DataSettings, network: Network, **options: Any) -> ViT:
+    """Build a ViT of a named size for the grid of the images; for the options see `ViT`."""
+    height, width = grid(data, network)
+    sizes = {"height": height, "width": width, "patch": network.patch, "channels": data.channels}
+    return ViT(**sizes, **SIZES[network.size], **options)
+
+
 def encoder_and_decoder(
     data: DataSettings,
     network: Network,
@@ -36,17 +43,16 @@ def encoder_and_decoder(
     embed_bias: bool = True,
     table: Callable[..., Tensor] | None = sincos,
 ) -> tuple[ViT, Decoder]:
-    """Build a ViT of a named size and a decoder that predicts the pixels of its patches; see `common.vit`.
+    """Build a ViT of a named size and a decoder that predicts the pixels of its patches; for the options see `ViT`.
 
     Without a table both have contextual relative positions.
     """
-    height, width = grid(data, network)
-    shape: dict[str, Any] = {"height": height, "width": width, "class_token": class_token, "key_bias": key_bias}
-    shape["table"] = table
-    relative = "contextual" if table is None else None
-    encoder = ViT(**shape, patch=network.patch, channels=data.channels, **SIZES[network.size], relative=relative)
+    shape: dict[str, Any] = {"class_token": class_token, "key_bias": key_bias, "table": table}
+    encoder = build_vit(data, network, **shape, relative="contextual" if table is None else None)
     decoder = Decoder(
         **shape,
+        height=encoder.height,
+        width=encoder.width,
         encoder_dim=encoder.dim,
         dim=network.decoder_dim,
         depth=network.decoder_depth,
@@ -59,20 +65,8 @@ def encoder_and_decoder(
 
 def masking_encoder(data: DataSettings, network: Network, *, drop: float = 0.0) -> ViT:
     """Build and initialize the ViT of SimMIM and BEiT: mask token, relative positions in one table, layer scale."""
-    height, width = grid(data, network)
-    encoder = ViT(
-        height=height,
-        width=width,
-        patch=network.patch,
-        channels=data.channels,
-        **SIZES[network.size],
-        key_bias=False,
-        drop=drop,
-        table=None,
-        relative="shared",
-        layer_scale=0.1,
-        mask_token=True,
-    )
+    options = {"key_bias": False, "table": None, "relative": "shared", "layer_scale": 0.1, "mask_token": True}
+    encoder = build_vit(data, network, drop=drop, **options)
     initialize_simmim(encoder)
     return encoder
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from common.data.normalize import Normalize
 from common.report.pictures import Pictures, gray_out, shown
 from mimkit.tokens import patchify, put, take, unpatchify
 
@@ -14,27 +15,36 @@ def pictures_of(method: Any, images: Any, noise: dict[str, Tensor]) -> Pictures:
     if hasattr(method, "pictures"):
         return method.pictures(images, noise)
     prediction, target, masked = method.reconstruct(images, noise)
-    return reconstruction(method, method.normalize.unit(images), prediction, target, masked)
+    sizes = {"height": method.height, "width": method.width, "patch": method.patch}
+    image = method.normalize.unit(images)
+    return reconstruction(method.normalize, image, prediction, target, masked, **sizes)
 
 
 def reconstruction(
-    method: Any, image: Tensor, prediction: Tensor, target: Tensor, indices: Tensor, *, seen: Tensor | None = None
+    normalize: Normalize,
+    image: Tensor,
+    prediction: Tensor,
+    target: Tensor,
+    indices: Tensor,
+    *,
+    seen: Tensor | None = None,
+    **sizes: int,
 ) -> Pictures:
     """Draw predicted patches beside their targets, and in the image.
 
     Args:
-        method: has `normalize`, `height`, `width` and `patch`.
+        normalize: mean and std of the channels.
         image: (b, c, H, W) in [0, 1], the original.
         prediction, target: (b, k, values) of some patches, as the loss compares them.
         indices: (b, k), which patches they are.
         seen: what the encoder sees; by default the image without these patches.
+        sizes: `height` and `width` of the grid in patches, `patch`, the side of one in pixels.
     """
-    sizes = {"height": method.height, "width": method.width, "patch": method.patch}
-    patches = patchify(method.normalize(image), patch=method.patch).float()
+    patches = patchify(normalize(image), patch=sizes["patch"]).float()
     pixels, prediction, target = take(patches, indices), prediction.float(), target.float()
     mask = torch.zeros(patches.shape[:2], dtype=torch.bool, device=indices.device).scatter(1, indices, True)
     seen = gray_out(image, mask, **sizes) if seen is None else seen
-    filled = as_pixels(prediction, target, pixels, channels=len(method.normalize.mean))
+    filled = as_pixels(prediction, target, pixels, channels=len(normalize.mean))
     columns = {"input": image, "seen": seen}
     note = "reconstruction: the other patches are the input's"
     if not torch.allclose(target, pixels, atol=1e-4):
@@ -44,7 +54,7 @@ def reconstruction(
             "target": shown(unpatchify(put(target, indices, into=blank), **sizes)),
         }
         note += "; prediction and target are normalized, in it they have brightness and contrast of the true patches"
-    columns["reconstruction"] = method.normalize.undo(unpatchify(put(filled, indices, into=patches), **sizes))
+    columns["reconstruction"] = normalize.undo(unpatchify(put(filled, indices, into=patches), **sizes))
     return Pictures(columns, note)
 
 

@@ -1,0 +1,8 @@
+"""From the names of published checkpoints to ours, as regular expressions for `load_weights`."""
+
+MAE_FAMILY = {
+    r"mask_token": "decoder.mask_token",
+    r"decoder_(embed|blocks|norm)\.": r"decoder.\1.",
+    r"decoder_pred\.": "decoder.head.",
+    r"(?=cls_token|pos_embed|patch_embed|blocks|norm)": "encoder.",
+}
