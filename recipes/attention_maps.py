@@ -21,7 +21,8 @@ from common.data.normalize import Normalize
 from common.data.sources import Source, decode
 from common.data.views import CenterCrop
 from common.networks.encoder import Encoder
-from common.report.pictures import Pictures, draw_pictures, framed, maps
+from common.report import Pictures, draw_pictures, framed
+from common.report.pictures import maps
 from common.weights.encoders import open_encoder
 from mimkit.tokens import patchify
 

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from common.config import Network, Optimization
-from common.networks.building import count_masked, encoder_and_decoder
-from common.networks.initialization import initialize_truncated
+from common.networks import count_masked, encoder_and_decoder, initialize_truncated
 from common.pretraining import pretrain
 from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, digits, finetuning, folder
-from common.report.pictures import Pictures, gray_out
-from common.report.reconstruction import reconstruction
+from common.report import Pictures, gray_out, reconstruction
 from mimkit import degrade
 from mimkit.losses import channel_normalized_patches, squared_error
 from mimkit.masking import all_but_block, random_tokens
@@ -104,7 +102,7 @@ class Task(nn.Module):
         """Return prediction and target of patches, and which these are."""
         # 1. Degrade the images; the target is the original, in [0, 1].
         degraded, original = self.degrade(self.normalize.unit(images), noise)
-        # 2. Encode their patches, or those of them that are visible.
+        # 2. Encode their visible patches, which may be all.
         visible, masked = split(self.mask(noise), num_masked=self.num_masked)
         latent = self.encode(degraded, visible)
         # 3. Predict all patches of the original, or only the masked ones, normalized per patch and channel.
@@ -119,11 +117,11 @@ class Task(nn.Module):
         c, (H, W), place = self.config, self.image_size, noise["place"]
         x = self.normalize(view)
         match self.variant:
-            case "center":
-                return degrade.zoom_in(x, window_H=_window(H, c.window), window_W=_window(W, c.window)), view
-            case "anywhere":
-                window = {"window_H": _window(H, c.window), "window_W": _window(W, c.window)}
-                return degrade.zoom_in_anywhere(x, place[:, :2], **window), view
+            case "center" | "anywhere":  # the margins of a central window are equal
+                H, W = (side - 2 * round(side * (1 - c.window) / 2) for side in (H, W))
+                if self.variant == "center":
+                    return degrade.zoom_in(x, window_H=H, window_W=W), view
+                return degrade.zoom_in_anywhere(x, place[:, :2], window_H=H, window_W=W), view
             case "view":
                 return degrade.central_crop(x, H=H, W=W), degrade.area_resize(view, H=H, W=W)
             case "mirror" if len(c.shrunken) > 1:
@@ -164,22 +162,14 @@ class Task(nn.Module):
     def encode(self, degraded: Tensor, visible: Tensor) -> Tensor:
         """Encode the visible patches of a whole image, or all of one that is smaller."""
         patches = patchify(degraded, patch=self.patch)
-        if self.variant != "none":
-            patches = take(patches, visible)
+        patches = patches if self.variant == "none" else take(patches, visible)
         return self.encoder(patches, self.encoder.positions[visible])
 
     def pictures(self, images: Tensor, noise: dict[str, Tensor]) -> Pictures:
         degraded, original = self.degrade(self.normalize.unit(images), noise)
-        seen, mask = self.normalize.undo(degraded), self.mask(noise)
-        sizes = {"height": self.height, "width": self.width, "patch": self.patch}
-        if self.num_masked and self.variant != "none":
-            seen = gray_out(seen, mask, **sizes)
+        seen, sizes = self.normalize.undo(degraded), {"height": self.height, "width": self.width, "patch": self.patch}
+        seen = gray_out(seen, self.mask(noise), **sizes) if self.num_masked and self.variant != "none" else seen
         return reconstruction(self.normalize, original, *self.reconstruct(images, noise), **sizes, seen=seen)
-
-
-def _window(side: int, share: float) -> int:
-    """Pixels of a central window: the margins on both sides are equal."""
-    return side - 2 * round(side * (1 - share) / 2)
 
 
 # From the names of the released model to ours

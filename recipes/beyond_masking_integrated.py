@@ -10,11 +10,10 @@ Paper: Beyond Masking: Demystifying Token-Based Pre-Training for Vision Transfor
 from dataclasses import dataclass
 
 from common.config import SettingsError
-from common.networks.building import count_masked, encoder_and_decoder
-from common.networks.initialization import initialize_truncated
+from common.networks import count_masked, encoder_and_decoder, initialize_truncated
 from common.pretraining import pretrain
 from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, digits, folder
-from common.report.pictures import Pictures, gray_out, shown
+from common.report import Pictures, gray_out, shown
 from mimkit.degrade import area_resize, central_crop
 from mimkit.losses import band_error, channel_normalized_patches, squared_error
 from mimkit.masking import random_tokens
@@ -48,14 +47,12 @@ class Integrated(nn.Module):
             config.data, config.network, class_token=False, key_bias=False, embed_bias=False, table=sinusoid
         )
         self.height, self.width, self.patch = self.encoder.height, self.encoder.width, self.encoder.patch
-        self.channels = self.encoder.channels
+        self.config, self.normalize, self.channels = config, normalize, config.data.channels
         self.image_size, self.view_size = config.data.image_size, config.view_size
         for image, view in zip(self.image_size, self.view_size, strict=True):
             if view <= image or (view - image) % 2:
                 raise SettingsError(f"--view-size {view} is not an even number more than --image-size {image}")
-        self.inner_weight, self.outer_weight = config.inner_weight, config.outer_weight
         self.num_masked = count_masked(self.height * self.width, config.mask_ratio)
-        self.normalize = normalize
         initialize_truncated(self)
 
     def noise(self, rand: Rand, batch: int) -> dict[str, Tensor]:
@@ -76,7 +73,11 @@ class Integrated(nn.Module):
         inner = squared_error(prediction, target).mean()
         # 5. In the band around it, compare with the whole view: shrunken, normalized, and stretched again.
         outer = band_error(image, self.outer_target(view), inner_H=H, inner_W=W).sum(dim=-1).mean()
-        return {"loss": self.inner_weight * inner + self.outer_weight * outer, "inner": inner, "outer": outer}
+        return {
+            "loss": self.config.inner_weight * inner + self.config.outer_weight * outer,
+            "inner": inner,
+            "outer": outer,
+        }
 
     def predict(self, center: Tensor, noise: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Predict all patches from the visible ones, as an image, and return which are masked."""

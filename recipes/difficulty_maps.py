@@ -10,12 +10,11 @@ Paper: HPM, arXiv 2304.05919, figures S1 and S2.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from common.analysis import central_views, images_to_look_at, load_method
+from common.analysis import AnalysisConfig, central_views, images_to_look_at, load_method
 from common.config import program
-from common.report.pictures import Pictures, draw_pictures, heat_maps
+from common.report import Pictures, draw_pictures, heat_maps
 from mimkit.losses import ranking_loss
 from mimkit.masking import random_tokens
 from mimkit.tokens import patchify, split, take
@@ -25,13 +24,9 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(AnalysisConfig):
     """What is drawn."""
 
-    run: Path
-    """folder of a run of hpm.py; difficulty_maps.png goes there"""
-    data: Path | None = None
-    """folder with val/CLASS/*.jpg; none: that of the run"""
     count: int = 8
     """images to draw"""
     masks: int = 32

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from common.config import Network, Optimization, SettingsError
-from common.networks.building import build_vit
-from common.networks.decoder import Predictor
-from common.networks.initialization import initialize_mae
+from common.networks import Predictor, build_vit, initialize_mae
 from common.pretraining import pretrain
 from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, digits, finetuning, folder
-from common.report.pictures import Pictures, gray_out
+from common.report import Pictures, gray_out
 from common.training.schedules import epoch_of
 from common.weights.published_names import MAE_FAMILY
 from mimkit.losses import soft_cross_entropy

@@ -12,19 +12,9 @@ from pathlib import Path
 
 from common.config import Count, Counts, DataSettings, Flat, Run, SettingsError, Share, parse
 from common.data.sources import open_data
+from common.evaluation import finetuning
 from common.evaluation.evaluations import EVALUATIONS
-from common.evaluation.finetuning import (
-    BEYOND_MASKING,
-    DIGITS,
-    FOLDER,
-    LUT,
-    MAE,
-    SIMMIM,
-    Finetuning,
-    check_finetuning,
-    finetune,
-    of,
-)
+from common.evaluation.finetuning import Finetuning, check_finetuning, finetune, of
 from common.files import write_json
 from common.report.curves import draw_curves
 from common.report.tables import tuned_table
@@ -56,16 +46,16 @@ class Config:
 
 UNSET = Path("encoder.safetensors")
 PRESETS = {
-    "digits": Config(UNSET, flip=0.0, finetune=DIGITS),
-    "folder": Config(UNSET, finetune=FOLDER),
-    "mae_base": Config(UNSET, finetune=MAE),
-    "mae_large": Config(UNSET, finetune=of(MAE, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2)),
-    "mae_huge": Config(UNSET, finetune=of(MAE, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.3)),
-    "simmim_base": Config(UNSET, finetune=SIMMIM),
-    "beyond_masking": Config(UNSET, finetune=BEYOND_MASKING),
-    "lut_small": Config(UNSET, finetune=of(LUT, epochs=300, base_lr=5e-4, layer_decay=0.75)),
-    "lut_base": Config(UNSET, finetune=LUT),
-    "lut_large": Config(UNSET, finetune=of(LUT, epochs=50, base_lr=1e-3)),
+    "digits": Config(UNSET, flip=0.0, finetune=finetuning.DIGITS),
+    "folder": Config(UNSET, finetune=finetuning.FOLDER),
+    "mae_base": Config(UNSET, finetune=finetuning.MAE),
+    "mae_large": Config(UNSET, finetune=of(finetuning.MAE, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2)),
+    "mae_huge": Config(UNSET, finetune=of(finetuning.MAE, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.3)),
+    "simmim_base": Config(UNSET, finetune=finetuning.SIMMIM),
+    "beyond_masking": Config(UNSET, finetune=finetuning.BEYOND_MASKING),
+    "lut_small": Config(UNSET, finetune=of(finetuning.LUT, epochs=300, base_lr=5e-4, layer_decay=0.75)),
+    "lut_base": Config(UNSET, finetune=finetuning.LUT),
+    "lut_large": Config(UNSET, finetune=of(finetuning.LUT, epochs=50, base_lr=1e-3)),
 }
 
 

@@ -11,10 +11,9 @@ Paper: HPM, arXiv 2304.05919, supplement: on ImageNet 79.8 % with the hardest, 7
 
 import statistics
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
-from common.analysis import load_method
+from common.analysis import AnalysisConfig, load_method
 from common.config import SettingsError, program, to_json
 from common.data.sources import open_data
 from common.evaluation.finetuning import finetune
@@ -31,13 +30,9 @@ Part = Literal["all", "hardest", "random", "easiest"]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(AnalysisConfig):
     """What is compared. Images, network and training of the classifier are those of the run's own fine-tuning."""
 
-    run: Path
-    """folder of a run of hpm.py; the results go to its subfolder half_patches"""
-    data: Path | None = None
-    """folder with train/CLASS/*.jpg and val/CLASS/*.jpg; none: that of the run"""
     parts: tuple[Part, ...] = ("all", "hardest", "random", "easiest")
     """which patches a classifier sees"""
     share: float = 0.5

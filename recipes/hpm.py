@@ -11,14 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from common.config import Optimization, Positive
-from common.networks.building import count_masked, encoder_and_decoder
-from common.networks.decoder import Predictor
-from common.networks.ema import ema_copy, ema_update
-from common.networks.initialization import initialize_mae
+from common.networks import Predictor, count_masked, ema_copy, ema_update, encoder_and_decoder, initialize_mae
 from common.pretraining import pretrain
 from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, digits, finetuning, folder
-from common.report.pictures import Pictures, gray_out, heat_maps
-from common.report.reconstruction import reconstruction
+from common.report import Pictures, gray_out, heat_maps, reconstruction
 from common.training.schedules import epoch_of
 from common.weights.published_names import MAE_FAMILY
 from mimkit.losses import cosine_distance, normalized_patches, ranking_loss, squared_error

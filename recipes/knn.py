@@ -9,17 +9,15 @@ Each neighbor votes with exp(cosine similarity / 0.07).
 
 from dataclasses import dataclass, field
 
-from common.config import Flat, Run
+from common.config import Flat
 from common.evaluation.knn import Neighbors, knn
-from common.evaluation.probe import Probed, probe
+from common.evaluation.probe import ProbeConfig, probe
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ProbeConfig):
     """Neighbors are sought among the features of the frozen encoder."""
 
-    probed: Flat[Probed] = field(default_factory=Probed)
-    run: Flat[Run] = field(default_factory=Run)
     settings: Flat[Neighbors] = field(default_factory=Neighbors)
 
 

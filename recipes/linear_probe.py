@@ -11,19 +11,17 @@ papers encode a new random crop of every image in every epoch instead: --augment
 
 from dataclasses import dataclass, field, replace
 
-from common.config import Flat, Run, Share
+from common.config import Flat, Share
 from common.evaluation.linear import DIGITS, FOLDER, Linear, linear
-from common.evaluation.probe import Probed, probe
+from common.evaluation.probe import ProbeConfig, probe
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ProbeConfig):
     """The published protocols are the presets "mae" and "hpm"."""
 
-    probed: Flat[Probed] = field(default_factory=Probed)
     flip: Share = 0.5
     """with --augment: probability of a horizontal flip"""
-    run: Flat[Run] = field(default_factory=Run)
     settings: Flat[Linear] = field(default_factory=Linear)
 
 

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from common.config import Optimization, SettingsError
-from common.networks.building import build_vit
-from common.networks.initialization import initialize_mae
+from common.networks import build_vit, initialize_mae
 from common.pretraining import pretrain
 from common.recipe import BaseConfig, Normalize, Rand, Recipe, digits, folder
-from common.report.pictures import Pictures, framed
-from common.report.reconstruction import reconstruction
+from common.report import Pictures, framed, reconstruction
 from mimkit.losses import normalized_patches, squared_error
 from mimkit.masking import random_tokens
 from mimkit.positions import sincos

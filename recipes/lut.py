@@ -12,14 +12,21 @@ from typing import Any, Literal
 
 from common.config import Count, NonNegative, Optimization, Share
 from common.data.views import WeakStrong
-from common.networks.building import count_masked, encoder_and_decoder
-from common.networks.ema import Teacher, cosine_momentum, ema_update
-from common.networks.initialization import initialize_mae
-from common.networks.projectors import HeadNorm, mlp, refuse_single_images, share_statistics
+from common.networks import (
+    HeadNorm,
+    Teacher,
+    cosine_momentum,
+    count_masked,
+    ema_update,
+    encoder_and_decoder,
+    initialize_mae,
+    mlp,
+    refuse_single_images,
+    share_statistics,
+)
 from common.pretraining import pretrain
 from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, digits, finetuning, folder
-from common.report.pictures import Pictures, gray_out
-from common.report.reconstruction import reconstruction
+from common.report import Pictures, gray_out, reconstruction
 from common.weights.published_names import MAE_FAMILY
 from mimkit.losses import cosine_distance, normalized_patches, squared_error
 from mimkit.masking import disjoint_views
@@ -132,15 +139,13 @@ class LUT(nn.Module):
 def heads(dim: int, config: ContextConfig) -> tuple[nn.Module, nn.Module]:
     """Build projector and predictor."""
     how = {"width": config.head_width, "norm": config.head_norm, "together": config.sync_norm}
-    projector, predictor = (mlp(dim, depth=depth, **how) for depth in config.head_depth)
-    return projector, predictor
+    return mlp(dim, depth=config.head_depth[0], **how), mlp(dim, depth=config.head_depth[1], **how)
 
 
 def context_losses(method: Any, means: ViewPair, patches: Tensor) -> dict[str, Tensor]:
-    """Compare what is predicted from the visible tokens of each view with the teacher's projection of the other view.
+    """Compare what is predicted from the means of visible tokens with the teacher's projection of the other view.
 
-    `means` are those of the visible tokens (the order affects batch statistics), `patches` all of both views. Beside the
-    losses the spread of the teacher's projections is returned: 0 where all images are alike, 1 where they fill the space.
+    The spread of its projections is 0 where all images are alike, 1 where they are spread evenly.
     """
     first, second = (method.predictor(method.projector(mean)) for mean in means)
     with torch.no_grad():
@@ -162,16 +167,15 @@ def view_pictures(
     if pixels is not None:
         drawn = reconstruction(method.normalize, first, *pixels, **sizes)
     more = {"second view": second, "seen of it": gray_out(second, masks[1], **sizes)}
-    note = "the student encodes the visible patches of the second view, the teacher all of them"
-    return Pictures(drawn.columns | more, "; ".join(filter(None, (drawn.note, note))))
+    return Pictures(drawn.columns | more, "of both views the teacher encodes all patches; " + drawn.note)
 
 
 IMAGENET = Config(optimization=Optimization(epochs=1600, sqrt_rule_at=4096), finetune=finetuning.LUT)
-LINEAR = {"sqrt_rule_at": None}  # small batches follow the linear rule
 PRESETS = {
-    # momentum of some hundred steps; the paper's is of 500,000
-    "digits": digits(IMAGENET, crop_scale=(0.2, 1.0), momentum=0.99, head_width=384, **SMALL_DECODER, **LINEAR),
-    "folder": folder(IMAGENET, head_width=2048, **LINEAR),
+    "digits": digits(
+        IMAGENET, crop_scale=(0.2, 1.0), momentum=0.99, head_width=384, sqrt_rule_at=None, **SMALL_DECODER
+    ),
+    "folder": folder(IMAGENET, head_width=2048, sqrt_rule_at=None),
     "imagenet": IMAGENET,
 }
 NAMES = {r"head\.": "projector.", **MAE_FAMILY}

@@ -11,14 +11,20 @@ Nothing is published of how the two are put together: this is our construction, 
 from dataclasses import dataclass, replace
 
 from common.data.views import WeakStrong
-from common.networks.building import masking_encoder, whole_cells
-from common.networks.decoder import PixelHead
-from common.networks.ema import Teacher, cosine_momentum, ema_update
-from common.networks.initialization import initialize_mae
-from common.networks.projectors import refuse_single_images, share_statistics
+from common.networks import (
+    PixelHead,
+    Teacher,
+    cosine_momentum,
+    ema_update,
+    initialize_mae,
+    masking_encoder,
+    refuse_single_images,
+    share_statistics,
+    whole_cells,
+)
 from common.pretraining import pretrain
 from common.recipe import Normalize, Rand, Recipe, digits, finetuning, folder
-from common.report.pictures import Pictures
+from common.report import Pictures
 from mimkit.masking import disjoint_views, random_cells
 from mimkit.tokens import patchify, split, take
 

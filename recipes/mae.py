@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from common.config import Optimization
-from common.networks.building import count_masked, encoder_and_decoder
-from common.networks.initialization import initialize_mae
+from common.networks import count_masked, encoder_and_decoder, initialize_mae
 from common.pretraining import pretrain
 from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, digits, folder
 from common.weights.published_names import MAE_FAMILY

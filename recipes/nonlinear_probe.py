@@ -11,20 +11,18 @@ Paper: Beyond Masking, arXiv 2203.14313, non-linear probing. It gives no setting
 
 from dataclasses import dataclass, field
 
-from common.config import Flat, Run, Share
+from common.config import Flat, Share
 from common.evaluation import finetuning
 from common.evaluation.nonlinear import Nonlinear, nonlinear
-from common.evaluation.probe import Probed, probe
+from common.evaluation.probe import ProbeConfig, probe
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ProbeConfig):
     """The backbone is frozen; what is new behind it is trained as in fine-tuning."""
 
-    probed: Flat[Probed] = field(default_factory=Probed)
     flip: Share = 0.5
     """probability of a horizontal flip"""
-    run: Flat[Run] = field(default_factory=Run)
     settings: Flat[Nonlinear] = field(default_factory=Nonlinear)
 
 

@@ -10,10 +10,9 @@ Paper: DropPos, arXiv 2309.03576, tables S1 to S3.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from common.analysis import central_views, images_to_look_at, load_method
+from common.analysis import AnalysisConfig, central_views, images_to_look_at, load_method
 from common.config import program
 from common.files import write_json
 from common.report.pictures import draw_grid
@@ -25,13 +24,9 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(AnalysisConfig):
     """What is measured."""
 
-    run: Path
-    """folder of a run of droppos.py; position_accuracy.json and .png go there"""
-    data: Path | None = None
-    """folder with val/CLASS/*.jpg; none: that of the run"""
     mask_ratios: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)
     """rows: share of the patches that is masked"""
     drop_ratios: tuple[float, ...] = (0.25, 0.5, 0.75, 0.95)

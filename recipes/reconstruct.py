@@ -21,8 +21,7 @@ from common.data.loading import Loader, ViewDataset
 from common.data.normalize import normalization
 from common.data.views import CenterCrop
 from common.recipe import Method
-from common.report.pictures import Pictures, draw_pictures
-from common.report.reconstruction import pictures_of
+from common.report import Pictures, draw_pictures, pictures_of
 
 import torch
 from torch import Tensor

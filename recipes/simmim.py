@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from common.config import BelowOne, DataSettings, Must, Optimization
-from common.networks.building import masking_encoder, whole_cells
-from common.networks.decoder import PixelHead
+from common.networks import PixelHead, masking_encoder, whole_cells
 from common.pretraining import pretrain
 from common.recipe import BaseConfig, Normalize, Rand, Recipe, changed, digits, finetuning, folder
 from mimkit.losses import absolute_error, window_normalized

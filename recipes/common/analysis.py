@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,16 @@ from common.recipe import Method, Recipe
 from common.training.checkpoint import Checkpoints
 
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AnalysisConfig:
+    """What the settings of all analyses of a run have."""
+
+    run: Path
+    """folder of the run; the results go there"""
+    data: Path | None = None
+    """folder with train/CLASS/*.jpg and val/CLASS/*.jpg; none: that of the run"""
 
 
 def recipe_of(name: str) -> Recipe:

@@ -1,11 +1,11 @@
 """A probe of a frozen encoder as a program, from the command line to the table."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from common.config import Count, Counts, DataSettings, Run, SettingsError, parse
+from common.config import Count, Counts, DataSettings, Flat, Run, SettingsError, parse
 from common.data.sources import open_data
 from common.files import write_json
 from common.networks.encoder import Encoder
@@ -40,6 +40,14 @@ class Probed:
             flip=flip,
             labels_per_class=self.labels_per_class,
         )
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """What the settings of all probes have; each adds its own under `settings`."""
+
+    probed: Flat[Probed] = field(default_factory=Probed)
+    run: Flat[Run] = field(default_factory=Run)
 
 
 class Config(Protocol):

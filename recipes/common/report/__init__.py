@@ -1,0 +1,15 @@
+"""What a run tells its user: pictures, curves and tables."""
+
+from common.report.pictures import Pictures, draw_pictures, framed, gray_out, heat_maps, shown
+from common.report.reconstruction import pictures_of, reconstruction
+
+__all__ = [
+    "Pictures",
+    "draw_pictures",
+    "framed",
+    "gray_out",
+    "heat_maps",
+    "pictures_of",
+    "reconstruction",
+    "shown",
+]
