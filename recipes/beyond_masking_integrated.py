@@ -73,11 +73,8 @@ class Integrated(nn.Module):
         inner = squared_error(prediction, target).mean()
         # 5. In the band around it, compare with the whole view: shrunken, normalized, and stretched again.
         outer = band_error(image, self.outer_target(view), inner_H=H, inner_W=W).sum(dim=-1).mean()
-        return {
-            "loss": self.config.inner_weight * inner + self.config.outer_weight * outer,
-            "inner": inner,
-            "outer": outer,
-        }
+        loss = self.config.inner_weight * inner + self.config.outer_weight * outer
+        return {"loss": loss, "inner": inner, "outer": outer}
 
     def predict(self, center: Tensor, noise: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Predict all patches from the visible ones, as an image, and return which are masked."""

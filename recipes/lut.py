@@ -122,9 +122,7 @@ class LUT(nn.Module):
         return normalized_patches(patches) if self.config.normalize_target else patches
 
     def after_step(self, progress: Tensor) -> None:
-        """Update the teacher, with the running statistics of batch norm."""
-        share_statistics(self)
-        ema_update(self.teacher, self.student(), cosine_momentum(progress, self.config.momentum))
+        update_teacher(self, progress)
 
     def pictures(self, images: ViewPair, noise: dict[str, Tensor]) -> Pictures:
         masks, pixels = disjoint_views(noise["mask"], num_visible=self.num_visible), None
@@ -157,6 +155,12 @@ def context_losses(method: Any, means: ViewPair, patches: Tensor) -> dict[str, T
     return {"loss": method.config.context_weight * context, "context": context, "spread": spread}
 
 
+def update_teacher(method: Any, progress: Tensor) -> None:
+    """Update the moving average, with the running statistics of batch norm."""
+    share_statistics(method)
+    ema_update(method.teacher, method.student(), cosine_momentum(progress, method.config.momentum))
+
+
 def view_pictures(
     method: Any, images: ViewPair, masks: ViewPair, pixels: tuple[Tensor, Tensor, Tensor] | None
 ) -> Pictures:
@@ -171,11 +175,11 @@ def view_pictures(
 
 
 IMAGENET = Config(optimization=Optimization(epochs=1600, sqrt_rule_at=4096), finetune=finetuning.LUT)
+# Views show nearly all of an image; momentum of some hundred steps, the paper's is of 500,000
+DIGITS = {"crop_scale": (0.2, 1.0), "momentum": 0.99, "head_width": 384}
 PRESETS = {
-    "digits": digits(
-        IMAGENET, crop_scale=(0.2, 1.0), momentum=0.99, head_width=384, sqrt_rule_at=None, **SMALL_DECODER
-    ),
-    "folder": folder(IMAGENET, head_width=2048, sqrt_rule_at=None),
+    "digits": digits(IMAGENET, sqrt_rule_at=None, **DIGITS, **SMALL_DECODER),
+    "folder": folder(IMAGENET, sqrt_rule_at=None, head_width=2048),
     "imagenet": IMAGENET,
 }
 NAMES = {r"head\.": "projector.", **MAE_FAMILY}

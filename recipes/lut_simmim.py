@@ -8,18 +8,15 @@ Paper: Learning with Unmasked Tokens Drives Stronger Vision Learners, ECCV 2024,
 Nothing is published of how the two are put together: this is our construction, see docs/lut.md.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from common.data.views import WeakStrong
 from common.networks import (
     PixelHead,
     Teacher,
-    cosine_momentum,
-    ema_update,
     initialize_mae,
     masking_encoder,
     refuse_single_images,
-    share_statistics,
     whole_cells,
 )
 from common.pretraining import pretrain
@@ -29,7 +26,7 @@ from mimkit.masking import disjoint_views, random_cells
 from mimkit.tokens import patchify, split, take
 
 import torch
-from lut import ContextConfig, ViewPair, context_losses, heads, view_pictures
+from lut import DIGITS, ContextConfig, ViewPair, context_losses, heads, update_teacher, view_pictures
 from simmim import IMAGENET_100, NAMES, CellConfig, pixel_loss
 from torch import Tensor, nn
 
@@ -94,9 +91,7 @@ class LUTSimMIM(nn.Module):
         return masks
 
     def after_step(self, progress: Tensor) -> None:
-        """Update the teacher, with the running statistics of batch norm."""
-        share_statistics(self)
-        ema_update(self.teacher, self.student(), cosine_momentum(progress, self.config.momentum))
+        update_teacher(self, progress)
 
     def pictures(self, images: ViewPair, noise: dict[str, Tensor]) -> Pictures:
         (mask, _, masked), (other_mask, _, _) = self.masks(noise)
@@ -110,12 +105,7 @@ class LUTSimMIM(nn.Module):
 
 IMAGENET = Config(optimization=IMAGENET_100.optimization, finetune=finetuning.SIMMIM)
 PRESETS = {
-    "digits": replace(
-        digits(IMAGENET, crop_scale=(0.2, 1.0), warmup_lr=0.0, min_lr=0.0),
-        cell=8,
-        momentum=0.99,  # of some hundred steps; the paper's is of 500,000
-        head_width=384,
-    ),
+    "digits": digits(IMAGENET, cell=8, warmup_lr=0.0, min_lr=0.0, **DIGITS),
     "folder": folder(IMAGENET, head_width=2048, base_lr=2e-4, min_lr=5e-6),
     "imagenet": IMAGENET,
 }

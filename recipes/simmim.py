@@ -7,7 +7,7 @@
 Paper: SimMIM: A Simple Framework for Masked Image Modeling, arXiv 2111.09886.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from common.config import BelowOne, DataSettings, Must, Optimization
@@ -108,7 +108,7 @@ IMAGENET = Config(
 # The published schedule of 100 epochs is that of Swin: for 512 images from 1e-6 to 2e-4, then down to 1e-5
 IMAGENET_100 = changed(IMAGENET, epochs=100, base_lr=1e-4, milestones=(), warmup_lr=4e-6, min_lr=4e-5)
 PRESETS = {
-    "digits": replace(digits(IMAGENET_100, crop_scale=(0.67, 1.0), warmup_lr=0.0, min_lr=0.0), cell=8),
+    "digits": digits(IMAGENET_100, cell=8, crop_scale=(0.67, 1.0), warmup_lr=0.0, min_lr=0.0),
     "folder": folder(IMAGENET_100, base_lr=2e-4, min_lr=5e-6),
     "imagenet": IMAGENET,
     "imagenet_100": IMAGENET_100,

@@ -275,8 +275,8 @@ def accuracy(classifier: Classifier, test: Source, stage: Stage, crop_fraction: 
         with torch.compiler.set_stance("force_eager"), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             correct = classifier.predict(images.to(device)) == labels.to(device)
         counts += torch.stack([correct.sum(), torch.full_like(correct.sum(), len(correct))])
-    correct, total = processes.sum(counts).tolist()
-    return 100 * correct / total
+    counts = processes.sum(counts)
+    return 100 * float(counts[0] / counts[1])
 
 
 def check_finetuning(settings: Finetuning, data: Data, *, world_size: int, prefix: str = "") -> None:
