@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 
 @dataclass(frozen=True)
 class Config:
-    """What is drawn."""
+    """Which encoder, images and queries."""
 
     encoder: str
     """encoder.safetensors of a run, a published checkpoint of the MAE family, or timm:NAME:FILE with timm's name of a

@@ -25,10 +25,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Config(AnalysisConfig):
-    """What is drawn."""
+    """Which images, and how their difficulty is measured."""
 
     count: int = 8
-    """images to draw"""
+    """number of images to draw"""
     masks: int = 32
     """random masks per image behind what is measured"""
     seed: int = 0

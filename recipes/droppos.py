@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Config(BaseConfig):
-    """The settings of the paper are the preset "imagenet"."""
+    """The settings of the paper are the preset "imagenet": 200 epochs, a decoder of two blocks."""
 
     mask_ratio: float = 0.75
     """share of the patches that is masked, 0 or more"""

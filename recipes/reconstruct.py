@@ -29,7 +29,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Config:
-    """What is drawn."""
+    """Which run or checkpoint, and which images."""
 
     run: Path | None = None
     """folder of a run of any recipe of pre-training"""
