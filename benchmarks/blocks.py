@@ -97,8 +97,7 @@ class Comparison:
 
 def comparisons(settings: Settings) -> Iterator[Comparison]:
     """Every row, with its tensors."""
-    count, (H, W), c = settings.images, settings.size, 3
-    generator = torch.Generator().manual_seed(0)
+    count, (H, W), c, generator = settings.images, settings.size, 3, torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
         return torch.rand(count, *shape, generator=generator)
