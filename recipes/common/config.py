@@ -137,7 +137,7 @@ class Optimization:
     """of last_step: epochs at which the learning rate falls to a tenth, instead of a cosine"""
     weight_decay: NonNegative = 0.05
     """for matrices, and for tokens that are not in --undecayed; never for biases and norms"""
-    betas: Annotated[tuple[float, float], Must("at least 0 and below 1", lambda x: 0 <= min(x) <= max(x) < 1)] = (
+    betas: Annotated[tuple[float, float], Must("at least 0 and below 1", lambda x: all(0 <= b < 1 for b in x))] = (
         0.9,
         0.95,
     )
