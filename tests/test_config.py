@@ -448,6 +448,7 @@ def test_every_recipe_is_looked_at():
     for module in MODULES:
         if hasattr(module, "pretrain"):
             assert isinstance(module.RECIPE, Recipe)
+            assert isinstance(module.RECIPE.method, type)
             assert issubclass(module.RECIPE.method, torch.nn.Module)
             assert module.RECIPE.presets is module.PRESETS
             assert {"digits", "folder"} <= set(module.PRESETS)

@@ -11,7 +11,6 @@ from typing import Any
 
 from common.config import DataSettings, Optimization, Run, SettingsError
 from common.data.sources import Data, Digits
-from common.randomness import epoch_order
 from common.runs import Stage
 from common.training.checkpoint import Checkpoints
 from common.training.distributed import Processes
@@ -123,16 +122,6 @@ def test_an_epoch_shows_no_image_twice_and_epochs_differ() -> None:
     orders = [[index for epoch, index in stream if epoch == e] for e in range(3)]
     assert orders[0] != orders[1] != orders[2]
     assert Batches(IMAGES, SMALL, ALONE, seed=2).since(0).__next__() != stream[:8]
-
-
-def test_the_order_of_an_epoch_is_a_tensor_of_eight_bytes_per_image() -> None:
-    """Not a list of Python's integers, which would take some 100 bytes for each of a million images."""
-    order = epoch_order(1000, 3, seed=1)
-    assert isinstance(order, Tensor)
-    assert order.nbytes == 8 * 1000
-    assert order.sort().values.equal(torch.arange(1000))
-    assert not order.equal(epoch_order(1000, 4, seed=1))
-    assert not order.equal(epoch_order(1000, 3, seed=2))
 
 
 def test_reading_one_batch_makes_a_list_of_that_batch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
