@@ -4,13 +4,15 @@ import ast
 import dataclasses
 import importlib
 import json
+import math
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import config as settings
-from common.config import from_json, parse, to_json
+from common.config import Must, SettingsError, changed_settings, check, from_json, parse, settings_of, to_json
+from common.recipe import Recipe
 
 import mae
 import pytest
@@ -22,7 +24,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     module.__name__: module.PRESETS for module in MODULES if hasattr(module, "PRESETS")
 }
 TUNING = ("finetune", "nonlinear_probe")  # whose settings of fine-tuning stand without a prefix
-GROUPS = ("Run", "Images", "Network", "Optimization", "Finetuning", "Probed", "Linear", "Neighbors", "Nonlinear")
+GROUPS = ("Run", "DataSettings", "Network", "Optimization", "Finetuning", "Probed", "Linear", "Neighbors", "Nonlinear")
+FLAT = ("run", "data", "network", "optimization", "probed", "settings")  # fields whose options stand without a prefix
+SETTINGS = (*GROUPS, "Config", "ContextConfig", "Study")  # the names of all classes of settings
+EVERY = [(recipe, preset) for recipe in PRESETS for preset in PRESETS[recipe]]
+
+
+DIGITS = mae.PRESETS["digits"]
 
 
 def mae_with(*args: str) -> mae.Config:
@@ -42,11 +50,14 @@ def test_digits_are_the_default_and_a_folder_with_data(recipe: str):
 
 def _with_data(recipe: str, preset: Any) -> dict[str, Any]:
     expected = to_json(preset)
-    (expected if recipe == "finetune" else expected.get("images") or expected["probed"])["data"] = "d"
+    if "optimization" in expected:  # a recipe of pre-training
+        expected["data"]["path"] = "d"
+    else:
+        (expected if recipe == "finetune" else expected["probed"])["data"] = "d"
     return expected
 
 
-@pytest.mark.parametrize(("recipe", "preset"), [(recipe, name) for recipe in PRESETS for name in PRESETS[recipe]])
+@pytest.mark.parametrize(("recipe", "preset"), EVERY)
 def test_a_preset_fills_all_settings_at_once(recipe: str, preset: str):
     presets = PRESETS[recipe]
     assert parse(presets, ["--preset", preset]) == presets[preset]
@@ -66,7 +77,7 @@ def test_the_imagenet_presets_are_those_of_the_papers():
         0.05,
         (0.9, 0.95),
     )
-    assert (ours.mask_ratio, ours.images.crop_scale, ours.images.flip) == (0.75, (0.2, 1.0), 0.5)
+    assert (ours.mask_ratio, ours.data.crop_scale, ours.data.flip) == (0.75, (0.2, 1.0), 0.5)
     assert (ours.network.decoder_dim, ours.network.decoder_depth, ours.network.decoder_heads) == (512, 8, 16)
     other = parse(PRESETS["beyond_masking_integrated"], ["--preset", "imagenet"])
     assert (other.optimization.batch_size, other.optimization.epochs, other.optimization.min_lr) == (2048, 300, 1e-5)
@@ -106,12 +117,10 @@ def test_options_stand_without_a_prefix_and_those_of_fine_tuning_with_one():
     found = mae_with(
         *shlex.split("--image-size 96 160 --channels 1 --size tiny --epochs 3 --finetune.epochs 4 --keep 5")
     )
-    assert found.images == dataclasses.replace(mae.DIGITS.images, image_size=(96, 160), channels=1)
-    assert found.network == dataclasses.replace(mae.DIGITS.network, size="tiny")
+    assert found.data == replace(DIGITS.data, image_size=(96, 160), channels=1)
+    assert found.network == replace(DIGITS.network, size="tiny")
     assert (found.optimization.epochs, found.finetune.optimization.epochs, found.run.keep) == (3, 4, 5)
-    assert found.finetune == dataclasses.replace(
-        mae.DIGITS.finetune, optimization=dataclasses.replace(mae.DIGITS.finetune.optimization, epochs=4)
-    )
+    assert found.finetune == replace(DIGITS.finetune, optimization=replace(DIGITS.finetune.optimization, epochs=4))
 
 
 def test_in_the_recipe_of_fine_tuning_its_options_stand_without_a_prefix_too():
@@ -147,10 +156,166 @@ def test_a_wrong_option_is_named(args: list[str], named: str, capsys: pytest.Cap
     assert named in capsys.readouterr().err
 
 
+# Ranges
+
+
+@pytest.mark.parametrize(("recipe", "preset"), EVERY)
+def test_every_preset_is_within_its_ranges(recipe: str, preset: str):
+    check(PRESETS[recipe][preset])
+
+
+@pytest.mark.parametrize("recipe", PRESETS)
+def test_a_value_that_is_not_a_number_is_never_within_a_range(recipe: str):
+    looked_at = set()
+    for option, value, extras in settings_of(PRESETS[recipe]["digits"]):
+        for must in extras:
+            if isinstance(must, Must) and isinstance(value, float):
+                assert not must.test(math.nan), option
+                looked_at.add(option)
+            elif isinstance(must, Must) and isinstance(value, tuple) and any(isinstance(x, float) for x in value):
+                assert not any(must.test(pair) for pair in ((value[0], math.nan), (math.nan, value[1]))), option
+                looked_at.add(option)
+    assert looked_at
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ("--epochs 0", "at least 1"),
+        ("--epochs -3", "at least 1"),
+        ("--batch-size 0", "at least 1"),
+        ("--device-batch 0", "at least 1"),
+        ("--log-every 0", "at least 1"),
+        ("--keep 0", "at least 1"),
+        ("--patch 0", "at least 1"),
+        ("--decoder-depth 0", "at least 1"),
+        ("--labels-per-class 0", "at least 1"),
+        ("--sqrt-rule-at 0", "at least 1"),
+        ("--image-size 0 32", "two numbers of at least 1"),
+        ("--crop-scale 1.0 0.5", "two shares, the smaller one first"),
+        ("--crop-scale 0.0 0.5", "two shares, the smaller one first"),
+        ("--crop-scale 0.5 1.5", "two shares, the smaller one first"),
+        ("--flip -0.5", "between 0 and 1"),
+        ("--flip 1.5", "between 0 and 1"),
+        ("--flip nan", "between 0 and 1"),
+        ("--workers -2", "-1 or more"),
+        ("--checkpoint-minutes -1.0", "0 or more"),
+        ("--warmup-epochs -1.0", "0 or more"),
+        ("--warmup-epochs inf", "0 or more"),
+        ("--weight-decay -0.1", "0 or more"),
+        ("--milestones 3.0 -1.0", "0 or more"),
+        ("--base-lr -0.1", "above 0"),
+        ("--base-lr 0.0", "above 0"),
+        ("--base-lr nan", "above 0"),
+        ("--clip 0.0", "above 0"),
+        ("--layer-decay 0.0", "above 0 and at most 1"),
+        ("--betas 0.9 1.0", "at least 0 and below 1"),
+        ("--betas 0.9 nan", "at least 0 and below 1"),
+        ("--finetune.batch-size 0", "at least 1"),
+        ("--finetune.epochs 0", "at least 1"),
+        ("--finetune.base-lr -1.0", "above 0"),
+        ("--finetune.crop-scale 1.0 0.5", "two shares, the smaller one first"),
+        ("--finetune.crop-fraction 2.0", "above 0 and at most 1"),
+        ("--finetune.drop-path 1.0", "at least 0 and below 1"),
+        ("--finetune.mixup -0.8", "0 or more"),
+        ("--finetune.erasing 2.0", "between 0 and 1"),
+    ],
+)
+def test_a_value_out_of_range_is_one_sentence_that_names_its_option(args: str, words: str):
+    with pytest.raises(SettingsError) as caught:
+        mae_with(*args.split())
+    assert str(caught.value) == f"{args}: must be {words}"
+
+
+@pytest.mark.parametrize(
+    "args", ["--epochs 1", "--flip 0", "--flip 1", "--crop-scale 1 1", "--workers -1", "--min-lr 0"]
+)
+def test_the_ends_of_a_range_belong_to_it(args: str):
+    mae_with(*args.split())
+
+
+# Resuming
+
+
+def started(runs: Path, *args: str) -> mae.Config:
+    """The settings of a run that was started with these options, as its folder has them."""
+    config = parse(PRESETS["mae"], [*args, "--runs", str(runs)], name="mae")
+    folder = runs / (config.run.name or "mae")
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"recipe": "mae", **to_json(config)}))
+    return config
+
+
+def resumed(runs: Path, *args: str) -> mae.Config:
+    return parse(PRESETS["mae"], ["--runs", str(runs), "--resume", *args], name="mae")
+
+
+@pytest.mark.parametrize(
+    "args", [[], ["--epochs", "3", "--no-normalize-target"], ["--preset", "imagenet"], ["--data", "d", "--clip", "1"]]
+)
+def test_a_run_that_is_resumed_has_the_settings_it_was_started_with(args: list[str], tmp_path: Path):
+    config = started(tmp_path, *args)
+    assert resumed(tmp_path) == replace(config, run=replace(config.run, resume=True))
+
+
+def test_so_has_one_with_a_name_of_its_own(tmp_path: Path):
+    started(tmp_path, "--epochs", "3")
+    config = started(tmp_path, "--epochs", "4", "--name", "other")
+    assert resumed(tmp_path, "--name", "other") == replace(config, run=replace(config.run, resume=True))
+    assert resumed(tmp_path).optimization.epochs == 3
+
+
+def test_a_folder_that_was_moved_is_resumed_where_it_is(tmp_path: Path):
+    started(tmp_path, "--epochs", "3", "--name", "before")
+    (tmp_path / "before").rename(tmp_path / "mae")
+    tmp_path.joinpath("moved").mkdir()
+    (tmp_path / "mae").rename(tmp_path / "moved" / "mae")
+    found = resumed(tmp_path / "moved")
+    assert found.optimization.epochs == 3
+    assert found.run.runs / (found.run.name or "mae") == tmp_path / "moved" / "mae"
+
+
+def test_where_there_is_nothing_to_resume_the_preset_holds(tmp_path: Path):
+    assert resumed(tmp_path).optimization == DIGITS.optimization
+    (tmp_path / "mae").mkdir()
+    other = to_json(PRESETS["simmim"]["imagenet"])
+    (tmp_path / "mae" / "config.json").write_text(json.dumps({"recipe": "simmim", **other}))
+    assert resumed(tmp_path).optimization == DIGITS.optimization
+
+
+def test_a_preset_that_is_said_holds_against_that_of_the_run(tmp_path: Path):
+    started(tmp_path)
+    assert resumed(tmp_path, "--preset", "imagenet").optimization == PRESETS["mae"]["imagenet"].optimization
+
+
+@pytest.mark.parametrize(
+    ("args", "changed"),
+    [
+        ("--epochs 9", {"--epochs": ("9", "40")}),
+        ("--image-size 48 32", {"--image-size": ("48 32", "32 32")}),
+        ("--seed 1 --mask-ratio 0.5", {"--seed": ("1", "0"), "--mask-ratio": ("0.5", "0.75")}),
+        ("--finetune.epochs 9", {"--finetune.epochs": ("9", "40")}),
+        ("--finetune.no-train-positions", {}),  # as it was
+        ("--precision bf16", {"--precision": ("bf16", "auto")}),
+        ("--evaluate", {"--evaluate": ("", "finetune scratch")}),
+        ("--log-every 3", {"--log-every": ("3", "20")}),
+        # What does not change the result
+        ("--workers 1 --keep 5 --checkpoint-minutes 1", {}),
+        ("--compile on --device-batch 3 --finetune.device-batch 3", {}),
+        ("--data elsewhere", {}),
+    ],
+)
+def test_only_settings_that_change_the_result_count_as_changed(args: str, changed: dict[str, Any], tmp_path: Path):
+    before = to_json(started(tmp_path))
+    assert changed_settings(resumed(tmp_path, *args.split()), {"recipe": "mae", **before}) == changed
+    again = parse(PRESETS["mae"], [*args.split(), "--preset", "digits"])  # though not all in one go
+    assert changed_settings(again, before) == changed
+
+
 # Files
 
 
-@pytest.mark.parametrize(("recipe", "preset"), [(recipe, name) for recipe in PRESETS for name in PRESETS[recipe]])
+@pytest.mark.parametrize(("recipe", "preset"), EVERY)
 def test_settings_are_json(recipe: str, preset: str):
     plain = to_json(PRESETS[recipe][preset])
     assert json.loads(json.dumps(plain)) == plain
@@ -159,14 +324,14 @@ def test_settings_are_json(recipe: str, preset: str):
 
 def test_paths_become_text_and_tuples_lists():
     found = to_json(mae_with("--data", "a/b", "--preset", "digits", "--evaluate", "finetune"))
-    assert found["images"]["data"] == str(Path("a/b"))
-    assert found["images"]["image_size"] == [32, 32]
+    assert found["data"]["path"] == str(Path("a/b"))
+    assert found["data"]["image_size"] == [32, 32]
     assert found["finetune"]["optimization"]["betas"] == [0.9, 0.999]
     assert found["evaluate"] == ["finetune"]
     assert found["weights"] is None
 
 
-@pytest.mark.parametrize(("recipe", "preset"), [(recipe, name) for recipe in PRESETS for name in PRESETS[recipe]])
+@pytest.mark.parametrize(("recipe", "preset"), EVERY)
 def test_settings_come_back_from_a_file_as_they_were(recipe: str, preset: str):
     for config in (PRESETS[recipe][preset], parse(PRESETS[recipe], ["--preset", preset, "--data", "a/b"])):
         assert from_json(type(config), json.loads(json.dumps(to_json(config)))) == config
@@ -182,7 +347,7 @@ def test_settings_come_back_from_a_file_as_they_were(recipe: str, preset: str):
     ],
 )
 def test_a_setting_that_is_unknown_or_missing_is_named(group: str, name: str, sentence: str):
-    values = to_json(mae.DIGITS)
+    values = to_json(DIGITS)
     settings = values[group] if group else values
     if name in settings:
         del settings[name]
@@ -200,11 +365,11 @@ def options(recipe: str) -> set[str]:
 
     def leaves(value: dict[str, Any], prefix: str) -> Any:
         for name, item in value.items():
-            flat = name.capitalize() in GROUPS or name == "settings" or (name == "finetune" and recipe in TUNING)
             if isinstance(item, dict):
+                flat = name in FLAT or (name == "finetune" and recipe in TUNING)
                 yield from leaves(item, prefix if flat else f"{prefix}{name}.")
             else:
-                yield f"--{prefix}{name.replace('_', '-')}"
+                yield f"--{prefix}{'data' if name == 'path' else name.replace('_', '-')}"
 
     return set(leaves(to_json(PRESETS[recipe]["digits"]), ""))
 
@@ -236,43 +401,55 @@ def test_the_help_says_what_every_option_is(
         else:
             name = ""
     assert set(said) == options(recipe)
+    assert {option for option, _, _ in settings_of(PRESETS[recipe]["digits"])} == options(recipe)
     silent = [name for name, sentence in said.items() if not re.match(r".*[a-z]{2,}.*\(default", sentence)]
     assert silent == []
 
 
-def fields_without_words(path: Path) -> list[str]:
-    """The fields of dataclasses that no docstring follows; a group of settings has its own."""
+def settings_in(path: Path) -> list[ast.ClassDef]:
+    """The classes of settings in a file."""
+    return [
+        part for part in ast.parse(path.read_text()).body if isinstance(part, ast.ClassDef) and part.name in SETTINGS
+    ]
+
+
+def fields_without_words(part: ast.ClassDef) -> list[str]:
+    """The fields of a class that no docstring follows; a group of settings has its own."""
     silent = []
-    for part in ast.parse(path.read_text()).body:
-        if isinstance(part, ast.ClassDef) and any("dataclass" in ast.unparse(d) for d in part.decorator_list):
-            for field, after in zip(part.body, [*part.body[1:], None], strict=True):
-                if isinstance(field, ast.AnnAssign):
-                    group = re.fullmatch(rf"(Flat\[)?({'|'.join(GROUPS)})\]?", ast.unparse(field.annotation))
-                    told = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and after.value.value
-                    if not group and not told:
-                        silent.append(f"{part.name}.{ast.unparse(field.target)}")
+    for field, after in zip(part.body, [*part.body[1:], None], strict=True):
+        if isinstance(field, ast.AnnAssign):
+            group = re.fullmatch(rf"(Flat\[)?({'|'.join(GROUPS)})\]?", ast.unparse(field.annotation))
+            told = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and after.value.value
+            if not group and not told:
+                silent.append(f"{part.name}.{ast.unparse(field.target)}")
     return silent
 
 
-@pytest.mark.parametrize(
-    "path",
-    [Path(settings.__file__), RECIPES / "common" / "evaluation" / "finetuning.py", *sorted(RECIPES.glob("*.py"))],
-    ids=lambda path: path.stem,
-)
-def test_every_setting_has_a_sentence(path: Path):
-    assert fields_without_words(path) == []
-    tree = ast.parse(path.read_text())
-    names = (*GROUPS, "Config", "Study")
-    configurations = [part for part in tree.body if isinstance(part, ast.ClassDef) and part.name in names]
-    assert configurations
-    assert all(ast.get_docstring(part) for part in configurations)
+FILES = [path for path in sorted(RECIPES.rglob("*.py")) if settings_in(path)]
+FILES_OF_SETTINGS = {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in FILES}
+
+
+@pytest.mark.parametrize("name", FILES_OF_SETTINGS)
+def test_every_setting_has_a_sentence(name: str):
+    for part in settings_in(FILES_OF_SETTINGS[name]):
+        assert ast.get_docstring(part)
+        assert fields_without_words(part) == []
+
+
+def test_all_classes_of_settings_are_looked_at():
+    found = {part.name for path in FILES_OF_SETTINGS.values() for part in settings_in(path)}
+    assert found == set(SETTINGS)
+    assert {path.stem for path in RECIPES.glob("*.py")} <= set(FILES_OF_SETTINGS)
 
 
 def test_every_recipe_is_looked_at():
-    assert {module.__name__ for module in MODULES if hasattr(module, "pretrain") or hasattr(module, "probe")} <= {
-        *PRESETS
-    }
+    programs = {module.__name__ for module in MODULES if hasattr(module, "pretrain") or hasattr(module, "probe")}
+    assert programs <= set(PRESETS)
     for module in MODULES:
         if hasattr(module, "pretrain"):
-            assert issubclass(module.METHOD, torch.nn.Module)
+            assert isinstance(module.RECIPE, Recipe)
+            assert isinstance(module.RECIPE.method, type)
+            assert issubclass(module.RECIPE.method, torch.nn.Module)
+            assert module.RECIPE.presets is module.PRESETS
+            assert {"digits", "folder"} <= set(module.PRESETS)
             assert {type(preset) for preset in module.PRESETS.values()} == {module.Config}

@@ -1,18 +1,23 @@
+"""The training loop: order of the images, noise, learning rates, clipping, resuming, and what stops it."""
+
+import functools
 import json
 import math
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.config import Optimization, Run
-from common.randomness import Rand
+from common.config import DataSettings, Optimization, Run, SettingsError
+from common.data.sources import Data, Digits
+from common.runs import Stage
 from common.training.checkpoint import Checkpoints
 from common.training.distributed import Processes
 from common.training.engine import train
 from common.training.optimizer import clip, parameter_groups
 from common.training.schedules import by_epoch, by_step, epoch_of, learning_rate
-from common.training.step import Batches, pieces
+from common.training.step import Batches, micro_batches
 
 import pytest
 import torch
@@ -21,6 +26,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 ALONE = Processes(0, 1, torch.device("cpu"))
+DATA = Data(DataSettings(), Digits("train"), None, None)  # which the loop does not look at
 RUN = Run(precision="fp32", compile="off", log_every=2, checkpoint_minutes=0.0)
 SMALL = Optimization(epochs=3, batch_size=8, device_batch=8, base_lr=0.5, warmup_epochs=1.0)
 IMAGES = 35  # four batches of 8, and three images left over
@@ -60,19 +66,19 @@ class Memory:
             yield torch.stack([torch.sin(torch.arange(4.0) * (index + 1) + epoch) for epoch, index in samples])
 
 
-def trained(folder: Path, *, event: Any = None, run: Run = RUN, settings: Optimization = SMALL, **more: Any) -> Any:
-    method = more.pop("method", None) or Regression()
-    result = train(
-        method,
-        lambda batches: Memory(batches, event),
-        images=IMAGES,
-        settings=settings,
-        run=run,
-        folder=folder,
-        place=ALONE,
-        config={"settings": str(settings)},
-        **more,
-    )
+def trained(
+    folder: Path,
+    *,
+    event: Any = None,
+    run: Run = RUN,
+    settings: Optimization = SMALL,
+    method: Regression | None = None,
+    draw: Callable[[Path], None] | None = None,
+) -> Any:
+    method = method or Regression()
+    stage = Stage(ALONE, DATA, run, folder, "pre-training")
+    load = functools.partial(Memory, event=event)
+    result = train(method, load, num_images=IMAGES, settings=settings, stage=stage, draw=draw)
     return method.state_dict(), result
 
 
@@ -90,7 +96,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 @given(st.integers(1, 4), st.integers(1, 24), st.integers(1, 24))
-def test_pieces_share_a_batch_equally_and_fit_the_device(devices: int, share: int, device_batch: int) -> None:
+def test_micro_batches_share_a_batch_equally_and_fit_the_device(devices: int, share: int, device_batch: int) -> None:
     size, count = micro_batches(Optimization(batch_size=share * devices, device_batch=device_batch), devices)
     assert size * count == share
     assert size <= device_batch
@@ -118,44 +124,57 @@ def test_an_epoch_shows_no_image_twice_and_epochs_differ() -> None:
     assert Batches(IMAGES, SMALL, ALONE, seed=2).since(0).__next__() != stream[:8]
 
 
+def test_reading_one_batch_makes_a_list_of_that_batch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    to_list = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda tensor: sizes.append(tensor.numel()) or to_list(tensor))
+    next(Batches(10**6, SMALL, ALONE, seed=1).since(0))
+    assert sizes == [8]
+
+
 def test_resuming_reads_the_rest_of_the_stream() -> None:
     batches = Batches(IMAGES, SMALL, ALONE, seed=1)
     assert list(batches.since(5)) == list(batches.since(0))[5:]
 
 
 def test_fewer_images_than_a_batch_is_one_sentence() -> None:
-    with pytest.raises(ValueError, match="7 images do not fill a batch of 8: use a smaller --batch-size"):
+    with pytest.raises(SettingsError, match="7 images do not fill a batch of 8: use a smaller --batch-size"):
         Batches(7, SMALL, ALONE, seed=0)
 
 
 def test_devices_that_cannot_share_a_batch_are_one_sentence() -> None:
-    with pytest.raises(ValueError, match="a batch of 8 images cannot be shared equally by 3 devices"):
+    with pytest.raises(SettingsError, match="a batch of 8 images cannot be shared equally by 3 devices"):
         micro_batches(SMALL, 3)
 
 
 @pytest.mark.parametrize(("devices", "device_batch"), [(1, 2), (2, 4), (4, 1), (2, 1)])
 def test_every_image_has_the_same_noise_on_any_number_of_devices(devices: int, device_batch: int) -> None:
-    def noise(size: int, device_batch: int) -> Tensor:
+    def of_all(size: int, device_batch: int) -> Tensor:
         settings = Optimization(epochs=1, batch_size=8, device_batch=device_batch)
         parts = []
-        places = [Batches(8, settings, Processes(r, size, torch.device("cpu")), seed=1) for r in range(size)]
-        for piece in range(places[0].count):
-            for batches in places:
-                rand = Rand(batches).at(3, piece)
-                parts.append(torch.cat([rand(batches.piece, 5), rand(batches.piece, 2)], dim=1))
+        ranks = [Batches(8, settings, Processes(r, size, torch.device("cpu")), seed=1) for r in range(size)]
+        for micro_step in range(ranks[0].count):
+            for batches in ranks:
+                noise = batches.noise().at(3, micro_step)
+                parts.append(torch.cat([noise(batches.micro_batch, 5), noise(batches.micro_batch, 2)], dim=1))
         return torch.cat(parts)
 
-    assert torch.equal(noise(devices, device_batch), noise(1, 8))
-    assert noise(1, 8).min() >= 0
-    assert noise(1, 8).max() < 1
+    assert torch.equal(of_all(devices, device_batch), of_all(1, 8))
+    assert of_all(1, 8).min() >= 0
+    assert of_all(1, 8).max() < 1
 
 
 def test_noise_differs_between_steps_and_calls_and_repeats_at_the_same_place() -> None:
-    rand = Rand(Batches(8, SMALL, ALONE, seed=1))
-    first, second = rand.at(0, 0)(8, 3), rand(8, 3)
+    noise = Batches(8, SMALL, ALONE, seed=1).noise()
+    first, second = noise.at(0, 0)(8, 3), noise(8, 3)
     assert not torch.equal(first, second)
-    assert not torch.equal(first, rand.at(1, 0)(8, 3))
-    assert torch.equal(first, rand.at(0, 0)(8, 3))
+    assert not torch.equal(first, noise.at(1, 0)(8, 3))
+    assert torch.equal(first, noise.at(0, 0)(8, 3))
+
+
+def test_noise_for_another_number_of_images_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"^noise for 3 images was requested in a micro-batch of 8$"):
+        Batches(8, SMALL, ALONE, seed=1).noise().at(0, 0)(3, 5)
 
 
 # The learning rate
@@ -268,9 +287,9 @@ def test_the_loss_falls_and_is_written_down(tmp_path: Path) -> None:
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
 
-def test_accumulated_pieces_equal_one_batch(tmp_path: Path) -> None:
+def test_accumulated_micro_batches_equal_one_batch(tmp_path: Path) -> None:
     whole, _ = trained(tmp_path / "whole")
-    cut, _ = trained(tmp_path / "cut", settings=Optimization(**{**vars(SMALL), "device_batch": 2}))
+    cut, _ = trained(tmp_path / "cut", settings=replace(SMALL, device_batch=2))
     for name, tensor in whole.items():
         torch.testing.assert_close(cut[name], tensor, rtol=1e-5, atol=1e-6)
     for one, other in zip(lines(tmp_path / "whole"), lines(tmp_path / "cut"), strict=True):
@@ -290,7 +309,7 @@ def test_a_killed_run_that_is_resumed_is_the_same_run_bit_for_bit(tmp_path: Path
     with pytest.raises(Killed):
         trained(tmp_path / "cut", event=kill)
     (tmp_path / "cut" / "metrics.jsonl").open("a").write('{"step": 2, "lo')  # died in the middle of a line
-    cut, _ = trained(tmp_path / "cut", run=Run(**{**vars(RUN), "resume": True}))
+    cut, _ = trained(tmp_path / "cut", run=replace(RUN, resume=True))
     assert same(whole, cut)
     assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
 
@@ -300,13 +319,13 @@ def test_sigterm_writes_a_checkpoint_and_ends_well(tmp_path: Path, capsys: pytes
         if number == 4:
             signal.raise_signal(signal.SIGTERM)
 
-    rare = Run(**{**vars(RUN), "log_every": 100, "checkpoint_minutes": 60.0})
+    rare = replace(RUN, log_every=100, checkpoint_minutes=60.0)
     whole, _ = trained(tmp_path / "whole", run=rare)
     with pytest.raises(SystemExit) as ended:
         trained(tmp_path / "cut", event=terminate, run=rare)
     assert ended.value.code == 0
     assert "stopped by a signal at step 5 of 12; go on with --resume" in capsys.readouterr().out
-    cut, _ = trained(tmp_path / "cut", run=Run(**{**vars(rare), "resume": True}))
+    cut, _ = trained(tmp_path / "cut", run=replace(rare, resume=True))
     assert same(whole, cut)
     assert lines(tmp_path / "whole") == lines(tmp_path / "cut")  # also the mean over steps before and after
 
@@ -317,30 +336,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
             losses = super().forward(batch, noise, progress)
             return losses | {"loss": torch.where(progress >= 7 / 12, math.nan, losses["loss"])}
 
-    with pytest.raises(ValueError, match="the loss of step 7 is not finite; the checkpoint of step 6 is kept"):
+    with pytest.raises(SettingsError, match="the loss of step 7 is not finite; the checkpoint of step 6 is kept"):
         trained(tmp_path, method=Breaks())
     found = Checkpoints(tmp_path / "checkpoint").load()
     assert found is not None
     assert all(torch.isfinite(tensor).all() for tensor in found[1].values())
 
 
-def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path) -> None:
-    trained(tmp_path)
-    longer = Optimization(**{**vars(SMALL), "epochs": 9})
-    with pytest.raises(ValueError, match=r"was trained with settings=.*and cannot be resumed with"):
-        trained(tmp_path, run=Run(**{**vars(RUN), "resume": True}), settings=longer)
-
-
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     first, _ = trained(tmp_path)
-    again, result = trained(tmp_path, run=Run(**{**vars(RUN), "resume": True}), event=lambda _: 1 / 0)
+    again, result = trained(tmp_path, run=replace(RUN, resume=True), event=lambda _: 1 / 0)
     assert same(first, again)
     assert result["step"] == 12
 
 
 def test_clipping_bounds_the_step(tmp_path: Path) -> None:
     free, _ = trained(tmp_path / "free")
-    tight, _ = trained(tmp_path / "tight", settings=Optimization(**{**vars(SMALL), "clip": 1e-3}))
+    tight, _ = trained(tmp_path / "tight", settings=replace(SMALL, clip=1e-3))
     assert not same(free, tight)
 
 

@@ -369,44 +369,6 @@ def test_the_class_token_is_read_where_there_is_one() -> None:
         Frozen(small(class_token=False), normalize, "class")
 
 
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 99))
-def test_a_crop_of_the_linear_probe_depends_on_its_chance_alone(H: int, W: int, seed: int) -> None:
-    image = torch.arange(H * W).view(1, H, W).remainder(256).to(torch.uint8)
-    plain, again, flipped = (
-        view_module.OneShotCrop((4, 6), (0.08, 1.0), flip)(image, torch.Generator().manual_seed(seed))
-        for flip in (0.0, 0.0, 1.0)
-    )
-    assert plain.shape == (1, 4, 6)
-    assert torch.equal(plain, again)
-    assert torch.equal(plain, flipped.flip(-1))
-
-
-@given(st.integers(0, 999))
-def test_a_crop_of_the_linear_probe_has_the_area_and_the_aspect_asked_for(seed: int) -> None:
-    image = (torch.arange(200)[:, None] + torch.arange(100)).to(torch.uint8)[None]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(view_module, "resize", lambda part, height, width: part)
-        view = view_module.OneShotCrop((8, 4), (0.25, 0.25), 0.0)(image, torch.Generator().manual_seed(seed))
-    _, h, w = view.shape
-    assert h * w == pytest.approx(200 * 100 / 4, rel=0.03)
-    assert 0.74 < w / h * 2 < 1.36
-    top_left, bottom_right = int(view[0, 0, 0]), int(view[0, -1, -1])
-    assert (bottom_right - top_left) % 256 == h + w - 2  # one piece of the image
-
-
-def test_a_crop_of_the_linear_probe_lies_anywhere_down_and_across() -> None:
-    rows = torch.arange(200, dtype=torch.uint8).view(1, 200, 1).expand(1, 200, 200)
-    corners = torch.empty(2, 300)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(view_module, "resize", lambda part, height, width: part)
-        crop = view_module.OneShotCrop((8, 8), (0.25, 0.25), 0.0)
-        for seed in range(300):
-            for axis, image in enumerate((rows, rows.mT)):
-                corners[axis, seed] = crop(image, torch.Generator().manual_seed(seed))[0, 0, 0]
-    assert abs(float(corners.corrcoef()[0, 1])) < 0.2
-    assert ((corners.mean(dim=1) - 50).abs() < 6).all()  # of 0 … 100, for a side of about 100
-
-
 def test_augmented_features_are_new_every_epoch_and_those_of_their_labels(processes: Processes) -> None:
     frozen = Frozen(small(), Normalize([0.3], [0.35]))
     labeled, _ = linear_module._sources(SMALL_IMAGES, RUN)

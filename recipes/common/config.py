@@ -8,7 +8,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -137,7 +137,7 @@ class Optimization:
     """of last_step: epochs at which the learning rate falls to a tenth, instead of a cosine"""
     weight_decay: NonNegative = 0.05
     """for matrices, and for tokens that are not in --undecayed; never for biases and norms"""
-    betas: Annotated[tuple[float, float], Must("at least 0 and below 1", lambda x: 0 <= min(x) <= max(x) < 1)] = (
+    betas: Annotated[tuple[float, float], Must("at least 0 and below 1", lambda x: all(0 <= b < 1 for b in x))] = (
         0.9,
         0.95,
     )
@@ -182,8 +182,9 @@ def parse(
     about += f"\n\n--preset {{{','.join(presets)}}} fills all settings at once; shown is: {chosen}"
     config: Any = tyro.cli(type(preset), default=preset, args=args, description=about)
     path = config.run.runs / (config.run.name or name) / "config.json"
-    before = started_with(type(preset), path) if config.run.resume and not explicit else None
-    if before is not None:
+    before: Any = started_with(type(preset), path) if config.run.resume and not explicit else None
+    if before is not None:  # its folder may have been moved since
+        before = replace(before, run=replace(before.run, runs=config.run.runs, name=config.run.name))
         config = tyro.cli(type(preset), default=before, args=args, description=about)
     check(config)
     return config

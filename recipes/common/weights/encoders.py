@@ -15,8 +15,6 @@ from common.weights.timm_names import OWN_TABLE, SHARED_TABLE, timm_arguments, t
 from mimkit.positions import sincos
 
 import torch
-
-# FIXME module report
 from torch import nn
 
 
