@@ -6,8 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common.config import Images, Network
-from common.data.normalize import Normalize
+from common.config import DataSettings, Network
 from common.evaluation.finetuning import Classifier
 from common.networks.vit import SIZES
 from common.weights.encoders import load_encoder
@@ -31,11 +30,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from goldens import Golden, check, settings_for
+from goldens import Golden, check
+from methods import as_they_are, settings_for
 from released import ReleasedLoMaR, released_pairs
 from torch import Tensor, nn
 
-AS_THEY_ARE = [0.0] * 3, [1.0] * 3
 ZERO = torch.zeros(())
 METHODS: dict[str, Method] = {
     "product": "product",
@@ -266,7 +265,7 @@ def classifier(golden: Golden, _: Any) -> None:
     assert (encoders[0].depth, encoders[0].heads) == (params["depth"], params["heads"])
 
     mean, first = (
-        Classifier(encoder, Normalize(*AS_THEY_ARE), params["classes"], pool=pool, head_scale=0.01)
+        Classifier(encoder, as_they_are(), params["classes"], pool=pool, head_scale=0.01)
         for encoder, pool in zip(encoders, ("mean", "class"), strict=True)
     )
     mean.load_state_dict(mean.state_dict() | own)
@@ -290,7 +289,7 @@ def mae_with_relative_positions(golden: Golden, monkeypatch: pytest.MonkeyPatch)
     ratio = 1 - (params["keep"] + 0.5) / tokens  # what is kept is cut
     sizes |= {"p": params["patch"], "img": params["img_size"], "mask_ratio": ratio}
     config = mae.Config(**settings_for(sizes, monkeypatch), positions="relative")
-    method = mae.MAE(config, Normalize(*AS_THEY_ARE))
+    method = mae.MAE(config, as_they_are())
     report = load_weights(method, golden.weights, renames=mae.NAMES, optional=(r"normalize\.",))
     parameters = _published(method, report.renamed)
     assert set(parameters) == set(names)
@@ -346,11 +345,11 @@ def _lomar(
         windows=params["M"],
         window_size=params["K"],
         mask_ratio=params["mask_ratio"],
-        images=Images(image_size=(params["img_size"], params["img_size"])),
+        data=DataSettings(image_size=(params["img_size"], params["img_size"])),
         network=Network(size="golden", patch=params["patch"]),  # pyright: ignore
         **options,
     )
-    return method(config, Normalize(*AS_THEY_ARE))
+    return method(config, as_they_are())
 
 
 def _loaded(

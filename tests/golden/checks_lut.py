@@ -7,7 +7,7 @@ from common.config import Optimization
 from common.data.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from common.data.views import WeakStrong, cover, padded_crop, recolor
 from common.networks.building import count_masked
-from common.networks.ema import cosine_momentum, follow, teacher_of
+from common.networks.ema import cosine_momentum, ema_copy, ema_update
 from common.networks.projectors import mlp
 from common.training.schedules import learning_rate, peak_rate
 from common.weights.reading import load_weights
@@ -19,7 +19,8 @@ import lut
 import pytest
 import torch
 from attention_maps import last_attention
-from goldens import Golden, check, classifier_of, groups_of, settings_for
+from goldens import Golden, check
+from methods import as_they_are, classifier_of, groups_of, settings_for
 from torch import Tensor, nn
 
 HEAD = {"w1": "0.weight", "bn_weight": "1.weight", "bn_bias": "1.bias", "w2": "3.weight"}
@@ -85,7 +86,7 @@ def heads(golden: Golden, _: Any) -> None:
     for name, head in (("proj", projector), ("pred", predictor)):
         weights = {ours: golden[f"{name}/{theirs}"] for theirs, ours in HEAD.items()}
         head.load_state_dict(weights | {"1.num_batches_tracked": torch.tensor(0)})
-    teacher = teacher_of(projector).eval()
+    teacher = ema_copy(projector).eval()
     for view in ("1", "2"):
         golden.close(f"teacher_v{view}", teacher(golden[f"z{view}"]))
         golden.close(f"student_q{view}", predictor(projector(golden[f"z{view}"])))
@@ -109,11 +110,11 @@ def moving_average(golden: Golden, _: Any) -> None:
     sizes = golden.params["tiny_module"]
     student = nn.ModuleDict({"lin": nn.Linear(sizes["d"], sizes["h"]), "bn": nn.BatchNorm1d(sizes["h"])})
     student.register_buffer("fixed", torch.zeros_like(golden["upd/teacher0/fixed"]))
-    teacher = teacher_of(student)
+    teacher = ema_copy(student)
     _load(teacher, golden, "upd/teacher0/")
     for step, momentum in enumerate(golden["upd/m"], start=1):
         _load(student, golden, f"upd/student{step}/")
-        follow(teacher, student, momentum)
+        ema_update(teacher, student, momentum)
         for name, tensor in teacher.state_dict().items():
             if tensor.is_floating_point():  # counters are copied here, averaged and cut off there; nothing reads them
                 golden.close(f"upd/teacher{step}/{name}", tensor)
@@ -185,7 +186,7 @@ def whole(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     def fresh() -> tuple[lut.LUT, nn.Module]:
         """The recipe, and a teacher of everything: the published one copies also what nobody asks it."""
         method = _lut(golden, monkeypatch)
-        everything = teacher_of(_published(method)).eval()
+        everything = ema_copy(_published(method)).eval()
         for prefix, module in (("student/", _published(method)), ("teacher/", everything)):
             weights = {k.removeprefix(prefix): golden[k] for k in golden.arrays if k.startswith(prefix)}
             report = load_weights(module, weights, renames=lut.NAMES, optional=(r"encoder\.pos_embed",))
@@ -305,7 +306,7 @@ def _lut(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> lut.LUT:
         momentum=given["m0"],
         normalize_target=given["norm_pix"],
     )
-    return lut.LUT(config, Normalize([0.0] * 3, [1.0] * 3))
+    return lut.LUT(config, as_they_are())
 
 
 def _published(method: lut.LUT) -> nn.ModuleDict:
@@ -336,7 +337,7 @@ def _step(method: lut.LUT, everything: nn.Module, loss: Tensor, params: dict[str
     stepper.step()
     stepper.zero_grad()
     method.after_step(progress.double())
-    follow(everything, _published(method), cosine_momentum(progress.double(), params["m0"]))
+    ema_update(everything, _published(method), cosine_momentum(progress.double(), params["m0"]))
 
 
 def _same_teacher(method: lut.LUT, everything: nn.Module) -> None:

@@ -4,8 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common.config import Images, Network, Optimization
-from common.data.normalize import Normalize
+from common.config import DataSettings, Network, Optimization
 from common.evaluation.finetuning import Classifier
 from common.networks import attention
 from common.networks.attention import RelativeBias, relative_index
@@ -23,17 +22,16 @@ import pytest
 import simmim
 import torch
 from goldens import Golden, check
+from methods import as_they_are
 from torch import Tensor
-
-AS_THEY_ARE = [0.0] * 3, [1.0] * 3
 
 
 @check("simmim_mask_gen")
 def cells(golden: Golden, _: Any) -> None:
     for name, case in golden.params["cases"].items():
         permutation, patch = golden[f"{name}/perm"], case["model_patch"]
-        images, network = Images(image_size=(case["img"], case["img"])), Network(patch=patch)
-        count, sizes = whole_cells(images, network, case["mask_patch"], case["ratio"])
+        data, network = DataSettings(image_size=(case["img"], case["img"])), Network(patch=patch)
+        count, sizes = whole_cells(data, network, case["mask_patch"], case["ratio"])
         assert permutation.shape[-1] == count
         area = sizes["cell_height"] * sizes["cell_width"]
         golden.close(f"{name}/mask_count", sizes["num_masked"] // area)
@@ -135,13 +133,13 @@ def whole(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
         mask_ratio=params["ratio"],
         cell=params["mask_patch"],
         drop_path=params["drop_path"],
-        images=Images(image_size=(params["img"], params["img"])),
+        data=DataSettings(image_size=(params["img"], params["img"])),
         network=Network(size="golden", patch=patch),  # pyright: ignore
     )
     weights = {name.removeprefix("w/"): golden[name] for name in golden.arrays if name.startswith("w/")}
     index = weights["encoder.rel_pos_bias.relative_position_index"]
 
-    method = simmim.SimMIM(config, Normalize(*AS_THEY_ARE))
+    method = simmim.SimMIM(config, as_they_are())
     report = load_weights(method, weights, renames=simmim.NAMES, optional=(r"normalize\.",))
     assert report.dropped == ["encoder.rel_pos_bias.relative_position_index"]
     assert relative_index(method.height, method.width).equal(index)
@@ -184,7 +182,7 @@ def whole(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.save({"model": weights}, Path(folder, "simmim.pth"))
         encoder, _ = load_encoder(Path(folder, "simmim.pth"))
     classes = len(golden["cls/head.bias"])
-    classifier = Classifier(encoder, Normalize(*AS_THEY_ARE), classes, pool="mean", head_scale=0.01)
+    classifier = Classifier(encoder, as_they_are(), classes, pool="mean", head_scale=0.01)
     for part in ("fc_norm", "head"):
         state = {kind: golden[f"cls/{part}.{kind}"] for kind in ("weight", "bias")}
         classifier.get_submodule(part).load_state_dict(state)

@@ -6,20 +6,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from common.config import Images, Network, Optimization
-from common.data.normalize import Normalize
-from common.evaluation.finetuning import Classifier
-from common.networks.vit import SIZES, ViT
-from common.training.optimizer import parameter_groups
-from mimkit.positions import sincos, sinusoid
-
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # Of whole models of LoMaR: one number is the largest norm of the difference, relative to the norm of what is right
 LOMAR = {"loss.*|ce_.*": (5e-6, 0.0), "grad_norm": (1e-4, 0.0), "sgd_losses": (1e-5, 0.0), ".*": 5e-6}
+
 
 # The files of HPM and DropPos say nothing of tolerances, their README does, and those of iRPE and LoMaR do so in words:
 # relative and absolute, by the first pattern that a name matches. All others are of pure functions: 1e-6, of the
@@ -50,6 +44,7 @@ README: dict[str, dict[str, tuple[float, float] | float]] = {
     "lomar_mae_rpe": LOMAR,
 }
 
+
 # Intermediate values of the published programs that our way to the outputs does not have: 8-bit colors, the order of
 # tokens, where a crop lies, the terms of a sum, a teacher's count of batches
 NOT_OURS = {
@@ -62,6 +57,7 @@ NOT_OURS = {
     "mae_masking": "ids_(restore|shuffle)_.*",
     "mae_mixup": "box|lam_cut_corrected",
 }
+
 
 CHECKS: dict[str, Callable[["Golden", pytest.MonkeyPatch], None]] = {}
 
@@ -149,42 +145,3 @@ class Golden:
         if "step0_rtol" in self.about["tolerance"] and name.startswith(("step0/", "cls/")):
             tolerance = {kind: self.about["tolerance"][f"step0_{kind}"] for kind in ("rtol", "atol")}
         return tolerance
-
-
-def settings_for(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Settings for the sizes of a file, with ImageNet's mean and std already taken off its images or not."""
-    sizes = {"dim": params["enc_dim"], "depth": params["enc_depth"], "heads": params["enc_heads"]}
-    monkeypatch.setitem(SIZES, "golden", sizes)
-    network = Network(
-        size="golden",  # pyright: ignore
-        patch=params["p"],
-        decoder_dim=params["dec_dim"],
-        decoder_depth=params["dec_depth"],
-        decoder_heads=params["dec_heads"],
-    )
-    images = Images(image_size=(params["img"], params["img"]))
-    return {"network": network, "images": images, "mask_ratio": params["mask_ratio"]}
-
-
-def classifier_of(params: dict[str, Any], pool: Any, *, key_bias: bool = True, positions: bool = True) -> Classifier:
-    side = params["img"] // params["p"]
-    encoder = ViT(
-        height=side,
-        width=side,
-        patch=params["p"],
-        channels=3,
-        dim=params["dim"],
-        depth=params["depth"],
-        heads=params["heads"],
-        key_bias=key_bias,
-        table=sincos if positions else sinusoid,
-    )
-    encoder.pos_embed.requires_grad_(positions)
-    normalize = Normalize([0.0] * 3, [1.0] * 3)
-    return Classifier(encoder, normalize, params["classes"], pool=pool, head_scale=0.01)
-
-
-def groups_of(module: nn.Module, settings: Optimization, *, depth: int = 0) -> dict[str, tuple[float, float]]:
-    """Weight decay and scale of each trainable parameter."""
-    groups = parameter_groups(module, settings, depth=depth)
-    return {name: (group["weight_decay"], group["lr_scale"]) for group in groups for name in group["names"]}
