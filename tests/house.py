@@ -1,7 +1,7 @@
 """The house in numbers, and what breaks its rules: python tests/house.py.
 
-Rules: imports point one way, from the recipes down to torch, without a circle, and none is hidden in a function; no file
-of recipes/ has more than 400 lines, no function more than 60 lines of code; recipes are short and do not repeat each
+Rules: imports point one way, from the recipes down to torch, without a circle, none hidden in a function; no file of
+recipes/ has more than 400 lines, no function more than 60 lines of code; recipes are short and do not repeat each
 other; public names of mimkit/ and recipes/common/ are annotated and documented.
 """
 
