@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.analysis import images_to_look_at
-from common.config import SettingsError
+from common.config import DataSettings, SettingsError
 from common.data.loading import Loader, ViewDataset
 from common.data.normalize import Normalize
 from common.data.sources import Source, decode
