@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.analysis import images_to_look_at
-from common.config import SettingsError, program
+from common.config import DataSettings, SettingsError, program
 from common.data.loading import Loader, ViewDataset
 from common.data.normalize import Normalize
 from common.data.sources import Source, decode
@@ -148,7 +148,7 @@ def load(config: Config) -> tuple[Any, Normalize, Source]:
     channels = encoder.channels
     if config.data is not None and config.data.is_file():
         return network.eval(), normalize, _File(config.data, channels)
-    return network.eval(), normalize, images_to_look_at(DataSettings(channels=channels), config.data)  # pyright: ignore
+    return network.eval(), normalize, images_to_look_at(DataSettings(channels=channels), config.data)
 
 
 def main(config: Config) -> None:

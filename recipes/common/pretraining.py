@@ -55,7 +55,6 @@ def _pretrain(recipe: Recipe, config: BaseConfig, name: str, processes: Processe
     data = open_data(config.data, seed=run.seed)
     evaluations = check_stages(config, data, processes)
     stage = Stage(processes, data, run, folder, "pre-training")
-    prepare(folder, name, config, processes=processes)
 
     # 2. The method
     normalize = normalization(config.data, data.train)
@@ -63,6 +62,7 @@ def _pretrain(recipe: Recipe, config: BaseConfig, name: str, processes: Processe
     method = recipe.method(config, normalize)
     if config.weights is not None:
         processes.print(f"{config.weights}:\n{recipe.load(method, config.weights)}")
+    prepare(folder, name, config, processes=processes)
     encoder, all_of_it = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (method.encoder, method))
     processes.print(f"encoder {encoder:.1f} M parameters, with all that trains it {all_of_it:.1f} M")
 

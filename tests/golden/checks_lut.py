@@ -262,17 +262,17 @@ def whole(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     golden.close(f"{after}/teacher_l2", torch.stack([state[name].norm() for name in names]))
     _same_teacher(method, everything)
 
-    # Four pieces, two of them in a step
+    # Four micro-batches, two of them in a step
     method, everything = fresh()
-    pieces = len(golden["accum2/decay_all"])
-    momenta = [cosine_momentum(torch.tensor(t / pieces).double(), params["m0"]) for t in range(pieces)]
+    count = len(golden["accum2/decay_all"])
+    momenta = [cosine_momentum(torch.tensor(t / count).double(), params["m0"]) for t in range(count)]
     golden.close("accum2/decay_all", torch.stack(momenta))
     found = []
-    for piece in range(pieces):
-        loss = method(images, {"mask": golden[f"noise{piece}"]}, zero)["loss"] / 2
+    for i in range(count):
+        loss = method(images, {"mask": golden[f"noise{i}"]}, zero)["loss"] / 2
         found.append(loss.detach())
-        if piece % 2:
-            _step(method, everything, loss, params, torch.tensor(piece / pieces))
+        if i % 2:
+            _step(method, everything, loss, params, torch.tensor(i / count))
         else:
             loss.backward()
     golden.close("accum2/loss_over_2", torch.stack(found))
@@ -286,7 +286,7 @@ def whole(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes |= {"heads": params["heads"], "classes": len(golden["cls/head.bias"])}
     for pool, name in (("mean", "logits_global_pool"), ("class", "logits_cls_token")):
         classifier = classifier_of(sizes, pool)
-        classifier.encoder.load_state_dict(method.encoder.state_dict())
+        classifier.get_submodule("encoder").load_state_dict(method.encoder.state_dict())
         own = {k.removeprefix("cls/"): golden[k] for k in golden.arrays if k.startswith(("cls/fc_norm", "cls/head"))}
         classifier.load_state_dict({k: v for k, v in own.items() if pool == "mean" or "head" in k}, strict=False)
         golden.close(f"cls/{name}", classifier.head(classifier.features(images[0])))

@@ -21,6 +21,7 @@ from common.training.optimizer import clip, layer_of, parameter_groups
 from common.training.schedules import by_epoch
 from common.weights.reading import load_weights
 from mimkit.positions import sincos, sinusoid
+from mimkit.tokens import split
 
 import pytest
 import torch
@@ -148,7 +149,7 @@ def compare_groups(
     params, names = golden.params["finetune"], golden.about["finetune_names"]
     sizes = {"img": 16, "p": 8, "dim": 8, "heads": 2, "depth": params["depth"], "classes": 3}
     classifier = classifier_of(sizes, finetune.pool)
-    classifier.encoder.pos_embed.requires_grad_(finetune.train_positions)
+    classifier.get_parameter("encoder.pos_embed").requires_grad_(finetune.train_positions)
     settings = replace(finetune.optimization, layer_decay=params["ld"], weight_decay=params["wd"])
     groups = groups_of(classifier, settings, depth=params["depth"])
     found = {name.removeprefix("encoder."): group for name, group in groups.items()}
