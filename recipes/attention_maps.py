@@ -148,7 +148,7 @@ def load(config: Config) -> tuple[Any, Normalize, Source]:
     channels = encoder.channels
     if config.data is not None and config.data.is_file():
         return network.eval(), normalize, _File(config.data, channels)
-    return network.eval(), normalize, images_to_look_at(DataSettings(channels=channels), config.data)
+    return network.eval(), normalize, images_to_look_at(DataSettings(channels=channels), config.data)  # pyright: ignore[reportArgumentType]
 
 
 def main(config: Config) -> None:
