@@ -1,4 +1,4 @@
-"""Draw every mask and every degradation on a real photograph, one that comes with scikit-learn.
+"""Draw every mask and every degradation on a photograph that comes with scikit-learn.
 
 pip install -e '.[docs]'
 python docs/gallery.py          writes docs/gallery.png
@@ -14,7 +14,7 @@ import torch
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))  # recipes are scripts beside this folder, not a package
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))  # the recipes are scripts, not a package
 
 from common.data.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from common.data.views import resize

@@ -1,9 +1,9 @@
-"""Cut the two photographs that come with scikit-learn into a folder of small pictures, for experiments in the docs.
+"""Cut the two photographs that come with scikit-learn into a folder of small images, for the experiments in the docs.
 
     python docs/photographs.py DIR
 
-DIR/train and DIR/val hold tiles of 160 × 160 pixels, those of val between those of train: a test on them says how well
-these photographs are known, not how well others would be.
+DIR/train and DIR/val hold tiles of 160 × 160 pixels; those of val lie between those of train. Accuracy on them measures
+how well a network knows these photographs, not how well it generalizes to others.
 """
 
 import sys
