@@ -1,9 +1,9 @@
-"""What the recipes share. It knows nothing of any paper."""
+"""Code shared by the recipes, independent of any paper."""
 
 import os
 
-# PyTorch reads these when it is loaded, so recipes import `common` first. On a CPU
-# threads that wait for each other soon sleep: a little slower alone, many times faster beside other programs,
+# PyTorch reads these when it is loaded, so recipes import `common` first. On a CPU, waiting
+# threads go to sleep early: slightly slower on an idle machine, many times faster on a shared one,
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-# and large buffers lie in large pages: fewer page faults in every step.
+# and large buffers use huge pages, which reduces page faults.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

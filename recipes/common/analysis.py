@@ -1,4 +1,4 @@
-"""What the papers' analyses start from: a trained method, and images."""
+"""Load trained methods and images for the analyses of the papers."""
 
 import importlib
 from collections.abc import Iterator
@@ -20,19 +20,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AnalysisConfig:
-    """What the settings of all analyses of a run have."""
+    """Settings shared by all analyses of a run."""
 
     run: Path
-    """folder of the run; the results go there"""
+    """folder of the run; results are written there"""
     data: Path | None = None
-    """folder with train/CLASS/*.jpg and val/CLASS/*.jpg; none: that of the run"""
+    """folder with train/CLASS/*.jpg and val/CLASS/*.jpg; none: the images of the run"""
 
 
 def recipe_of(name: str) -> Recipe:
-    """Import the recipe of this name.
+    """Import the recipe with this name.
 
     Raises:
-        SettingsError: if there is none.
+        SettingsError: if there is no such recipe.
     """
     modules = [path.stem for path in Path(__file__).parents[1].glob("*.py")]
     module = importlib.import_module(name) if name in modules else None
@@ -42,19 +42,21 @@ def recipe_of(name: str) -> Recipe:
 
 
 def load_method(folder: Path, *, needs: str = "", of: str = "") -> tuple[Any, Any]:
-    """Build the method of a run with the weights of its newest checkpoint, on the CPU, in eval mode.
+    """Build the method of a run with the weights of its newest checkpoint, on the CPU, in evaluation mode.
 
     The run may still be training.
 
     Args:
-        folder: of the run.
-        needs: an attribute that the method must have, and `of` the recipe that has it.
+        folder: folder of the run.
+        needs: an attribute that the method must have.
+        of: the recipe whose method has this attribute, for the error message.
 
     Returns:
         The method and its settings.
 
     Raises:
-        SettingsError: if the folder is not that of a pre-training or of another one, or has no checkpoint yet.
+        SettingsError: if the folder is not that of a pre-training run, the method lacks the attribute, or there is no
+            checkpoint yet.
     """
     path = folder / "config.json"
     settings = read_json(path) if path.is_file() else {}
@@ -67,7 +69,7 @@ def load_method(folder: Path, *, needs: str = "", of: str = "") -> tuple[Any, An
     if found is None:
         raise SettingsError(f"{folder} has no checkpoint yet")
     step, tensors, _ = found
-    # What it started from is in its weights, and need not be on the disk any more
+    # The initial weights are part of the checkpoint, so their file is no longer needed
     channels = config.data.channels
     method = recipe.method(replace(config, weights=None), Normalize([0.0] * channels, [1.0] * channels))
     if not hasattr(method, needs or "encoder"):
@@ -84,9 +86,9 @@ def images_to_look_at(
     """Open images for an analysis, which needs no labels.
 
     Args:
-        settings: of the images of the run.
-        path: folder of other ones. Of one that has neither train nor val all images are taken.
-        split: test is val of a folder.
+        settings: image settings of the run.
+        path: folder of other images. All images are used if it contains neither train nor val.
+        split: "test" is the val split of a folder.
     """
     settings = replace(settings, path=path or settings.path)
     if settings.path is not None and not any((settings.path / name).is_dir() for name in ("train", "val")):
@@ -95,7 +97,7 @@ def images_to_look_at(
 
 
 def central_views(source: Source, method: Method, config: Any, *, batch_size: int) -> Iterator[Tensor]:
-    """Yield the images of a source batch by batch, each cropped to its center as in a test."""
+    """Yield batches of the images of a source, center-cropped as for testing."""
     views = ViewDataset(source, CenterCrop(method.view_size, crop_fraction=config.finetune.crop_fraction))
     order = [(0, index) for index in range(len(source))]
     return iter(Loader(views, [order[i : i + batch_size] for i in range(0, len(order), batch_size)]))

@@ -1,7 +1,7 @@
-"""Settings: frozen dataclasses that become the command line, and presets that fill them.
+"""Settings: frozen dataclasses that define the command line, and presets of their values.
 
-A recipe's `Config` holds these groups as fields; on the command line their options stand without a prefix. What a value
-must satisfy stands in its type, and is checked before any work is done.
+A recipe's `Config` holds these groups as fields; on the command line their options have no prefix. The type of a
+setting states its valid values, which are checked before any work is done.
 """
 
 import json
@@ -16,23 +16,23 @@ import tyro
 
 C = TypeVar("C")
 T = TypeVar("T")
-Flat = Annotated[T, tyro.conf.arg(name="")]  # the options of a group stand without a prefix
+Flat = Annotated[T, tyro.conf.arg(name="")]  # the options of a group have no prefix
 
 
 class SettingsError(ValueError):
-    """A mistake of the user: one sentence that says what to type instead. Programs print it without a traceback."""
+    """A user error, in one sentence that says how to correct it. Programs print it without a traceback."""
 
 
 @dataclass(frozen=True)
 class Must:
-    """What the values of a setting must satisfy, in words and as a test; NaN satisfies nothing."""
+    """A constraint on the values of a setting, in words and as a predicate; NaN never satisfies it."""
 
     words: str
     test: Callable[[Any], bool]
 
 
 class _MayDiffer:
-    """A setting that may differ when a run is resumed: it does not change the result."""
+    """Marks a setting that may change when a run is resumed, because it does not affect the result."""
 
 
 MayDiffer = Annotated[T, _MayDiffer()]
@@ -51,27 +51,27 @@ class Run:
     """Where and how the program runs."""
 
     name: MayDiffer[str] = ""
-    """folder of this run below --runs; the recipe's name if empty"""
+    """subfolder of --runs for this run; empty: the name of the recipe"""
     runs: MayDiffer[Path] = Path("runs")
-    """folder of all runs"""
+    """folder that contains all runs"""
     resume: MayDiffer[bool] = False
-    """continue an interrupted run with the settings it was started with (starts one if there is none)"""
+    """resume an interrupted run with its original settings (start a new run if there is none)"""
     seed: int = 0
     """every random draw depends only on this number, the step and the sample"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU if there is one"""
+    """auto: a GPU if available"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on a GPU, fp32 on a CPU"""
     compile: MayDiffer[Literal["auto", "on", "off"]] = "auto"
-    """torch.compile; auto: on a GPU only (on a CPU it costs a minute and gains little)"""
+    """torch.compile; auto: on a GPU only (on a CPU it takes a minute and gains little)"""
     workers: MayDiffer[Annotated[int, Must("-1 or more", lambda x: x >= -1)]] = -1
-    """processes that load images, per device; -1: one per free core, at most 16"""
+    """data-loading processes per device; -1: one per free core, at most 16"""
     checkpoint_minutes: MayDiffer[NonNegative] = 5.0
-    """time between checkpoints: what a lost machine can cost"""
+    """minutes between checkpoints"""
     keep: MayDiffer[Count] = 2
-    """checkpoints kept, the newest ones"""
+    """number of checkpoints to keep, the newest ones"""
     log_every: Count = 20
-    """steps between two readings of the losses"""
+    """number of steps between two log records"""
 
 
 @dataclass(frozen=True)
@@ -79,19 +79,19 @@ class DataSettings:
     """The images and how they are cropped."""
 
     path: Annotated[MayDiffer[Path | None], tyro.conf.arg(name="data")] = None
-    """folder with train/CLASS/*.jpg and val/CLASS/*.jpg; none: the handwritten digits that come with scikit-learn"""
+    """folder with train/CLASS/*.jpg and val/CLASS/*.jpg; none: the handwritten digits included in scikit-learn"""
     image_size: Counts = (224, 224)
-    """height and width of what the network sees, in pixels, multiples of --patch"""
+    """height and width of the network's input in pixels, multiples of --patch"""
     channels: Literal[1, 3] = 3
     """1: grayscale, 3: RGB"""
     crop_scale: Area = (0.2, 1.0)
-    """share of the image's area that a random crop keeps, least and most"""
+    """range of the area of a random crop, as a fraction of the image"""
     flip: Share = 0.5
     """probability of a horizontal flip"""
     statistics: Literal["auto", "imagenet", "data"] = "auto"
-    """mean and std of the channels: computed from the training images or ImageNet's; auto: ImageNet's for RGB"""
+    """mean and std of the channels: ImageNet's, or those of the training images; auto: ImageNet's for RGB"""
     labels_per_class: Count = 10
-    """of the embedded digits: labeled images per class for fine-tuning"""
+    """embedded digits only: labeled images per class for fine-tuning"""
 
 
 @dataclass(frozen=True)
@@ -99,73 +99,73 @@ class Network:
     """The vision transformer and its decoder."""
 
     size: Literal["nano", "tiny", "small", "base", "large", "huge"] = "base"
-    """width, depth and heads of the encoder"""
+    """size of the encoder: width, depth and number of heads"""
     patch: Count = 16
     """side of a patch in pixels"""
     decoder_dim: Count = 512
     """width of the decoder"""
     decoder_depth: Count = 8
-    """blocks of the decoder"""
+    """number of blocks of the decoder"""
     decoder_heads: Count = 16
-    """attention heads of the decoder"""
+    """number of attention heads of the decoder"""
 
 
 @dataclass(frozen=True)
 class Optimization:
-    """AdamW with a warm-up and a cosine schedule, per step."""
+    """AdamW with a learning-rate warm-up and a cosine schedule, updated at every step."""
 
     epochs: Count = 800
-    """times that every training image is seen"""
+    """passes over the training images"""
     batch_size: Count = 4096
-    """images per step, over all devices and micro-batches; the result depends on this alone"""
+    """images per step, over all devices and micro-batches"""
     device_batch: MayDiffer[Count] = 256
-    """largest micro-batch: images on one device at a time; gradients of more are accumulated"""
+    """largest micro-batch per device; larger batches use gradient accumulation, with the same result"""
     base_lr: Positive = 1.5e-4
-    """learning rate for 256 images per step; the real one is this times batch size / 256"""
+    """learning rate for a batch of 256 images; it is multiplied by batch size / 256"""
     sqrt_rule_at: Annotated[int | None, Must("at least 1", lambda x: x is None or x >= 1)] = None
-    """N: the learning rate grows with the square root of the batch size instead, and is the same at a batch of N"""
+    """N: scale the learning rate with the square root of the batch size; both rules agree at a batch of N"""
     warmup_epochs: NonNegative = 40.0
-    """epochs in which the learning rate rises"""
+    """length of the learning-rate warm-up in epochs"""
     min_lr: NonNegative = 0.0
-    """learning rate at the end (not scaled by the batch size)"""
+    """final learning rate (not scaled by the batch size)"""
     schedule: Literal["epoch", "step", "last_step"] = "epoch"
-    """epoch: of the fractional epoch, as MAE; step: linspace over the warm-up steps, then cosine, as Beyond Masking;
-    last_step: of the step before, the cosine counted from the start of the warm-up, as SimMIM"""
+    """epoch: function of the fractional epoch, as in MAE; step: linspace over the warm-up steps, then cosine, as in
+    Beyond Masking; last_step: function of the previous step, the cosine starting with the warm-up, as in SimMIM"""
     warmup_lr: NonNegative = 0.0
-    """of last_step: learning rate at the start (not scaled by the batch size)"""
+    """with last_step: initial learning rate (not scaled by the batch size)"""
     milestones: Annotated[tuple[float, ...], Must("0 or more", lambda x: all(0 <= m < math.inf for m in x))] = ()
-    """of last_step: epochs at which the learning rate falls to a tenth, instead of a cosine"""
+    """with last_step: epochs at which the learning rate is divided by 10, instead of the cosine"""
     weight_decay: NonNegative = 0.05
-    """for matrices, and for tokens that are not in --undecayed; never for biases and norms"""
+    """weight decay of matrices and of tokens not listed in --undecayed; never applied to biases and norms"""
     betas: Annotated[tuple[float, float], Must("at least 0 and below 1", lambda x: all(0 <= b < 1 for b in x))] = (
         0.9,
         0.95,
     )
-    """of AdamW"""
+    """coefficients of AdamW's moving averages"""
     undecayed: tuple[str, ...] = ()
-    """parameters without weight decay besides biases and norms, by the last part of their name"""
+    """parameters without weight decay besides biases and norms, by the last component of their name"""
     layer_decay: PositiveShare = 1.0
-    """each block's learning rate is this times that of the block above it"""
+    """layer-wise learning-rate decay: factor from one block to the block below it"""
     clip: Annotated[float | None, Must("above 0", lambda x: x is None or x > 0)] = None
-    """largest norm of the gradient; none: no clipping"""
+    """maximum norm of the gradient; none: no clipping"""
     clip_each: bool = False
-    """clip the gradient of each parameter on its own instead of the whole"""
+    """clip the gradient of each parameter separately instead of the global norm"""
 
 
 def parse(
     presets: dict[str, C], args: Sequence[str] | None = None, *, name: str = "", description: str | None = None
 ) -> C:
-    """Read the command line over a preset, or with `--resume` over the settings that the run was started with.
+    """Parse the command line on top of a preset, or with `--resume` on top of the run's original settings.
 
     Args:
-        presets: settings by name. Without `--preset` the one called "digits" holds, or "folder" with `--data`.
-        args: the command line; that of the process if none.
-        name: of the recipe, and of its run unless `--name` says otherwise.
-        description: text on top of the help.
+        presets: settings by name. The default is "digits", or "folder" if `--data` is given.
+        args: command-line arguments; by default those of the process.
+        name: name of the recipe, and of its run unless `--name` is given.
+        description: text shown at the top of the help.
 
     Raises:
-        SystemExit: with a message, if an option is unknown or a value is of the wrong kind.
-        SettingsError: if a value is out of range, or differs from that of the run that is resumed.
+        SystemExit: with a message, if an option is unknown or a value has the wrong type.
+        SettingsError: if a value is out of range.
     """
     args = list(sys.argv[1:] if args is None else args)
     chosen = "folder" if any(arg == "--data" or arg.startswith("--data=") for arg in args) else "digits"
@@ -191,13 +191,13 @@ def parse(
 
 
 def program(main: Callable[[C], None], kind: type[C], *, name: str, description: str | None) -> None:
-    """Run a program with the settings of the command line; a mistake of the user becomes one sentence.
+    """Run a program with settings from the command line, and exit with a one-sentence message on a user error.
 
     Args:
         main: the program.
-        kind: of its settings.
-        name: of the program, in front of the sentence.
-        description: text on top of the help.
+        kind: type of its settings.
+        name: name of the program, which prefixes the message.
+        description: text shown at the top of the help.
     """
     try:
         config = tyro.cli(kind, description=description)
@@ -208,7 +208,7 @@ def program(main: Callable[[C], None], kind: type[C], *, name: str, description:
 
 
 def started_with(kind: type[C], path: Path) -> C | None:
-    """Return the settings in the `config.json` of a run, if there is one and its recipe is the same."""
+    """Return the settings in the `config.json` of a run, or None if it does not exist or its fields differ."""
     if not path.is_file():
         return None
     values = json.loads(path.read_text())
@@ -220,7 +220,7 @@ def started_with(kind: type[C], path: Path) -> C | None:
 
 
 def settings_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
-    """Yield every setting of a configuration: its option, its value, and what stands beside its type."""
+    """Yield the option, the value and the type annotations of every setting of a configuration."""
     hints = get_type_hints(type(config), include_extras=True)
     for field in fields(config):
         value, extras = getattr(config, field.name), _extras(hints[field.name])
@@ -235,7 +235,7 @@ def check(config: Any) -> None:
     """Check that every setting is within its range.
 
     Raises:
-        SettingsError: naming the first option whose value is not.
+        SettingsError: if a value is out of range, naming the first such option.
     """
     for option, value, extras in settings_of(config):
         for must in extras:
@@ -244,9 +244,9 @@ def check(config: Any) -> None:
 
 
 def changed_settings(config: Any, before: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """Return the options whose values differ from those of a run that was started: now, and then.
+    """Return the options whose values differ from those of an earlier run, as (current value, earlier value).
 
-    Settings whose type is `MayDiffer` are left out.
+    Settings of type `MayDiffer` are ignored.
     """
     values = {key: value for key, value in before.items() if key != "recipe"}
     then = {option: value for option, value, _ in settings_of(from_json(type(config), values))}
@@ -258,19 +258,20 @@ def changed_settings(config: Any, before: dict[str, Any]) -> dict[str, tuple[str
 
 
 def as_typed(value: Any) -> str:
-    """Write a value as on the command line."""
+    """Format a value as it is typed on the command line."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _extras(hint: Any) -> tuple[Any, ...]:
-    """Return what stands beside a type, also beside the inner one of nested annotations (Python joins these)."""
+    """Return the annotations of a type, including those of nested `Annotated` types (which Python flattens)."""
     return getattr(hint, "__metadata__", ())
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """Return a configuration as plain values, paths as text."""
+    """Convert a configuration to JSON values, paths to strings."""
 
     def plain(value: Any) -> Any:
+        """Convert a value recursively."""
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
@@ -281,7 +282,7 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(kind: type[C], values: dict[str, Any]) -> C:
-    """Return the configuration of which `to_json` made these values.
+    """Rebuild a configuration from the values returned by `to_json`.
 
     Raises:
         SettingsError: if a setting is unknown or missing.
@@ -292,6 +293,7 @@ def from_json(kind: type[C], values: dict[str, Any]) -> C:
             raise SettingsError(f"settings of {kind.__name__} are {what}: {', '.join(sorted(names))}")
 
     def typed(kind: Any, value: Any) -> Any:
+        """Convert a JSON value to the type of its field."""
         if isinstance(kind, type) and is_dataclass(kind):
             return from_json(kind, value)
         if isinstance(value, list):

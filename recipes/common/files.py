@@ -1,4 +1,4 @@
-"""Files that survive: written to a temporary name, flushed and renamed. Tensors are safetensors, settings are JSON."""
+"""Atomic file writes: a temporary file is flushed, then renamed. Tensors are safetensors, settings are JSON."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file that is either the old one or the new one, whatever happens."""
+    """Write a file atomically: after an interruption it holds either the old or the new content."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("wb") as file:
         file.write(content)
@@ -24,22 +24,23 @@ def write(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write settings or results likewise."""
+    """Write settings or results as JSON, atomically."""
     write(path, json.dumps(value, indent=1).encode())
 
 
 def read_json(path: Path) -> Any:
+    """Read a JSON file."""
     return json.loads(path.read_text())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
-    """Write a safetensors file likewise; the values of `metadata` are stored as JSON."""
+    """Write a safetensors file atomically; the values of `metadata` are stored as JSON."""
     apart = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     write(path, save(apart, metadata={key: json.dumps(value) for key, value in (metadata or {}).items()}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a safetensors file: tensors by name, and its metadata.
+    """Return the tensors of a safetensors file by name, and its metadata.
 
     Raises:
         SettingsError: if the file is damaged or not a safetensors file.
@@ -55,7 +56,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _json_or_text(value: str) -> Any:
     try:
         return json.loads(value)
-    except json.JSONDecodeError:  # a file of others
+    except json.JSONDecodeError:  # a file written by another program
         return value
 
 

@@ -1,4 +1,4 @@
-"""A whole pre-training, from the command line to the table on the screen: what every recipe ends with."""
+"""Pre-training from the command line to the printed results: the entry point of every recipe."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -32,13 +32,19 @@ from torch import nn
 def pretrain(
     recipe: Recipe, *, name: str, description: str | None = None, args: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """Pre-train, draw what was learned, export the encoder, evaluate it, and print the result.
+    """Pre-train a method, draw its predictions, export and evaluate the encoder, and print the results.
 
     Args:
-        recipe: method, presets and published names.
-        name: of the recipe, and of the run unless `--name` says otherwise.
-        description: on top of the help.
-        args: the command line; that of the process if none.
+        recipe: method, presets and names of published weights.
+        name: name of the recipe, and of the run unless `--name` is given.
+        description: text shown at the top of the help.
+        args: command-line arguments; by default those of the process.
+
+    Returns:
+        The results, as written to `result.json`.
+
+    Raises:
+        SystemExit: with a message, if a setting is invalid or training fails.
     """
     try:
         config: BaseConfig = parse(recipe.presets, args, name=name, description=description)
@@ -51,12 +57,12 @@ def pretrain(
 def _pretrain(recipe: Recipe, config: BaseConfig, name: str, processes: Processes) -> dict[str, Any]:
     run, folder = config.run, config.run.runs / (config.run.name or name)
 
-    # 1. The images, opened once, and whether all that is to be done with them can be done
+    # 1. Open the images once, and check that every stage can run on them
     data = open_data(config.data, seed=run.seed)
     evaluations = check_stages(config, data, processes)
     stage = Stage(processes, data, run, folder, "pre-training")
 
-    # 2. The method
+    # 2. Build the method
     normalize = normalization(config.data, data.train)
     torch.manual_seed(run.seed)
     method = recipe.method(config, normalize)
@@ -66,20 +72,20 @@ def _pretrain(recipe: Recipe, config: BaseConfig, name: str, processes: Processe
     encoder, all_of_it = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (method.encoder, method))
     processes.print(f"encoder {encoder:.1f} M parameters, with all that trains it {all_of_it:.1f} M")
 
-    # 3. The pre-training
+    # 3. Pre-train it, and export the encoder
     results = {"pretraining": pretrain_method(method, config, stage)}
     path = folder / "encoder.safetensors"
     if processes.is_main:
         export(path, method.encoder, normalize)
     processes.barrier()
 
-    # 4. The evaluations: of the encoder, fine-tuned or frozen, beside the same network from scratch
+    # 4. Evaluate the encoder, fine-tuned or frozen, and train the same network from scratch for comparison
     for evaluation in evaluations:
         kind = EVALUATIONS[evaluation]
         part = replace(stage, folder=folder / evaluation, title=kind.title)
         results[evaluation] = kind.run(path, config.finetune, part, results)
 
-    # 5. The result
+    # 5. Report the results
     result = {"recipe": name, "device": str(processes.device), "devices": processes.world_size, **results}
     if processes.is_main:
         write_json(folder / "result.json", result)
@@ -92,10 +98,10 @@ def _pretrain(recipe: Recipe, config: BaseConfig, name: str, processes: Processe
 
 
 def pretrain_method(method: nn.Module, config: BaseConfig, stage: Stage) -> dict[str, Any]:
-    """Train a method on the training images, and draw what it learned.
+    """Train a method on the training images, and draw its predictions.
 
     Returns:
-        what `train` returns.
+        The result of `train`.
     """
     source, run, processes = stage.data.train, stage.run, stage.processes
     made: Any = method
@@ -103,9 +109,11 @@ def pretrain_method(method: nn.Module, config: BaseConfig, stage: Stage) -> dict
     views = ViewDataset(source, getattr(method, "views", default), seed=run.seed)
 
     def load(batches: Iterable[list[tuple[int, int]]]) -> Loader:
+        """Load batches of views, given the (epoch, index) of their images."""
         return Loader(views, batches, workers=num_workers(run, processes), pin=processes.device.type == "cuda")
 
     def draw(into: Path) -> None:
+        """Draw the predictions for up to eight evenly spaced images."""
         few = min(8, len(source))
         chosen = [(0, index * len(source) // few) for index in range(few)]
         images = to_device(next(iter(Loader(views, [chosen]))), processes.device)
@@ -116,7 +124,7 @@ def pretrain_method(method: nn.Module, config: BaseConfig, stage: Stage) -> dict
 
 @torch.no_grad()
 def draw_some(method: Method, images: Any, count: int, *, seed: int) -> Any:
-    """Draw what a method makes of `count` images, with noise that depends only on the seed."""
+    """Draw the predictions of a method on `count` images, with noise that depends only on the seed."""
     generator = torch.Generator().manual_seed(seed)
     noise = method.noise(lambda *shape: torch.rand(*shape, generator=generator), count)
     device = images.device if isinstance(images, torch.Tensor) else images[0].device
@@ -124,10 +132,10 @@ def draw_some(method: Method, images: Any, count: int, *, seed: int) -> Any:
 
 
 def check_stages(config: BaseConfig, data: Data, processes: Processes) -> tuple[str, ...]:
-    """Check what pre-training and evaluations would stumble over, and return the evaluations that the images allow.
+    """Validate the settings of pre-training and evaluations, and return the evaluations that the images allow.
 
     Raises:
-        SettingsError: if the images do not fill a batch, or the devices cannot share it.
+        SettingsError: if there are fewer images than a batch has, or the batch cannot be divided among the devices.
     """
     size, _ = config.optimization.batch_size, micro_batches(config.optimization, processes.world_size)
     if len(data.train) < size:

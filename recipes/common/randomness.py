@@ -13,29 +13,29 @@ from torch import Tensor
 
 
 def seed_of(*parts: int | str) -> int:
-    """Return a number of 63 bits that depends on all the parts and their order, the same in every process."""
+    """Hash the parts, in order, to a 63-bit integer that is the same in every process."""
     text = json.dumps([part if isinstance(part, str) else operator.index(part) for part in parts])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def epoch_order(count: int, epoch: int, *, seed: int) -> Tensor:
-    """Return the order of `count` images in an epoch, a permutation that depends only on (seed, epoch)."""
+    """Return a permutation of `count` images that depends only on (seed, epoch)."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(seed, "order", epoch)))
 
 
 class Noise:
-    """Uniform noise for a micro-batch: `noise(batch, …)` gives float32 in [0, 1) on the device.
+    """Uniform noise for a micro-batch: `noise(batch, …)` returns float32 values in [0, 1) on the device.
 
-    The first axis is the batch. It is drawn for all images of a step and cut, so every image gets the same noise
-    whatever the number of devices and micro-batches.
+    The first axis is the batch. The noise is drawn for all images of a step and then sliced, so the noise of an image
+    does not depend on the number of devices and micro-batches.
 
     Args:
-        batch_size: images of a step, over all devices and micro-batches.
-        micro_batch: images of one device at a time.
-        rank: of this process.
+        batch_size: images per step, over all devices and micro-batches.
+        micro_batch: images per device and micro-batch.
+        rank: rank of this process.
         world_size: number of processes.
-        device: of the noise.
-        seed: of the run.
+        device: device of the noise.
+        seed: seed of the run.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Noise:
         self.rows = slice(0)
 
     def at(self, step: int, micro_step: int) -> "Noise":
-        """Go to a micro-batch of a step. The same calls then give the same noise."""
+        """Seed the generator for a micro-batch of a step; the same calls then return the same noise."""
         self.generator.manual_seed(seed_of(self.seed, "noise", step))
         first = (micro_step * self.world_size + self.rank) * self.micro_batch
         self.rows = slice(first, first + self.micro_batch)
@@ -62,7 +62,7 @@ class Noise:
 
 @contextmanager
 def globally_seeded(seed: int) -> Iterator[None]:
-    """Seed what timm draws from, and leave it as it was found."""
+    """Seed the global generators, which timm uses, and restore their states on exit."""
     python, numpy, pytorch = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002

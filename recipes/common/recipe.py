@@ -1,6 +1,6 @@
-"""What a recipe consists of: settings, a method, presets, and the names of published weights.
+"""The parts of a recipe: settings, a method, presets, and the names of published weights.
 
-All recipes import from here what all of them use.
+This module also re-exports the names that every recipe needs.
 """
 
 from collections.abc import Callable
@@ -24,13 +24,13 @@ EvaluationName = Literal["finetune", "scratch", "budget", "linear", "knn", "nonl
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """What the settings of all recipes have; a recipe adds those of its method."""
+    """Settings shared by all recipes; a recipe adds those of its method."""
 
     weights: Path | None = None
-    """start from a published checkpoint of the method, with or without what is thrown away after pre-training"""
+    """initialize from a published checkpoint of the method, with or without its decoder or heads"""
     evaluate: tuple[EvaluationName, ...] = ("finetune",)
-    """fine-tune the encoder; train the same network from scratch for as many epochs, or for the same wall-clock time;
-    evaluate the frozen encoder"""
+    """finetune: fine-tune the encoder; scratch, budget: train the same network from scratch for the same number of
+    epochs or the same wall-clock time; linear, knn, nonlinear: evaluate the frozen encoder"""
     run: Flat[Run] = field(default_factory=Run)
     data: Flat[DataSettings] = field(default_factory=DataSettings)
     network: Flat[Network] = field(default_factory=Network)
@@ -42,30 +42,33 @@ C = TypeVar("C", bound=BaseConfig)
 
 
 class Method(Protocol):
-    """What every pre-training method has besides what the engine asks for.
+    """The interface of a pre-training method, beyond what the engine requires.
 
-    One with an attribute `views`, a transform, gets these views of each image instead of a random crop, perhaps a tuple
-    of them. One whose prediction is of patches has `reconstruct(images, noise)`, see `report.reconstruction`; others
-    draw `pictures(images, noise)` themselves.
+    A method may define a transform `views`, which replaces the default random crop and may return a tuple of views. A
+    method that predicts patches defines `reconstruct(images, noise)`, see `report.reconstruction`; other methods define
+    `pictures(images, noise)`.
     """
 
     encoder: ViT
     normalize: Normalize
     view_size: tuple[int, int]
 
-    def noise(self, rand: Rand, batch: int) -> dict[str, Tensor]: ...
+    def noise(self, rand: Rand, batch: int) -> dict[str, Tensor]:
+        """Draw all randomness of the method for a batch."""
+        ...
+
     def __call__(self, images: Any, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A method and all that a program needs to run it.
+    """A method, its presets, and the names of its published weights.
 
     Args:
-        method: makes the method from its settings and the normalization of the images.
-        presets: settings by name: "digits" and "folder", and those of the paper.
-        published_names: from the names of published weights to ours, for `load_weights`; none were published if empty.
-        optional: names of weights that a published file may lack, as regular expressions.
+        method: builds the method from its settings and the normalization of the images.
+        presets: settings by name: "digits", "folder", and those of the paper.
+        published_names: maps the names of published weights to ours, see `load_weights`; empty: none are published.
+        optional: regular expressions for weights that a published file may lack.
     """
 
     method: Callable[[Any, Normalize], Any]
@@ -74,12 +77,12 @@ class Recipe:
     optional: tuple[str, ...] = ()
 
     def load(self, method: nn.Module, path: Path, *, decoder: bool = False) -> Any:
-        """Load published weights, and return the report of their keys.
+        """Load published weights into a method, and return a report of their keys.
 
         Args:
-            method: what to fill.
-            path: of the file.
-            decoder: whether weights that a published file may lack must be in it.
+            method: the module to load into.
+            path: path of the checkpoint.
+            decoder: require the weights that a published file may lack.
 
         Raises:
             SettingsError: if a weight is missing or has another shape.
@@ -90,7 +93,7 @@ class Recipe:
             *((r"teacher\.",) if hasattr(method, "teacher") else ()),
         )
         report = load_weights(method, read_foreign(path), renames=self.published_names, optional=optional)
-        if any(name.startswith("teacher.") for name in report.missing):  # it starts as a copy of its student
+        if any(name.startswith("teacher.") for name in report.missing):  # initialize it as a copy of the student
             made: Any = method
             made.teacher.load_state_dict(made.student().state_dict())
         return report
@@ -100,7 +103,7 @@ SMALL_DECODER = {"decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 3}
 
 
 def digits(paper: C, **changes: Any) -> C:
-    """Return a paper's settings for the embedded digits: a small network on few, small and upright images."""
+    """Adapt the settings of a paper to the embedded digits: a small network and few small images, never flipped."""
     small = {"image_size": (32, 32), "channels": 1, "crop_scale": (0.6, 1.0), "flip": 0.0, "size": "nano", "patch": 4}
     short = {"epochs": 40, "batch_size": 64, "base_lr": 4e-3, "warmup_epochs": 4}
     evaluated = {"evaluate": ("finetune", "scratch"), "finetune": finetuning.DIGITS}
@@ -108,14 +111,18 @@ def digits(paper: C, **changes: Any) -> C:
 
 
 def folder(paper: C, **changes: Any) -> C:
-    """Return a paper's settings for a folder of some ten thousand images, on one GPU."""
+    """Adapt the settings of a paper to a folder of tens of thousands of images, on one GPU."""
     small = {"size": "small", "epochs": 300, "batch_size": 256, "warmup_epochs": 20}
     evaluated = {"evaluate": ("finetune", "scratch"), "finetune": finetuning.FOLDER}
     return changed(paper, **(small | evaluated | changes))
 
 
 def changed(config: C, **changes: Any) -> C:
-    """Return settings of which some have other values, wherever in the groups without a prefix they stand."""
+    """Replace settings by name, whichever unprefixed group they belong to.
+
+    Raises:
+        TypeError: if there is no setting of this name.
+    """
     own = {name: changes.pop(name) for name in [f.name for f in fields(config)] if name in changes}
     for group in ("run", "data", "network", "optimization"):
         settings = getattr(config, group)

@@ -1,4 +1,4 @@
-"""A run: its folder, its settings, and the stages it consists of."""
+"""A run: its folder, its settings and its stages."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +12,14 @@ from common.training.distributed import Processes
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run, a pre-training or an evaluation.
+    """One stage of a run: the pre-training or an evaluation.
 
     Args:
-        processes: that train together.
-        data: images, opened once for all stages.
-        run: how the program runs.
-        folder: where the files of the stage go.
-        title: of the stage, for people.
+        processes: the processes that train together.
+        data: the images, opened once for all stages.
+        run: settings of the program.
+        folder: folder of the stage's files.
+        title: title of the stage in messages.
     """
 
     processes: Processes
@@ -29,20 +29,19 @@ class Stage:
     title: str
 
     def print(self, text: str) -> None:
-        """Print a line with the title in front."""
+        """Print a line prefixed with the title."""
         self.processes.print(f"{self.title}: {text}")
 
 
 def prepare(folder: Path, recipe: str, config: Any, *, processes: Processes) -> None:
-    """Make the folder of a run, and write its recipe and its settings there.
+    """Create the folder of a run, and write its recipe and settings to `config.json`.
 
     Raises:
-        SettingsError: if a run is there already and is not to be resumed, is that of another recipe, or was started
-            with other settings.
+        SettingsError: if the folder already holds a run, unless it is resumed with the same recipe and settings.
     """
     files = [folder / name for name in ("checkpoint", "result.json", "metrics.jsonl")]
     started = any(path.exists() and path.stat().st_size for path in files)
-    processes.barrier()  # every process has looked before the first one writes
+    processes.barrier()  # every process checks before the main one writes
     if started and not config.run.resume:
         raise SettingsError(f"{folder} holds a run already: go on with --resume, or give another --name")
     if started:

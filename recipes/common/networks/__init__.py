@@ -1,4 +1,4 @@
-"""Networks: the ViT, decoders, projectors, a teacher, and how they are built and initialized."""
+"""Networks: the ViT, decoders, projectors and the EMA teacher, with their construction and initialization."""
 
 from common.networks.building import build_vit, count_masked, encoder_and_decoder, masking_encoder, whole_cells
 from common.networks.decoder import PixelHead, Predictor

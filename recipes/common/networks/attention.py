@@ -1,4 +1,4 @@
-"""Multi-head self-attention, with or without relative positions."""
+"""Multi-head self-attention, with or without relative position encoding."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 
 def explicit(x: Tensor, tokens: int, *, trained_bias: bool = False) -> bool:
-    """Whether plain operations beat the fused attention here: on a CPU, in bf16 or with a bias that is trained.
+    """Tell whether unfused attention is faster: on a CPU, in bf16 or with a trained bias.
 
-    In bf16 its backward pass takes 1.5 to 6 times as long up to 256 tokens, the more so the fewer there are; in fp32 it
-    is as fast or faster. With a bias that wants a gradient it is not fused at any length, and takes 1.1 to 2.8 times as
-    long.
+    In bf16 and up to 256 tokens, the backward pass of the fused kernel takes 1.5 to 6 times as long, most with few
+    tokens; in fp32 it is at least as fast. With a bias that requires a gradient, PyTorch does not use the fused kernel
+    at any length, and takes 1.1 to 2.8 times as long.
     """
     return x.device.type == "cpu" and (trained_bias or (x.dtype == torch.bfloat16 and tokens <= 256))
 
@@ -27,7 +27,7 @@ def attend(
     v: Float[Tensor, "*batch n d"],
     bias: Float[Tensor, "*heads k n"] | None = None,
 ) -> Float[Tensor, "*batch k d"]:
-    """Return softmax(q kᵀ / √d + bias) v, in the faster of two equal ways."""
+    """Return softmax(q kᵀ / √d + bias) v, with the faster of two equivalent implementations."""
     bias = None if bias is None else bias.to(q.dtype)
     if explicit(q, k.shape[-2], trained_bias=bias is not None and bias.requires_grad):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
@@ -37,10 +37,10 @@ def attend(
 
 
 def relative_index(height: int, width: int) -> Int[Tensor, "1+n 1+n"]:
-    """Tell for each query and each key, a class token first, which row of a table of relative positions is theirs.
+    """Return the row of the relative position table for each pair of query and key, the class token first.
 
-    Two patches have the row of their offset, query minus key, in a raster of (2 height − 1) × (2 width − 1); then come
-    three rows for the class token: as the query, as the key, and with itself. Source: BEiT, arXiv 2106.08254 (published
+    The row of two patches is their offset, query minus key, in a raster of (2 height − 1) × (2 width − 1). Three more
+    rows are for the class token: as the query, as the key, and as both. Source: BEiT, arXiv 2106.08254 (published
     code).
     """
     rows, columns = torch.arange(height), torch.arange(width)
@@ -54,36 +54,38 @@ def relative_index(height: int, width: int) -> Int[Tensor, "1+n 1+n"]:
 
 
 def relative_rows(height: int, width: int) -> int:
-    """Count the rows of such a table."""
+    """Return the number of rows of a relative position table."""
     return (2 * height - 1) * (2 * width - 1) + 3
 
 
 def add_relative_table(module: nn.Module, height: int, width: int, heads: int) -> None:
-    """Give a module a table of zeros, to be trained, and the index to read it by; the names are timm's."""
+    """Register a trainable relative position table, initialized to zero, and its index, under timm's names."""
     module.relative_position_bias_table = nn.Parameter(torch.zeros(relative_rows(height, width), heads))
     module.register_buffer("relative_position_index", relative_index(height, width), persistent=False)
 
 
 def relative_bias(module: Any) -> Float[Tensor, "h n n"]:
-    """Read the table: what is added to the scores of each pair of tokens, per head."""
+    """Look up the relative position bias, which is added to the attention scores of each head."""
     return module.relative_position_bias_table[module.relative_position_index].permute(2, 0, 1).contiguous()
 
 
 class RelativeBias(nn.Module):
-    """A table of relative positions that several layers share."""
+    """A relative position table shared by several layers."""
 
     def __init__(self, height: int, width: int, heads: int) -> None:
         super().__init__()
         add_relative_table(self, height, width, heads)
 
     def forward(self) -> Float[Tensor, "h n n"]:
+        """Return the bias of each head, query and key."""
         return relative_bias(self)
 
 
 class ContextualTable(nn.Module):
-    """A vector per bucket of relative positions, for all heads, whose product with a query is added to its scores.
+    """Contextual relative position encoding: a vector per bucket whose product with a query is added to its scores.
 
-    The queries are not scaled. The names are the published code's. Source: LoMaR, arXiv 2206.00790.
+    All heads share the vectors, and the queries are not scaled. Parameter names are those of the published code.
+    Source: LoMaR, arXiv 2206.00790.
     """
 
     def __init__(self, dim: int, buckets: int) -> None:
@@ -91,11 +93,12 @@ class ContextualTable(nn.Module):
         self.lookup_table_weight = nn.Parameter(torch.zeros(1, dim, buckets))
 
     def forward(self, queries: Float[Tensor, "b h k d"], buckets: Int[Tensor, "*b k n"]) -> Float[Tensor, "b h k n"]:
+        """Return the bias of each head, query and key."""
         return contextual_bias(queries, self.lookup_table_weight, buckets)
 
 
 def buckets_behind(prefix: int, buckets: Int[Tensor, "n n"], patches: Int[Tensor, "*b k"]) -> Int[Tensor, "*b m m"]:
-    """Return the buckets of the `prefix` first tokens of a grid and, behind them, of some patches."""
+    """Return the buckets of pairs of tokens: the first `prefix` tokens of the grid, followed by the given patches."""
     return buckets_of(buckets, F.pad(patches + prefix, (prefix, 0)))
 
 
@@ -104,9 +107,9 @@ class Attention(nn.Module):
 
     Args:
         key_bias: False for a bias on queries and values only, as in BEiT.
-        grid: rows and columns of patches, for a table of relative positions of its own; it then reads all of them in
-            raster order behind a class token.
-        buckets: how many there are of contextual relative positions; 0: there is no table of them.
+        grid: rows and columns of patches, to add a relative position table; the input must then be a class token and
+            all patches in raster order.
+        buckets: number of buckets of the contextual relative position encoding; 0: no such encoding.
     """
 
     def __init__(
@@ -127,6 +130,7 @@ class Attention(nn.Module):
         self.rpe_k = ContextualTable(dim // heads, buckets) if buckets else None
 
     def qkv_bias(self) -> Float[Tensor, " 3*d"]:
+        """Return the bias of the joint projection to queries, keys and values."""
         if self.qkv.bias is not None:
             return self.qkv.bias
         return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
@@ -138,16 +142,22 @@ class Attention(nn.Module):
         bias: Float[Tensor, "*h n n"] | None = None,
         buckets: Int[Tensor, "*b n n"] | None = None,
     ) -> Float[Tensor, "b k d"]:
-        """Attend; only the last `num_queries` ask if it is given.
+        """Apply self-attention.
 
-        `bias` is added to the scores, query by key; of `buckets` what the table and the queries say of them.
+        Args:
+            x: tokens.
+            num_queries: number of tokens, at the end, that are queries; all tokens are keys and values. Default: all.
+            bias: added to the scores of each query and key.
+            buckets: relative position buckets of each query and key, for the contextual encoding.
         """
         weight, shift, dim = self.qkv.weight, self.qkv_bias(), x.shape[-1]
         if self.own_table:
             bias = relative_bias(self) if bias is None else bias + relative_bias(self)
         if num_queries is None:
             qkv = rearrange(F.linear(x, weight, shift), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-            q, k, v = qkv.contiguous() if explicit(qkv, x.shape[1]) else qkv  # one copy instead of one per product
+            q, k, v = (
+                qkv.contiguous() if explicit(qkv, x.shape[1]) else qkv
+            )  # one copy instead of one per matrix product
         else:
             first = x.shape[1] - num_queries
             q = rearrange(F.linear(x[:, first:], weight[:dim], shift[:dim]), "b k (h d) -> b h k d", h=self.heads)

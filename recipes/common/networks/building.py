@@ -1,4 +1,4 @@
-"""From settings to networks, and to counts of tokens."""
+"""Build networks from settings, and count the tokens to mask."""
 
 import math
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 def grid(data: DataSettings, network: Network) -> tuple[int, int]:
-    """Rows and columns of patches.
+    """Return the number of rows and columns of patches.
 
     Raises:
-        SettingsError: if the image cannot be cut into patches.
+        SettingsError: if the image size is not a multiple of the patch size.
     """
     height, width = data.image_size
     if min(height, width, network.patch) < 1 or height % network.patch or width % network.patch:
@@ -28,7 +28,7 @@ def grid(data: DataSettings, network: Network) -> tuple[int, int]:
 
 
 def build_vit(data: DataSettings, network: Network, **options: Any) -> ViT:
-    """Build a ViT of a named size for the grid of the images; for the options see `ViT`."""
+    """Build a ViT of a named size for the images; for the options see `ViT`."""
     height, width = grid(data, network)
     sizes = {"height": height, "width": width, "patch": network.patch, "channels": data.channels}
     return ViT(**sizes, **SIZES[network.size], **options)
@@ -45,7 +45,7 @@ def encoder_and_decoder(
 ) -> tuple[ViT, Decoder]:
     """Build a ViT of a named size and a decoder that predicts the pixels of its patches; for the options see `ViT`.
 
-    Without a table both have contextual relative positions.
+    Without a position table, both use contextual relative position encoding.
     """
     shape: dict[str, Any] = {"class_token": class_token, "key_bias": key_bias, "table": table}
     encoder = build_vit(data, network, **shape, relative="contextual" if table is None else None)
@@ -64,7 +64,7 @@ def encoder_and_decoder(
 
 
 def masking_encoder(data: DataSettings, network: Network, *, drop: float = 0.0) -> ViT:
-    """Build and initialize the ViT of SimMIM and BEiT: mask token, relative positions in one table, layer scale."""
+    """Build and initialize the ViT of SimMIM and BEiT: mask token, shared relative position table, layer scale."""
     options = {"key_bias": False, "table": None, "relative": "shared", "layer_scale": 0.1, "mask_token": True}
     encoder = build_vit(data, network, drop=drop, **options)
     initialize_simmim(encoder)
@@ -72,12 +72,17 @@ def masking_encoder(data: DataSettings, network: Network, *, drop: float = 0.0) 
 
 
 def whole_cells(data: DataSettings, network: Network, cell: int, ratio: float) -> tuple[int, dict[str, int]]:
-    """Count square cells of `cell` pixels a side, and return what `mimkit.masking.random_cells` needs to mask a share.
+    """Return the number of square cells of an image, and the arguments of `mimkit.masking.random_cells`.
 
-    The share is rounded up.
+    Args:
+        data: settings of the images.
+        network: settings of the network.
+        cell: side of a cell in pixels.
+        ratio: share of the cells to mask, rounded up to a whole number of cells.
 
     Raises:
-        SettingsError: if the cells are not made of patches or do not fill the image, or nothing or all would be masked.
+        SettingsError: if the cell size is not a multiple of the patch size or does not divide the image size, or if no
+            or all cells would be masked.
     """
     (height, width), side = grid(data, network), cell // network.patch
     if cell < 1 or cell % network.patch or height % side or width % side:
@@ -94,10 +99,10 @@ def whole_cells(data: DataSettings, network: Network, cell: int, ratio: float) -
 
 
 def count_masked(tokens: int, ratio: float) -> int:
-    """Tokens to mask: what is kept is truncated in double precision, as in the code that everybody follows.
+    """Return the number of tokens to mask; the number kept is truncated in double precision, as in MAE's code.
 
     Raises:
-        SettingsError: if nothing would be masked or nothing visible.
+        SettingsError: if no token would be masked or none would remain visible.
     """
     kept = int(tokens * (1 - ratio)) if 0 < ratio < 1 else 0
     if not 0 < kept < tokens:

@@ -1,4 +1,4 @@
-"""Decoders: what predicts pixels, positions or losses from the tokens of an encoder."""
+"""Decoders, which predict pixels, positions or losses from the tokens of an encoder."""
 
 from collections.abc import Callable
 from typing import cast
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class Predictor(nn.Module):
-    """Transformer blocks, a norm and a linear head: what stands behind every decoder."""
+    """Transformer blocks, a norm and a linear head, the basis of every decoder."""
 
     def __init__(
         self, dim: int, depth: int, heads: int, outputs: int, *, key_bias: bool = True, buckets: int = 0
@@ -30,18 +30,18 @@ class Predictor(nn.Module):
     def predict(
         self, x: Float[Tensor, "b n d"], num_outputs: int, buckets: Int[Tensor, "*b n n"] | None = None
     ) -> Float[Tensor, "b {num_outputs} outputs"]:
-        """Predict the last `num_outputs` tokens."""
+        """Predict the outputs of the last `num_outputs` tokens."""
         return self.head(self.decode(x, num_outputs, buckets))
 
     def predict_mean(self, x: Float[Tensor, "b n d"], num_outputs: int) -> Float[Tensor, "b {num_outputs}"]:
-        """Predict the mean of the outputs, in float32 and at the price of one of them."""
+        """Predict the mean of the outputs of each token, in float32 and at the cost of a single output."""
         weight, bias = self.head.weight.float().mean(dim=0), self.head.bias.float().mean()
         return (self.decode(x, num_outputs).float() * weight).sum(dim=-1) + bias
 
     def decode(
         self, x: Float[Tensor, "b n d"], num_outputs: int, buckets: Int[Tensor, "*b n n"] | None = None
     ) -> Float[Tensor, "b {num_outputs} d"]:
-        """Run the blocks and the norm: in the last block only the last `num_outputs` ask, all others only answer."""
+        """Apply the blocks and the norm; only the last `num_outputs` tokens are queries of the last block."""
         *blocks, last = self.blocks
         for block in blocks:
             x = block(x, buckets=buckets)
@@ -49,19 +49,21 @@ class Predictor(nn.Module):
 
 
 class Decoder(Predictor):
-    """A small transformer that predicts from the visible tokens what was masked.
+    """A small transformer that predicts masked patches from the visible tokens.
 
-    Tokens stay in the order class, visible, masked: attention does not care, and every prediction is one slice.
+    Tokens stay in the order class, visible, masked: attention is permutation-equivariant, and the predictions are a
+    contiguous slice.
 
     Args:
         height, width: the grid, in patches.
-        encoder_dim: width of the tokens it reads.
-        dim, depth, heads: its own width, number of blocks, attention heads.
-        outputs: values per token, patch · patch · channels for pixels.
+        encoder_dim: width of the encoder's tokens.
+        dim, depth, heads: width, number of blocks and number of attention heads of the decoder.
+        outputs: values per token; patch · patch · channels for pixels.
         class_token: whether the first token of the encoder is a class token.
         key_bias: False for a bias on queries and values only.
         embed_bias: whether the projection from the encoder has a bias.
-        table: makes the position table, which is frozen. None: positions are contextual relative ones, see `ViT`.
+        table: function that returns the position table, which is frozen. None: use contextual relative position
+            encoding, see `ViT`.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class Decoder(Predictor):
         visible: Int[Tensor, "b k"],
         masked: Int[Tensor, "b m"],
     ) -> Float[Tensor, "b prefix+k+m d"]:
-        """Lay out class, visible and mask tokens with their positions (the class token's is zero)."""
+        """Concatenate class, visible and mask tokens, with their positions added (zero for the class token)."""
         x = self.embed(latent)
         places = F.pad(self.pos_embed[visible], (0, 0, self.num_prefix, 0))
         return torch.cat([x + places, (self.mask_token + self.pos_embed[masked]).to(x.dtype)], dim=1)
@@ -111,7 +113,7 @@ class Decoder(Predictor):
         *,
         visible_too: bool = False,
     ) -> Float[Tensor, "b outputs_n outputs"]:
-        """Predict the masked tokens, in the order of `masked`; with `visible_too` the visible ones before them."""
+        """Predict the masked patches, in the order of `masked`; with `visible_too`, the visible patches come first."""
         x, buckets = self.sequence(latent, visible, masked), None
         if self.buckets is not None:
             buckets = buckets_behind(self.num_prefix, self.buckets, torch.cat([visible, masked], dim=1))
@@ -119,9 +121,9 @@ class Decoder(Predictor):
 
 
 class PixelHead(nn.Module):
-    """A linear layer that predicts the pixels of each token's patch, as `mimkit.tokens.patchify` has them.
+    """A linear layer that predicts the pixels of each patch in the layout of `mimkit.tokens.patchify`.
 
-    It is stored as SimMIM's convolution of 1 × 1, whose outputs run over channels first.
+    The weights are stored as SimMIM's 1 × 1 convolution, whose outputs are ordered channels first.
     """
 
     def __init__(self, patch: int, channels: int, dim: int) -> None:
@@ -130,8 +132,9 @@ class PixelHead(nn.Module):
         self.proj = nn.Conv2d(dim, channels * patch**2, 1)
 
     def forward(self, x: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch n values"]:
+        """Predict the pixels of the patch of each token."""
         weight, bias = (
-            part.unflatten(0, (self.channels, -1)).transpose(0, 1).flatten(0, 1)  # channel fastest
+            part.unflatten(0, (self.channels, -1)).transpose(0, 1).flatten(0, 1)  # channels last
             for part in (self.proj.weight.flatten(1), cast(Tensor, self.proj.bias))
         )
         return F.linear(x, weight, bias)

@@ -12,27 +12,24 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def ema_copy(student: M) -> M:
-    """Copy a network.
-
-    No gradient reaches the copy, so that the optimizer and DDP leave it alone; the module that holds it saves it.
-    """
+    """Return a frozen copy of a network, which the optimizer and DDP ignore but the state dict contains."""
     return copy.deepcopy(student).requires_grad_(False)
 
 
 class Teacher(nn.ModuleList):
-    """A copy of networks that always stays in evaluation mode: its batch norm uses the running statistics."""
+    """A frozen copy of networks that stays in evaluation mode, so batch norm uses its running statistics."""
 
     def __init__(self, student: nn.ModuleList) -> None:
         super().__init__(ema_copy(student))
         self.train(False)
 
     def train(self, mode: bool = True) -> "Teacher":
-        """Stay in evaluation mode, whatever the method that holds this is in."""
+        """Stay in evaluation mode, whatever the mode of the parent module."""
         return super().train(False)
 
 
 def cosine_momentum(progress: Tensor, start: float) -> Tensor:
-    """Return a momentum that rises from `start` to 1 over the training as half a cosine, a 0-d tensor."""
+    """Return the momentum of a half-cosine schedule from `start` to 1, a 0-d tensor."""
     return 1 - (1 - start) * (1 + torch.cos(math.pi * progress)) / 2
 
 
@@ -40,11 +37,11 @@ def cosine_momentum(progress: Tensor, start: float) -> Tensor:
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: Tensor | float) -> None:
     """Update the exponential moving average of a network, buffers included: θ ← θ + (1 − momentum) · (student − θ).
 
-    What does not differ stays the same to the last bit; whole numbers (counters) are copied. A momentum that is a
-    tensor follows a schedule; nothing waits for the device.
+    Values that are equal in both networks remain bitwise unchanged; integer buffers (counters) are copied. A scheduled
+    momentum may be a tensor; the update does not synchronize with the device.
 
     Raises:
-        ValueError: if the two have other parameters or buffers.
+        ValueError: if the parameters or buffers of the two differ in name.
     """
     old, new = _state(teacher), _state(student)
     if old.keys() != new.keys():

@@ -1,4 +1,4 @@
-"""What classifiers and probes need of an encoder: ours, a deepened one, or timm's."""
+"""The interface of an encoder for classifiers and probes: a `ViT`, a deepened encoder, or a timm model."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -7,10 +7,9 @@ from torch import Tensor, nn
 
 
 class Encoder(Protocol):
-    """A vision transformer that encodes patches with their positions: the class token first, if there is one.
+    """A vision transformer that encodes patches with their positions; its output starts with any class token.
 
-    `height` and `width` are the grid in patches, `num_prefix` counts the tokens before those of the patches, and
-    `positions` (n, dim) are those of the whole grid, in raster order.
+    `height` and `width` are the size of the grid in patches.
     """
 
     height: int
@@ -22,23 +21,37 @@ class Encoder(Protocol):
     heads: int
 
     @property
-    def num_prefix(self) -> int: ...
+    def num_prefix(self) -> int:
+        """Return the number of tokens before the patch tokens."""
+
     @property
-    def cls_token(self) -> Tensor | None: ...
+    def cls_token(self) -> Tensor | None:
+        """Return the class token, or None if there is none."""
+
     @property
-    def pos_embed(self) -> Tensor | None: ...
+    def pos_embed(self) -> Tensor | None:
+        """Return the position table, or None if there is none."""
+
     @property
-    def positions(self) -> Tensor: ...
+    def positions(self) -> Tensor:
+        """Return the positions of the whole grid in raster order, (n, dim)."""
+
     @property
-    def blocks(self) -> nn.ModuleList: ...
+    def blocks(self) -> nn.ModuleList:
+        """Return the transformer blocks."""
+
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor: ...
-    def requires_grad_(self, requires_grad: bool = True) -> Any: ...
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Freeze or unfreeze all parameters."""
 
 
 class TrainableEncoder(Encoder, Protocol):
-    """An encoder of which a classifier also uses the tokens before the last norm."""
+    """An encoder that also exposes its tokens before the final norm."""
 
     @property
-    def norm(self) -> nn.Module: ...
+    def norm(self) -> nn.Module:
+        """Return the final norm."""
+
     @property
-    def unnormalized(self) -> Callable[..., Tensor]: ...
+    def unnormalized(self) -> Callable[..., Tensor]:
+        """Return the function that encodes patches without the final norm."""

@@ -1,4 +1,4 @@
-"""Initializations of the papers."""
+"""Weight initialization, as in the papers."""
 
 import math
 from typing import cast
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def initialize_mae(module: nn.Module) -> None:
-    """Initialize as MAE does: Xavier on every stored matrix (qkv as one), tokens normal with std 0.02.
+    """Initialize as in MAE: Xavier uniform for every stored matrix (qkv as one), tokens normal with std 0.02.
 
     The bias of the patch embedding keeps PyTorch's default. Source: MAE, arXiv 2111.06377 (published code).
     """
@@ -27,7 +27,7 @@ def initialize_mae(module: nn.Module) -> None:
 
 
 def initialize_truncated(module: nn.Module) -> None:
-    """Initialize as Beyond Masking does: matrices and mask token normal with std 0.02, cut at one std.
+    """Initialize as in Beyond Masking: matrices and mask token normal with std 0.02, truncated at one std.
 
     The patch embedding keeps PyTorch's default. Source: Beyond Masking, arXiv 2203.14313 (published code).
     """
@@ -42,10 +42,10 @@ def initialize_truncated(module: nn.Module) -> None:
 
 
 def initialize_simmim(vit: ViT) -> None:
-    """Initialize as SimMIM does: matrices and tokens normal with std 0.02, cut at one std, biases zero.
+    """Initialize as in SimMIM: matrices and tokens normal with std 0.02, truncated at one std, biases zero.
 
-    What ends the residual branches of block k, counted from 1, is divided by √(2k). Source: SimMIM, arXiv 2111.09886
-    (published code, of BEiT's descent).
+    The output projections of the residual branches of block k, counted from 1, are divided by √(2k). Source: SimMIM,
+    arXiv 2111.09886 (published code, derived from BEiT's).
     """
     for part in vit.modules():
         if isinstance(part, (nn.Linear, nn.Conv2d)):

@@ -1,4 +1,4 @@
-"""Heads: small networks behind an encoder that are trained along with it and then thrown away."""
+"""Projection heads: small networks trained on top of an encoder and discarded afterwards."""
 
 from typing import Any, Literal
 
@@ -10,12 +10,14 @@ HeadNorm = Literal["batch", "layer", "none"]
 
 
 def mlp(dim: int, *, width: int, depth: int, norm: HeadNorm, together: bool = True) -> nn.Sequential:
-    """Stack linear layers from `dim` over `width` back to `dim`, without biases; norm and ReLU behind all but the last.
+    """Build an MLP without biases, with a norm and ReLU after every linear layer but the last.
 
     Args:
-        depth: number of linear layers; without any it is the identity.
+        dim: width of the input and the output.
+        width: width of the hidden layers.
+        depth: number of linear layers; 0: the identity.
         norm: batch norm as in BYOL and LUT, layer norm, or none.
-        together: see `BatchNorm`.
+        together: synchronize batch norm over all devices, see `BatchNorm`.
 
     Raises:
         ValueError: if `width` is not positive or `depth` negative.
@@ -38,9 +40,9 @@ def _norm(width: int, norm: HeadNorm, together: bool) -> nn.Module:
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch norm over the images of one device, or with `together` over those of all devices, as if they were one.
+    """Batch norm over the images of one device or, with `together`, of all devices.
 
-    PyTorch's own synchronized one asks for a GPU, and for a conversion before the wrapper.
+    PyTorch's `SyncBatchNorm` requires CUDA, and a conversion before DDP wraps the module.
     """
 
     def __init__(self, dim: int, *, together: bool = True) -> None:
@@ -48,6 +50,7 @@ class BatchNorm(nn.BatchNorm1d):
         self.together = together
 
     def forward(self, input: Tensor) -> Tensor:
+        """Normalize the features by the statistics of the batch, or by running statistics in evaluation mode."""
         if not (self.training and self.together and _devices() > 1):
             return super().forward(input)
         x, count = input.float(), len(input) * _devices()
@@ -62,13 +65,14 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 def refuse_single_images(head: nn.Module, batch: int) -> None:
-    """Say that batch norm needs more than one image, before PyTorch says it in other words.
+    """Raise an error if a batch norm in training mode would normalize a single image.
 
     Args:
-        batch: images on one device at a time.
+        head: the module to check.
+        batch: images per device and micro-batch.
 
     Raises:
-        ValueError: if a batch norm that is in training would see one image.
+        ValueError: if the batch of a batch norm in training mode is a single image.
     """
     for part in head.modules():
         if isinstance(part, BatchNorm) and part.training and batch * (_devices() if part.together else 1) < 2:
@@ -79,7 +83,7 @@ def refuse_single_images(head: nn.Module, batch: int) -> None:
 
 @torch.no_grad()
 def share_statistics(head: nn.Module) -> None:
-    """Average the running statistics where each device has its own, so that all go on alike, also when resumed."""
+    """Average the running statistics of unsynchronized batch norms over all devices, so that checkpoints are exact."""
     for part in head.modules():
         if isinstance(part, BatchNorm) and not part.together and _devices() > 1:
             for statistic in (part.running_mean, part.running_var):
@@ -93,16 +97,18 @@ def _devices() -> int:
 
 
 class _Total(torch.autograd.Function):
-    """The sum over all devices, and of the gradients of all devices."""
+    """Sum over all devices, in the forward and in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Sum the tensor over all devices."""
         x = x.clone()
         dist.all_reduce(x)
         return x
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore
+        """Sum the gradient over all devices."""
         gradient = gradient.clone()
         dist.all_reduce(gradient)
         return gradient

@@ -1,4 +1,4 @@
-"""The vision transformer and the decoder that all recipes share. They read any patches with their positions.
+"""The vision transformer shared by all recipes, which encodes any set of patches given their positions.
 
 Parameter names are timm's, so an exported encoder loads into timm without renaming.
 """
@@ -29,17 +29,20 @@ SIZES: dict[str, dict[str, Any]] = {
 def drop_path(
     branch: Float[Tensor, "b n d"], noise: Float[Tensor, " b"], rate: Float[Tensor, ""]
 ) -> Float[Tensor, "b n d"]:
-    """Drop a residual branch for the samples whose noise is below `rate`, and scale up what is kept."""
+    """Drop the residual branch of samples whose noise is below `rate`, and rescale the others (stochastic depth)."""
     return branch * ((noise >= rate).float() / (1 - rate)).to(branch.dtype)[:, None, None]
 
 
 class MLP(nn.Module):
+    """The two-layer perceptron of a transformer block, with GELU."""
+
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Apply the layers to each token."""
         return self.fc2(F.gelu(self.fc1(x)))
 
 
@@ -47,12 +50,14 @@ class Block(nn.Module):
     """A pre-norm transformer block.
 
     Args:
+        dim, heads: width and number of attention heads.
+        mlp_ratio: hidden width of the MLP, as a multiple of `dim`.
         key_bias, grid, buckets: see `Attention`.
-        drop: probability to drop a residual branch (needs noise).
-        layer_scale: what the factors per channel of the residual branches start with; none: there are no factors.
+        drop: probability of dropping a residual branch (requires noise).
+        layer_scale: initial value of the layer scale; None: no layer scale.
     """
 
-    compile_alone = True  # for the engine, when the whole cannot be compiled
+    compile_alone = True  # tells the engine to compile each block separately under DDP
     drop: Tensor
 
     def __init__(
@@ -70,7 +75,7 @@ class Block(nn.Module):
         super().__init__()
         if not 0 <= drop < 1:
             raise ValueError(f"drop={drop} is not a probability below 1")
-        # a tensor, because it differs from block to block: compiled block by block, all share one graph
+        # a tensor, because it differs between blocks: separately compiled blocks can then share one graph
         self.register_buffer("drop", torch.tensor(drop, dtype=torch.float64), persistent=False)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads, key_bias=key_bias, grid=grid, buckets=buckets)
@@ -89,9 +94,12 @@ class Block(nn.Module):
         bias: Float[Tensor, "*h n n"] | None = None,
         buckets: Int[Tensor, "*b n n"] | None = None,
     ) -> Float[Tensor, "b k d"]:
-        """Update all tokens, or only the last `num_queries`, which still attend to all of them.
+        """Update all tokens, or only the last `num_queries`, which still attend to all tokens.
 
-        `bias` is added to the scores of attention, of each query with each key; `buckets` are of relative positions.
+        Args:
+            x: tokens.
+            noise: uniform in [0, 1), for drop path; None: nothing is dropped.
+            num_queries, bias, buckets: see `Attention.forward`.
         """
         branch = self.attn(self.norm1(x), num_queries, bias, buckets)
         branch = self.gamma_1 * branch if self.scaled else branch
@@ -103,34 +111,35 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """A convolution of kernel = stride = patch, applied as a matrix to patches that are already cut."""
+    """A convolution with kernel size and stride equal to the patch size, applied to flattened patches."""
 
     def __init__(self, patch: int, channels: int, dim: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(channels, dim, patch, patch)
 
     def forward(self, patches: Float[Tensor, "b k values"]) -> Float[Tensor, "b k d"]:
-        return F.linear(patches, self.proj.weight.movedim(1, -1).flatten(1), self.proj.bias)  # channel fastest
+        """Embed patches in the layout of `mimkit.tokens.patchify`."""
+        return F.linear(patches, self.proj.weight.movedim(1, -1).flatten(1), self.proj.bias)  # channels last
 
 
 class ViT(nn.Module):
-    """A vision transformer that reads any patches, each with its position, in any order.
+    """A vision transformer that encodes any set of patches, each with its position, in any order.
 
     Args:
-        height, width: the full grid, in patches; the size of the position table.
-        patch, channels: side of a patch in pixels; channels of the images.
-        dim, depth, heads: width, number of blocks, attention heads.
-        class_token: whether a learned token is put first. It stays inside: patches and positions do not count it.
+        height, width: size of the full grid and of the position table, in patches.
+        patch, channels: side of a patch in pixels; number of image channels.
+        dim, depth, heads: width, number of blocks and number of attention heads.
+        class_token: whether to prepend a learned token. It is internal: patches and positions do not include it.
         key_bias: False for a bias on queries and values only.
-        drop: drop path, rising linearly from 0 in the first block to this in the last.
-        table: makes the position table, which is frozen (set `pos_embed.requires_grad` to train it). None: there is no
-            such table, `pos_embed` is None and `positions` are zeros.
-        relative: trained tables of relative positions. "shared", "each": of numbers per head and offset, one table that
-            all blocks share or one in each (BEiT); it needs a class token and then all patches in raster order.
-            "contextual": of vectors per bucket of offsets, one table in each block (iRPE, as LoMaR has it); it reads
-            any tokens whose `buckets` are given.
-        layer_scale: what the factors per channel of the residual branches start with; none: there are no factors.
-        mask_token: whether there is a learned vector to put in the place of masked patches.
+        drop: drop path rate of the last block, rising linearly from 0 in the first.
+        table: function that returns the position table, which is frozen (set `pos_embed.requires_grad` to train it).
+            None: there is no table, `pos_embed` is None and `positions` are zeros.
+        relative: trained relative position encoding. "shared", "each": a bias per head and offset, in one table for
+            all blocks or one per block (BEiT); it requires a class token and all patches in raster order.
+            "contextual": a vector per bucket of offsets, in one table per block (iRPE, as in LoMaR); it accepts any
+            tokens whose `buckets` are given.
+        layer_scale: initial value of the layer scale; None: no layer scale.
+        mask_token: whether to add a learned token that replaces masked patches.
     """
 
     def __init__(
@@ -171,7 +180,7 @@ class ViT(nn.Module):
         contextual, prefix = relative == "contextual", self.num_prefix
         buckets = relative_buckets(height=height, width=width, num_prefix=prefix) if contextual else None
         self.register_buffer("buckets", buckets, persistent=False)
-        drops = torch.linspace(0, drop, depth, device="cpu").tolist()  # numbers, also of a network on the meta device
+        drops = torch.linspace(0, drop, depth, device="cpu").tolist()  # Python numbers, even on the meta device
         options: dict[str, Any] = {"key_bias": key_bias, "layer_scale": layer_scale}
         options["grid"] = (height, width) if relative == "each" else None
         options["buckets"] = num_buckets(num_prefix=prefix) if contextual else 0
@@ -180,24 +189,24 @@ class ViT(nn.Module):
 
     @property
     def num_prefix(self) -> int:
-        """Tokens before those of the patches: 1 with a class token, else 0."""
+        """Return the number of tokens before the patch tokens: 1 with a class token, else 0."""
         return 0 if self.cls_token is None else 1
 
     @property
     def positions(self) -> Float[Tensor, "n d"]:
-        """The position of every patch of the grid, in raster order."""
+        """Return the positions of all patches of the grid, in raster order."""
         if self.pos_embed is None:
             return self.patch_embed.proj.weight.new_zeros(self.height * self.width, self.dim)
         return self.pos_embed[0, self.num_prefix :]
 
     def buckets_of(self, indices: Int[Tensor, "*b k"]) -> Int[Tensor, "*b prefix+k prefix+k"] | None:
-        """The relative positions of some patches, behind the class token; None if there are none in this encoder."""
+        """Return the buckets of the class token and the given patches, or None without contextual encoding."""
         return None if self.buckets is None else buckets_behind(self.num_prefix, self.buckets, indices)
 
     def embed(
         self, patches: Float[Tensor, "b k values"], mask: Bool[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "b n d"]:
-        """Embed patches, and put the mask token where `mask` says so; see `forward`."""
+        """Embed patches, and replace masked ones by the mask token; see `forward`."""
         x = self.patch_embed(patches)
         if mask is None:
             return x
@@ -217,7 +226,7 @@ class ViT(nn.Module):
         num_outputs: int | None = None,
         buckets: Int[Tensor, "*b prefix+n prefix+n"] | None = None,
     ) -> Float[Tensor, "b prefix+outputs d"]:
-        """Return the tokens after the last block, before the final norm."""
+        """Encode patches without the final norm; for the arguments see `forward`."""
         buckets = self.buckets if buckets is None else buckets
         known = self.height * self.width if buckets is None else buckets.shape[-1] - self.num_prefix
         if self.relative and ((patches if mask is None else mask).shape[1] != known or num_outputs is not None):
@@ -232,7 +241,7 @@ class ViT(nn.Module):
             asking = None
             if num_outputs is not None and i == self.depth - 1:
                 asking = self.num_prefix + num_outputs
-                x = x.roll(-asking, dims=1)  # those who ask are at the end
+                x = x.roll(-asking, dims=1)  # queries must come last
             x = block(x, None if noise is None else noise[:, i], asking, bias, buckets)
         return x
 
@@ -245,19 +254,21 @@ class ViT(nn.Module):
         num_outputs: int | None = None,
         buckets: Int[Tensor, "*b prefix+n prefix+n"] | None = None,
     ) -> Float[Tensor, "b prefix+outputs d"]:
-        """Encode patches: class token first (if there is one), then the patches in the order given.
+        """Encode patches, and return the class token (if there is one) and the patch tokens in the given order.
 
         Args:
-            patches: as from `mimkit.tokens.patchify`; with a mask all, or only the visible ones, in their order.
-            positions: an embedding per patch, `vit.positions[indices]` as a rule; none: there is no such position.
-            noise: uniform in [0, 1), for drop path; none means that nothing is dropped.
-            mask: `True` = the mask token stands in the place of the patch, at its position.
-            num_outputs: return no more than the class token and the first so many patches: in the last block only they
-                ask, all others only answer.
-            buckets: of contextual relative positions, class token first: those of `mimkit.relative.relative_buckets`
-                for a window, or `vit.buckets_of(indices)` for some patches. None: of all patches in raster order.
+            patches: in the layout of `mimkit.tokens.patchify`; with a mask, either all patches or the visible ones in
+                ascending order.
+            positions: an embedding per patch, usually `vit.positions[indices]`; None: no positions are added.
+            noise: uniform in [0, 1), for drop path; None: nothing is dropped.
+            mask: `True` = the mask token replaces the patch and keeps its position.
+            num_outputs: return only the class token and the first `num_outputs` patches. In the last block only these
+                are queries; all tokens are keys and values.
+            buckets: relative position buckets for the contextual encoding, class token first:
+                `mimkit.relative.relative_buckets` for a window, or `vit.buckets_of(indices)` for a subset of patches.
+                None: those of all patches in raster order.
 
         Raises:
-            ValueError: if relative positions are to be those of all patches, and these are not all.
+            ValueError: if the relative position encoding requires all patches, and some are missing.
         """
         return self.norm(self.unnormalized(patches, positions, noise, mask, num_outputs, buckets))

@@ -1,4 +1,4 @@
-"""Checkpoints of a training."""
+"""Training checkpoints."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Checkpoints:
-    """The newest `keep` states of a training, each a folder `step_…` that exists whole or not at all."""
+    """The newest `keep` checkpoints of a training, each a folder `step_…` that is written atomically."""
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
         if keep < 1:
@@ -21,11 +21,11 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
 
     def steps(self) -> list[int]:
-        """The steps of which there is a checkpoint, ascending."""
+        """Return the steps that have a checkpoint, in ascending order."""
         return sorted(int(path.name[5:]) for path in self.folder.glob("step_*") if path.name[5:].isdigit())
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Write one, then remove the oldest, and later ones, which `load` has passed over."""
+        """Write a checkpoint, then remove the oldest ones and any of later steps, which `load` could not read."""
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f".step_{step}.{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -33,7 +33,7 @@ class Checkpoints:
         write_tensors(temporary / "tensors.safetensors", tensors)
         write_json(temporary / "state.json", state)
         final = self.folder / f"step_{step:09d}"
-        shutil.rmtree(final, ignore_errors=True)  # only ever the same step of a resumed run
+        shutil.rmtree(final, ignore_errors=True)  # left by the run before it was resumed
         temporary.replace(final)
         _sync(self.folder)
         kept = [other for other in self.steps() if other <= step][-self.keep :]
@@ -43,7 +43,7 @@ class Checkpoints:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def load(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-        """Read the newest one that is whole: step, tensors, state. A damaged one is named and passed over."""
+        """Return step, tensors and state of the newest readable checkpoint, or None; damaged ones are reported."""
         for step in reversed(self.steps()):
             path = self.folder / f"step_{step:09d}"
             try:

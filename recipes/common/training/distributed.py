@@ -1,4 +1,4 @@
-"""The processes that train together, under `torchrun` or one alone."""
+"""Distributed training under `torchrun`, or a single process."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that train together, and its device."""
+    """The rank and device of this process, and the collective operations of all processes."""
 
     rank: int
     world_size: int
@@ -23,22 +23,22 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that prints and writes files."""
+        """Return whether this process prints and writes files."""
         return self.rank == 0
 
     def print(self, text: str) -> None:
-        """Print in the main process, above a progress bar."""
+        """Print in the main process, above any progress bar."""
         if self.is_main:
             tqdm.write(text)
             sys.stdout.flush()
 
     def barrier(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes reach this call."""
         if self.world_size > 1:
             dist.barrier()
 
     def maximum(self, flags: list[float]) -> list[float]:
-        """Return the greatest of each flag over all processes, so that they decide alike."""
+        """Return the maximum of each flag over all processes, so that all make the same decision."""
         if self.world_size == 1:
             return flags
         together = torch.tensor(flags, device=self.device)
@@ -54,12 +54,12 @@ class Processes:
 
 @contextlib.contextmanager
 def join_processes(device: str = "auto") -> Iterator[Processes]:
-    """Join the processes that `torchrun` started, or run alone.
+    """Join the process group started by `torchrun`, or run as a single process.
 
     Raises:
         SettingsError: if CUDA is requested and not available.
     """
-    torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32 on a GPU
+    torch.set_float32_matmul_precision("high")  # TF32 for fp32 operations on a GPU
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -79,12 +79,12 @@ def join_processes(device: str = "auto") -> Iterator[Processes]:
 
 
 def in_bf16(run: Run, processes: Processes) -> bool:
-    """Whether networks run under bf16 autocast: if requested, or on a GPU by default."""
+    """Return whether networks run under bf16 autocast: if requested, or by default on a GPU."""
     return run.precision == "bf16" or (run.precision == "auto" and processes.device.type == "cuda")
 
 
 def num_workers(run: Run, processes: Processes) -> int:
-    """Return the number of processes that load images for one device; by default one per core left free."""
+    """Return the number of data-loading processes per device, by default one per free core, at most 16."""
     if run.workers >= 0:
         return run.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

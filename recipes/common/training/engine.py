@@ -1,15 +1,15 @@
-"""One training loop for all methods, in plain PyTorch, on one device or, under `torchrun`, on many.
+"""One training loop for all methods, in plain PyTorch, on one device or, under `torchrun`, on several.
 
 A method is an `nn.Module` with
 
 - `noise(rand, batch)`: all its randomness, as a dict of uniform tensors whose first axis is the batch;
-- `forward(batch, noise, progress)`: a dict of 0-d losses; the one called "loss" is minimized, all are logged;
-- `after_step(progress)`, if something follows the optimizer's step, an exponential moving average, say.
+- `forward(batch, noise, progress)`: a dict of 0-d losses; the one named "loss" is minimized, all are logged;
+- `after_step(progress)`, optional, called after the optimizer step, for example for an EMA update.
 
-`progress` is the share of the training that is done, a 0-d tensor in double precision.
+`progress` is the fraction of the training that is done, a 0-d tensor in double precision.
 
-Every random draw depends only on (seed, step, sample), so a run that was killed and resumed is the same run bit for
-bit, and so (up to the order of sums) is one that is spread over more devices or split into more micro-batches.
+Every random draw depends only on (seed, step, sample), so an interrupted and resumed run is bitwise identical to an
+uninterrupted one. Distributing it over devices or micro-batches changes only the order of sums.
 """
 
 import contextlib
@@ -36,10 +36,12 @@ from tqdm import tqdm
 
 
 class Loader(Protocol):
-    """What the loop reads its batches from."""
+    """An iterable of batches."""
 
     @property
-    def unreadable(self) -> Collection[str]: ...
+    def unreadable(self) -> Collection[str]:
+        """Return the names of the images that could not be read."""
+        ...
 
     def __iter__(self) -> Iterator[Any]: ...
 
@@ -54,23 +56,24 @@ def train(
     depth: int = 0,
     draw: Callable[[Path], None] | None = None,
 ) -> dict[str, Any]:
-    """Train a method to the end, or on to the end from its newest checkpoint.
+    """Train a method to the end, starting from its newest checkpoint if the run is resumed.
 
     Args:
-        method: see the head of this file; moved to the device.
-        load: makes the loader of batches from the (epoch, index) of their images.
+        method: the module to train, see the module docstring; it is moved to the device.
+        load: builds the loader from the micro-batches, each a list of (epoch, index).
         num_images: number of training images.
-        settings: of the optimizer.
-        stage: processes, folder and title; the folder gets `metrics.jsonl`, TensorBoard's events and `checkpoint/`.
-        depth: blocks of the encoder, for a layer-wise learning rate.
-        draw: called with the folder at the end of the training, to draw what was learned.
+        settings: settings of the optimizer.
+        stage: processes, folder and title; `metrics.jsonl`, TensorBoard events and `checkpoint/` go to the folder.
+        depth: number of blocks of the encoder, for layer-wise learning-rate decay.
+        draw: called with the folder after training, to draw predictions.
 
     Returns:
-        the last losses, images per second, and the share of time spent waiting for data.
+        The last losses, the median of images per second, the fraction of time spent waiting for data, the seconds of
+        training, and the names of unreadable images.
 
     Raises:
-        SettingsError: if a loss or a weight is not finite (the last good checkpoint is kept), or the images do not fill
-            a batch.
+        SettingsError: if a loss or weight is not finite (the last good checkpoint is kept), or if there are fewer
+            images than a batch has.
     """
     training = _Training(
         method, Batches(num_images, settings, stage.processes, seed=stage.run.seed), settings, stage, depth
@@ -84,14 +87,14 @@ def train(
         names = ", ".join(loader.unreadable)
         stage.print(f"{len(loader.unreadable)} unreadable images were skipped: {names}")
     if draw is not None and stage.processes.is_main:
-        with torch.compiler.set_stance("force_eager"):  # other shapes would fill the cache of compiled blocks
+        with torch.compiler.set_stance("force_eager"):  # other shapes would trigger recompilation
             draw(stage.folder)
     stage.processes.barrier()
     return training.result() | {"unreadable": sorted(loader.unreadable)}
 
 
 class _Training:
-    """A method, its optimizer and how far they are."""
+    """The state of a training: method, optimizer and progress."""
 
     def __init__(self, method: nn.Module, batches: Batches, settings: Optimization, stage: Stage, depth: int) -> None:
         stage.folder.mkdir(parents=True, exist_ok=True)
@@ -106,15 +109,15 @@ class _Training:
         self.bf16, self.noise = in_bf16(stage.run, stage.processes), batches.noise()
         self.progress = torch.zeros((), dtype=torch.float64, device=device)
         self.bad_step = torch.full((), -1.0, device=device)  # the first step whose loss was not finite
-        self.done, self.stored = 0, -1  # steps done, and the newest step of which there is a checkpoint
-        self.window: Tensor | None = None  # sums of the losses since they were last read, and their number of steps
-        self.names: list[str] = []  # of the losses
-        self.last: dict[str, Any] = {}  # the record that was logged last
+        self.done, self.stored = 0, -1  # completed steps, and the step of the newest checkpoint
+        self.window: Tensor | None = None  # sums of the losses since the last record, and the number of steps
+        self.names: list[str] = []  # names of the losses
+        self.last: dict[str, Any] = {}  # the last record
         self.seconds = self.waited = 0.0
         self.began = self.read_at = self.saved_at = time.perf_counter()
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint, if the run is to be resumed and there is one."""
+        """Restore the newest checkpoint, if the run is resumed and there is one."""
         found = self.checkpoints.load() if self.stage.run.resume else None
         if found is None:
             return
@@ -132,7 +135,7 @@ class _Training:
         self.stage.print(f"resuming at step {self.done} of {self.batches.steps}")
 
     def announce(self, num_images: int) -> None:
-        """Print what the training consists of."""
+        """Print the number of images, epochs and steps, the batch size and the learning rate."""
         batches, settings = self.batches, self.settings
         size, reference = settings.batch_size, settings.sqrt_rule_at
         scale = f"{size}" if reference is None else f"√({size} · {reference})"
@@ -143,7 +146,7 @@ class _Training:
         )
 
     def run(self, loader: Loader, stop: "_StopSignal") -> None:
-        """Train to the end, or until the process is asked to stop."""
+        """Train to the end, or until the process receives a stop signal."""
         stage, steps = self.stage, self.batches.steps
         shown, run = stage.processes.is_main, stage.run
         stream = iter(loader) if self.done < steps else iter(())
@@ -156,7 +159,7 @@ class _Training:
             while self.done < steps:
                 self.step(stream)
                 bar.update()
-                # The losses are read every so often: only here does the host wait for the device
+                # Losses are read at intervals: only here does the host synchronize with the device
                 boundary = self.done % run.log_every == 0 or self.done == steps
                 if not boundary and not (stop.requested and stage.processes.world_size == 1):
                     continue
@@ -175,10 +178,10 @@ class _Training:
             bar.close()
             if log is not None:
                 log.close()
-            del stream  # ends the loader's processes
+            del stream  # shuts down the loader's processes
 
     def step(self, stream: Iterator[Any]) -> None:
-        """Take one step of the optimizer."""
+        """Take one optimizer step."""
         batches, settings, device = self.batches, self.settings, self.progress.device
         method: Any = self.method
         self.progress.fill_(self.done / batches.steps)
@@ -213,12 +216,12 @@ class _Training:
         self.done += 1
 
     def agree(self, stop: "_StopSignal", due: bool) -> tuple[bool, bool]:
-        """Decide in all processes alike whether to stop and whether to save, and that what would be saved is finite."""
+        """Agree among all processes on whether to stop and to save; check that losses and weights are finite."""
         flags = [float(self.bad_step), float(stop.requested), float(due)]
         bad_step, stopping, due_somewhere = self.stage.processes.maximum(flags)
         if bad_step >= 0:
             raise SettingsError(f"the loss of step {int(bad_step)} is not finite; {self.what_is_kept()}")
-        if due_somewhere or stopping:  # a loss is from before the step: the weights after it are checked, too
+        if due_somewhere or stopping:  # losses precede the step, so the updated weights are checked, too
             states = (tensor for state in self.optimizer.state.values() for tensor in state.values())
             if self.stage.processes.maximum([1.0 - float(all_finite([*self.method.state_dict().values(), *states]))])[
                 0
@@ -227,12 +230,12 @@ class _Training:
         return bool(stopping), bool(due_somewhere)
 
     def what_is_kept(self) -> str:
-        """Say which checkpoint the run can go on from."""
+        """Describe the checkpoint from which the run can be resumed."""
         saved = self.checkpoints.steps()
         return f"the checkpoint of step {saved[-1]} is kept" if saved else "no checkpoint was written yet"
 
     def read_losses(self, log: Log | None, bar: Any, *, since: int) -> None:
-        """Read the mean of the losses since the last reading, write it down and show it."""
+        """Log and display the mean losses since the last record."""
         assert self.window is not None
         stage, steps, now = self.stage, self.batches.steps, time.perf_counter()
         stage.processes.sum(self.window)
@@ -253,7 +256,7 @@ class _Training:
             stage.print(f"{self.done}/{steps} steps, loss {self.last['loss']:.4f}, {speed}")
 
     def save(self) -> None:
-        """Write a checkpoint, unless there is one of this step."""
+        """Write a checkpoint, unless this step already has one."""
         now = time.perf_counter()
         if self.stage.processes.is_main and self.stored != self.done:
             tensors = {f"method.{name}": tensor for name, tensor in self.method.state_dict().items()}
@@ -265,7 +268,7 @@ class _Training:
         self.stored, self.saved_at = self.done, time.perf_counter()
 
     def result(self) -> dict[str, Any]:
-        """Return the last losses, the median of images per second, the mean share of waiting, and the seconds."""
+        """Return the last record, the median of images per second, the mean waiting fraction, and the seconds."""
         records = read_metrics(self.stage.folder / "metrics.jsonl")
         speeds = sorted(record["images_per_second"] for record in records)
         waits = [record["waiting"] for record in records]
@@ -278,17 +281,18 @@ class _Training:
 
 
 class _StopSignal:
-    """Note that the process was asked to end (SIGTERM), instead of ending at once."""
+    """Record SIGTERM instead of terminating, so that the loop can stop after a checkpoint."""
 
     def __init__(self) -> None:
         self.requested, self.before = False, None
 
     def __enter__(self) -> "_StopSignal":
-        with contextlib.suppress(ValueError):  # outside of the main thread no signal arrives
+        with contextlib.suppress(ValueError):  # signals can only be handled in the main thread
             self.before: Any = signal.signal(signal.SIGTERM, self.note)
         return self
 
     def note(self, *_: Any) -> None:
+        """Record the signal."""
         self.requested = True
 
     def __exit__(self, *_: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a training writes while it runs: one line of JSON and TensorBoard scalars per reading of the losses."""
+"""Training logs: a line of JSON and TensorBoard scalars per record."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read `metrics.jsonl`; a last line that was cut off is left out."""
+    """Read the records of `metrics.jsonl`, ignoring a truncated last line."""
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -20,7 +20,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Log:
-    """`metrics.jsonl` and TensorBoard's events; records after the step of a resumed checkpoint are removed."""
+    """Writer of `metrics.jsonl` and TensorBoard events; records later than the resumed checkpoint are removed."""
 
     def __init__(self, folder: Path, step: int) -> None:
         path = folder / "metrics.jsonl"
@@ -30,11 +30,13 @@ class Log:
         self.board = SummaryWriter(str(folder), purge_step=step or None)
 
     def add(self, record: dict[str, Any]) -> None:
+        """Append a record, and flush it to disk."""
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         for name, value in record.items():
             self.board.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
+        """Close the files."""
         self.file.close()
         self.board.close()

@@ -1,4 +1,4 @@
-"""Parameter groups, gradient clipping, LARS."""
+"""Parameter groups, gradient clipping and LARS."""
 
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
@@ -10,17 +10,21 @@ from torch import Tensor, nn
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Number of a parameter's layer: 0 tokens, positions and patches, k + 1 block k, depth + 1 all that comes after."""
+    """Return the layer of a parameter: 0 for embeddings, k + 1 for block k, depth + 1 for what follows the blocks."""
     if name.startswith("blocks."):
         return int(name.split(".")[1]) + 1
     return 0 if name.startswith(("cls_token", "mask_token", "pos_embed", "patch_embed.")) else depth + 1
 
 
 def parameter_groups(module: nn.Module, settings: Optimization, *, depth: int = 0) -> list[dict[str, Any]]:
-    """Sort trainable parameters by weight decay and by the layer-wise scale of the learning rate.
+    """Group trainable parameters by weight decay and by layer-wise learning-rate scale.
 
-    Biases, norms and whatever else is 1-D never decay, nor what `settings.undecayed` names. With a layer decay other
-    than 1, `depth` is the number of blocks of the encoder; a module's encoder may stand under the name "encoder".
+    Biases, norms and other 1-D parameters have no weight decay, nor do those named in `settings.undecayed`.
+
+    Args:
+        module: an encoder, or a module whose encoder is its attribute `encoder`.
+        settings: settings of the optimizer.
+        depth: number of blocks of the encoder, used if the layer decay is not 1.
     """
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
@@ -37,10 +41,7 @@ def parameter_groups(module: nn.Module, settings: Optimization, *, depth: int = 
 
 
 def clip(parameters: Collection[nn.Parameter], norm: float, *, each: bool = False) -> None:
-    """Scale down the whole gradient to a norm, or the gradient of each parameter on its own.
-
-    The device is not waited for.
-    """
+    """Clip the global norm of the gradient or, with `each`, the norm of each parameter's gradient, without a sync."""
     if not each:
         nn.utils.clip_grad_norm_(parameters, norm)
         return
@@ -50,19 +51,20 @@ def clip(parameters: Collection[nn.Parameter], norm: float, *, each: bool = Fals
 
 
 class LARS(torch.optim.Optimizer):
-    """Scale each matrix's step to a share of the matrix's norm; vectors take plain momentum steps without decay.
+    """SGD with momentum whose updates of matrices are scaled by the norm of the matrix (LARS).
 
-    The learning rate is applied after the momentum, so past steps follow the schedule, too.
+    Vectors take plain momentum steps without weight decay. The learning rate is applied after the momentum, so changes
+    of the schedule also affect past updates.
 
     Args:
-        params: as for every optimizer of PyTorch.
+        params: parameters or parameter groups.
         lr: learning rate.
-        weight_decay: added to the gradient of matrices.
-        momentum: share of the last step that is kept.
-        trust: norm of a step as a share of the norm of its matrix.
+        weight_decay: weight decay of matrices, added to the gradient.
+        momentum: momentum factor.
+        trust: trust coefficient, the norm of an update relative to the norm of its matrix.
 
-    Source: arXiv 1708.03888; MAE, arXiv 2111.06377 (published code). timm's LARS adds the decay to the denominator
-    in another way, so its numbers differ as soon as there is a decay.
+    Source: arXiv 1708.03888; MAE, arXiv 2111.06377 (published code). timm's LARS adds the weight decay to the
+    denominator differently, so results differ if the weight decay is not zero.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # pyright: ignore
+        """Update all parameters that have a gradient."""
         if closure is not None:
             raise ValueError("LARS takes no closure")
         for group in self.param_groups:

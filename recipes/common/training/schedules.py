@@ -9,19 +9,25 @@ from torch import Tensor
 
 
 def epoch_of(progress: Tensor, epochs: int) -> Tensor:
-    """The epoch, counted from 0, for what is constant within one; a 0-d tensor."""
-    return (progress * epochs + 1e-6).floor()  # the product of a rounded quotient may lie below the epoch's start
+    """Return the epoch, counted from 0, as a 0-d tensor, for schedules that are constant within an epoch."""
+    return (progress * epochs + 1e-6).floor()  # rounding may place the product just below the start of the epoch
 
 
 def by_epoch(epoch: float, *, lr: float, min_lr: float, warmup: float, epochs: float) -> float:
-    """Warm up from 0, then half a cosine, both of the fractional epoch. Source: MAE (published code)."""
+    """Return the learning rate at a fractional epoch: linear warm-up from 0, then half a cosine.
+
+    Source: MAE (published code).
+    """
     if epoch < warmup:
         return lr * epoch / warmup
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
 
 
 def by_step(step: int, *, lr: float, min_lr: float, warmup: int, steps: int) -> float:
-    """Warm up linearly so that the last warm-up step has all of `lr`, then half a cosine. Source: Beyond Masking."""
+    """Return the learning rate at a step: linear warm-up that reaches `lr` at its last step, then half a cosine.
+
+    Source: Beyond Masking (published code).
+    """
     if step < warmup:
         return lr * step / max(1, warmup - 1)
     return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
@@ -30,10 +36,11 @@ def by_step(step: int, *, lr: float, min_lr: float, warmup: int, steps: int) -> 
 def by_last_step(
     step: int, *, lr: float, min_lr: float, start_lr: float, warmup: int, steps: int, milestones: Sequence[int] = ()
 ) -> float:
-    """Warm up from `start_lr`, then half a cosine counted from step 0, or a tenth at each milestone; one step late.
+    """Return the learning rate that SimMIM's code uses: warm-up from `start_lr`, then a cosine or milestones.
 
-    The cosine has fallen already when the warm-up ends: there the rate jumps down. The first two steps have the same
-    rate, because it is set after a step, from that step's number. Source: SimMIM (published code).
+    The cosine starts at step 0, so the learning rate drops abruptly at the end of the warm-up. Each milestone divides
+    it by 10. The published code sets the rate after a step, from the number of that step, so the schedule lags by one
+    step and the first two steps have the same rate. Source: SimMIM (published code).
     """
     done = max(step - 1, 0)
     if done < warmup:
@@ -44,13 +51,13 @@ def by_last_step(
 
 
 def peak_rate(settings: Optimization) -> float:
-    """The learning rate after the warm-up: it grows with the batch size, or with its square root."""
+    """Return the peak learning rate, scaled with the batch size or with its square root."""
     size, reference = settings.batch_size, settings.sqrt_rule_at
     return settings.base_lr * (size if reference is None else math.sqrt(size * reference)) / 256
 
 
 def learning_rate(step: int, settings: Optimization, steps_per_epoch: int) -> float:
-    """The learning rate of a step, before the scale of a parameter group."""
+    """Return the learning rate of a step, before the scale of the parameter group is applied."""
     lr, end = peak_rate(settings), settings.epochs
     if settings.schedule == "epoch":
         warmup = min(settings.warmup_epochs, end)

@@ -1,4 +1,4 @@
-"""Batches, micro-batches and what is compiled."""
+"""Batches, micro-batches and compilation."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -14,10 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def micro_batches(settings: Optimization, world_size: int) -> tuple[int, int]:
-    """Split a batch into equal micro-batches: images per device at a time, and how many of these make a step.
+    """Split a batch into equal micro-batches, and return their size and number per device and step.
 
     Raises:
-        SettingsError: if the devices cannot share the batch equally.
+        SettingsError: if the batch cannot be divided equally among the devices.
     """
     share, rest = divmod(settings.batch_size, world_size)
     if rest or share < 1:
@@ -29,13 +29,13 @@ def micro_batches(settings: Optimization, world_size: int) -> tuple[int, int]:
 
 
 class Batches:
-    """The (epoch, index) of every image, in the order in which this process needs them.
+    """The (epoch, index) of the images of this process, in the order of training.
 
-    Each epoch is a permutation that depends only on (seed, epoch); what does not fill a batch is left out of it. The
-    images of one step are the same whatever the number of devices and micro-batches.
+    Each epoch is a permutation that depends only on (seed, epoch), without its incomplete last batch. The images of a
+    step do not depend on the number of devices and micro-batches.
 
     Raises:
-        SettingsError: if the images do not fill a batch, or the devices cannot share it equally.
+        SettingsError: if there are fewer images than a batch has, or it cannot be divided equally among the devices.
     """
 
     def __init__(self, num_images: int, settings: Optimization, processes: Processes, *, seed: int) -> None:
@@ -49,7 +49,7 @@ class Batches:
         self.steps = settings.epochs * self.steps_per_epoch
 
     def since(self, step: int) -> Iterator[list[tuple[int, int]]]:
-        """All micro-batches from a step on, `count` per step."""
+        """Yield all micro-batches from a step on, `count` per step."""
         world_size, rank = self.processes.world_size, self.processes.rank
         for epoch in range(step // self.steps_per_epoch, self.steps // self.steps_per_epoch):
             order = epoch_order(self.num_images, epoch, seed=self.seed)
@@ -59,7 +59,7 @@ class Batches:
                     yield [(epoch, index) for index in order[start : start + self.micro_batch].tolist()]
 
     def noise(self) -> Noise:
-        """Return the noise of the micro-batches of this process."""
+        """Return the noise generator for the micro-batches of this process."""
         return Noise(
             batch_size=self.batch_size,
             micro_batch=self.micro_batch,
@@ -71,10 +71,10 @@ class Batches:
 
 
 def compiled(method: nn.Module, run: Run, processes: Processes, *, static: bool) -> Callable[..., dict[str, Tensor]]:
-    """Wrap a method for its devices: compiled whole on one, block by block before the wrapper on many."""
+    """Compile a method as a whole on one device; on several, compile each block and wrap the method in DDP."""
     wanted = run.compile == "on" or (run.compile == "auto" and processes.device.type == "cuda")
     if wanted:
-        torch.compiler.reset()  # the graphs of one training leave all of the cache to those of the next
+        torch.compiler.reset()  # free the compile cache of the previous stage
     if processes.world_size == 1:
         return torch.compile(method, fullgraph=True, dynamic=False) if wanted else method
     if wanted:
@@ -85,12 +85,12 @@ def compiled(method: nn.Module, run: Run, processes: Processes, *, static: bool)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Move a batch, a tensor or tuples of them."""
+    """Move a batch, a tensor or nested tuples of tensors, to a device."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     return type(batch)(to_device(part, device) for part in batch)
 
 
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
-    """Whether all numbers are finite, a 0-d tensor; the device is not waited for."""
+    """Return whether all values are finite, as a 0-d tensor, without synchronizing with the device."""
     return torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
