@@ -164,7 +164,7 @@ class LoMaR(nn.Module):
         return Pictures(columns, note)
 
 
-# Names of the published checkpoints, for `common.checkpoint.load_weights`; their position table is never read
+# From the names of the published checkpoints to ours; their position table is never read
 NAMES = {r"encoder_pred\.": "head.", r"(?=cls_token|mask_token|patch_embed|blocks|norm)": "encoder."}
 
 IMAGENET = Config(optimization=Optimization(epochs=1600, warmup_epochs=80))

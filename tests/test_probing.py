@@ -230,7 +230,9 @@ def test_a_tenth_of_every_class_is_held_out(labels: list[int], seed: int) -> Non
         assert [labels[i] for i in apart].count(label) == (0 if count == 1 else max(1, count // 10))
 
 
-def test_a_learning_rate_is_chosen_without_the_test_images(processes: Processes, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_learning_rate_is_chosen_without_the_test_images(
+    processes: Processes, tmp_path: Path, monkeypatch: Any
+) -> None:
     """Whatever the labels of the test images are, the choice and what is trained stay the same."""
     settings = Linear(base_lrs=(1e-4, 10.0), epochs=20, batch_size=27, warmup_epochs=1, crop_fraction=1.0)
 
@@ -292,7 +294,9 @@ class Wandering(nn.Module):
 @pytest.mark.parametrize("make", [small, Wandering])
 @pytest.mark.parametrize("evaluation", [name for name in RECIPES if name != "knn"])
 @pytest.mark.parametrize("augment", [False, True])
-def test_frozen_means_bit_for_bit(make: Any, evaluation: str, augment: bool, processes: Processes, tmp_path: Path) -> None:
+def test_frozen_means_bit_for_bit(
+    make: Any, evaluation: str, augment: bool, processes: Processes, tmp_path: Path
+) -> None:
     function, presets, _ = RECIPES[evaluation]
     settings = presets["digits"].settings
     if evaluation == "linear_probe":
