@@ -42,7 +42,7 @@ def test_the_grid_of_position_accuracies_is_printed_drawn_and_kept(runs: Path) -
 
 
 def test_positions_that_are_certain_are_all_found() -> None:
-    method = droppos.DropPos(droppos.DIGITS, Normalize([0.5], [0.5]))
+    method = droppos.DropPos(droppos.PRESETS["digits"], Normalize([0.5], [0.5]))
     generator = torch.Generator().manual_seed(0)
     images = (255 * torch.rand(5, 1, 32, 32, generator=generator)).to(torch.uint8)
     noise = {"mask": torch.rand(5, 64, generator=generator), "drop": torch.rand(5, 64, generator=generator)}
@@ -84,7 +84,7 @@ def test_measured_difficulty_is_the_mean_error_over_the_masks_that_hide_a_patch(
 
 @pytest.mark.parametrize(("part", "seen"), [("hardest", [1, 3]), ("easiest", [0, 2])])
 def test_half_of_the_patches_are_seen_the_hardest_or_the_easiest(part: half_patches.Part, seen: list[int]) -> None:
-    method = hpm.HPM(hpm.DIGITS, Normalize([0.5], [0.5]))
+    method = hpm.HPM(hpm.PRESETS["digits"], Normalize([0.5], [0.5]))
     method.height, method.width = 1, 4
     method.ask_teacher = lambda patches: (torch.tensor([[0.1, 0.4, 0.2, 0.3]]), patches)
     chosen = half_patches.Half(method, part, 0.5)(torch.zeros(1, 4, 16), torch.rand(1, 4))

@@ -2,7 +2,7 @@
 
 import copy
 
-from common.networks.ema import follow, teacher_of
+from common.networks.ema import ema_copy, ema_update
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def state(module: nn.Module) -> dict[str, Tensor]:
 
 def test_a_teacher_starts_as_a_copy_that_no_gradient_reaches() -> None:
     student = Network(0)
-    teacher = teacher_of(student)
+    teacher = ema_copy(student)
     assert all(torch.equal(tensor, state(student)[name]) for name, tensor in state(teacher).items())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert student.layer.weight.requires_grad
@@ -45,7 +45,7 @@ def test_a_teacher_starts_as_a_copy_that_no_gradient_reaches() -> None:
 def test_it_goes_one_minus_momentum_of_the_way_buffers_included(momentum: float, scheduled: bool) -> None:
     teacher, student = Network(0), Network(1)
     before, goal = state(teacher), state(student)
-    follow(teacher, student, torch.tensor(momentum, dtype=torch.float64) if scheduled else momentum)
+    ema_update(teacher, student, torch.tensor(momentum, dtype=torch.float64) if scheduled else momentum)
     after = state(teacher)
     assert after.pop("steps") == goal.pop("steps") == 1  # a whole number is copied
     for name, tensor in after.items():
@@ -57,12 +57,12 @@ def test_it_goes_one_minus_momentum_of_the_way_buffers_included(momentum: float,
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 0.9999, torch.tensor(0.99)])
 def test_what_does_not_differ_stays_the_same_to_the_last_bit(momentum: float | Tensor) -> None:
     student = Network(0)
-    teacher = teacher_of(student)
+    teacher = ema_copy(student)
     with torch.no_grad():
         student.layer.weight.add_(1.0)
     before = state(teacher)
     for _ in range(100):
-        follow(teacher, student, momentum)
+        ema_update(teacher, student, momentum)
     changed = [name for name, tensor in state(teacher).items() if not torch.equal(tensor, before[name])]
     assert changed == ["layer.weight"]
 
@@ -70,9 +70,9 @@ def test_what_does_not_differ_stays_the_same_to_the_last_bit(momentum: float | T
 def test_a_momentum_of_one_stands_still_and_of_zero_copies() -> None:
     teacher, student = Network(0), Network(1)
     before = state(teacher)
-    follow(teacher, student, 1.0)
+    ema_update(teacher, student, 1.0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in state(teacher).items() if name != "steps")
-    follow(teacher, student, 0.0)
+    ema_update(teacher, student, 0.0)
     for name, tensor in state(teacher).items():
         torch.testing.assert_close(tensor, state(student)[name], rtol=0.0, atol=3e-7)
 
@@ -83,13 +83,13 @@ def test_a_small_step_is_not_lost_beside_one() -> None:
     with torch.no_grad():
         teacher.weight.fill_(0.0)
         student.weight.fill_(1.0)
-    follow(teacher, student, torch.tensor(0.9999, dtype=torch.float64))
+    ema_update(teacher, student, torch.tensor(0.9999, dtype=torch.float64))
     assert float(teacher.weight.detach()) == pytest.approx(1e-4, rel=1e-6)
 
 
 def test_nothing_is_read_back() -> None:
     teacher, student = Network(0).to("meta"), Network(1).to("meta")
-    follow(teacher, student, torch.empty((), dtype=torch.float64, device="meta"))
+    ema_update(teacher, student, torch.empty((), dtype=torch.float64, device="meta"))
 
 
 def test_different_parts_are_refused() -> None:
@@ -97,4 +97,4 @@ def test_different_parts_are_refused() -> None:
     teacher = copy.deepcopy(student)
     teacher.register_buffer("more", torch.zeros(1))
     with pytest.raises(ValueError, match="teacher and student are not made of the same parts"):
-        follow(teacher, student, 0.9)
+        ema_update(teacher, student, 0.9)

@@ -234,9 +234,9 @@ def test_batch_norm_over_two_devices_is_that_of_all_images_and_else_statistics_a
 
 
 def small(**more: Any) -> lut.Config:
-    images = replace(lut.DIGITS.images, image_size=(16, 16))
-    network = replace(lut.DIGITS.network, decoder_dim=24, decoder_heads=2)
-    return replace(lut.DIGITS, images=images, network=network, head_width=32, **more)
+    images = replace(lut.PRESETS["digits"].images, image_size=(16, 16))
+    network = replace(lut.PRESETS["digits"].network, decoder_dim=24, decoder_heads=2)
+    return replace(lut.PRESETS["digits"], data=data, network=network, head_width=32, **more)
 
 
 def method_of(config: lut.Config | mae.Config) -> Any:

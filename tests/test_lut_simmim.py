@@ -15,7 +15,7 @@ from torch import Tensor
 def build(**settings: Any) -> tuple[lut_simmim.LUTSimMIM, tuple[Tensor, Tensor], dict[str, Tensor]]:
     """A small one of 8 × 8 patches in 4 × 4 cells, views and noise for five images."""
     torch.manual_seed(0)
-    method = lut_simmim.LUTSimMIM(replace(lut_simmim.DIGITS, **settings), Normalize([0.5], [0.5])).train()
+    method = lut_simmim.LUTSimMIM(replace(lut_simmim.PRESETS["digits"], **settings), Normalize([0.5], [0.5])).train()
     generator = torch.Generator().manual_seed(0)
     first, second = (255 * torch.rand(2, 5, 1, 32, 32, generator=generator)).to(torch.uint8)
     return method, (first, second), method.noise(lambda *shape: torch.rand(*shape, generator=generator), 5)
@@ -39,7 +39,7 @@ def test_no_cell_is_visible_in_both_views_and_the_counts_are_fixed(ratio: float,
 
 def test_the_pixels_are_simmims_on_the_first_view() -> None:
     method, views, noise = build(drop_path=0.0)
-    alone = simmim.SimMIM(replace(simmim.DIGITS, drop_path=0.0), Normalize([0.5], [0.5]))
+    alone = simmim.SimMIM(replace(simmim.PRESETS["digits"], drop_path=0.0), Normalize([0.5], [0.5]))
     alone.encoder.load_state_dict(method.encoder.state_dict())
     assert method.head is not None
     alone.head.load_state_dict(method.head.state_dict())

@@ -74,7 +74,7 @@ def test_windows_may_be_patches_or_anchors_with_any_leading_axes(batch, num_imag
 
 @pytest.mark.parametrize("images", [4, 5, 6])
 def test_the_recipe_as_released_pairs_one_set_of_windows_with_all_images(images):
-    made = ReleasedLoMaR(lomar.DIGITS, Normalize([0.4], [0.2]))
+    made = ReleasedLoMaR(lomar.PRESETS["digits"], Normalize([0.4], [0.2]))
     noise = made.noise(lambda *shape: seeded(*shape), images)
     of_the_batch = distinct_anchors(noise["rows"][0], noise["columns"][0], num_windows=4)
     assert made.anchors(noise).equal(released_pairs(of_the_batch, num_images=images))

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.config import Images, Network, Optimization
+from common.config import DataSettings, Network, Optimization
 from common.data.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from common.evaluation.finetuning import Classifier
 from common.networks import attention
@@ -406,7 +406,7 @@ def test_simmim_starts_with_normals_cut_at_one_standard_deviation_and_calm_branc
 
 
 def test_only_vectors_and_the_class_token_do_not_decay():
-    method = simmim.SimMIM(simmim.DIGITS, Normalize([0.5], [0.5]))
+    method = simmim.SimMIM(simmim.PRESETS["digits"], Normalize([0.5], [0.5]))
     groups = parameter_groups(method, simmim.IMAGENET.optimization)
     decay = {name: group["weight_decay"] for group in groups for name in group["names"]}
     assert decay["encoder.mask_token"] == decay[f"encoder.{SHARED_TABLE}"] == decay["head.proj.weight"] == 0.05
@@ -453,8 +453,8 @@ def test_the_presets_are_the_published_ones():
 
 
 def method(**changes: Any) -> simmim.SimMIM:
-    images = Images(image_size=(16, 32), channels=changes.pop("channels", 3))
-    config = replace(simmim.DIGITS, images=images, network=Network(size="nano", patch=4), **changes)
+    data = DataSettings(image_size=(16, 32), channels=changes.pop("channels", 3))
+    config = replace(simmim.PRESETS["digits"], data=data, network=Network(size="nano", patch=4), **changes)
     return shaken(simmim.SimMIM(config, Normalize([0.4] * images.channels, [0.2] * images.channels)))
 
 
@@ -501,9 +501,9 @@ def test_masked_pixels_are_a_target_and_never_an_input():
 
 
 def test_cells_are_masked_whole_and_their_count_is_rounded_up():
-    cells, sizes = whole_cells(Images(), Network(), 32, 0.6)
+    cells, sizes = whole_cells(DataSettings(), Network(), 32, 0.6)
     assert (cells, sizes["num_masked"]) == (49, 30 * 4)
-    cells, sizes = whole_cells(Images(image_size=(32, 48)), Network(patch=4), 8, 0.5)
+    cells, sizes = whole_cells(DataSettings(image_size=(32, 48)), Network(patch=4), 8, 0.5)
     assert (cells, sizes) == (24, {"height": 8, "width": 12, "cell_height": 2, "cell_width": 2, "num_masked": 48})
 
 
@@ -545,7 +545,7 @@ def test_a_step_never_waits_for_the_device(target: Any):
 
 def test_the_encoder_is_as_large_as_the_published_one():
     with torch.device("meta"):
-        encoder = masking_encoder(Images(), Network())
+        encoder = masking_encoder(DataSettings(), Network())
     every = sum(parameter.numel() for parameter in encoder.parameters())
     tokens, table, per_block, ends = 2 * 768, 732 * 12, 12 * 768**2 + 14 * 768, 768**2 + 3 * 768
     assert every == tokens + table + 12 * per_block + ends
@@ -556,8 +556,8 @@ def test_the_encoder_is_as_large_as_the_published_one():
 
 
 def square(**changes: Any) -> simmim.SimMIM:
-    images, network = Images(image_size=(16, 16)), Network(size="nano", patch=4)
-    config = replace(simmim.DIGITS, images=images, network=network, drop_path=0.0, **changes)
+    data, network = DataSettings(image_size=(16, 16)), Network(size="nano", patch=4)
+    config = replace(simmim.PRESETS["digits"], data=data, network=network, drop_path=0.0, **changes)
     return simmim.SimMIM(config, Normalize(IMAGENET_MEAN, IMAGENET_STD)).eval()
 
 
