@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -122,7 +122,7 @@ class Optimization:
     """largest micro-batch: images on one device at a time; gradients of more are accumulated"""
     base_lr: Positive = 1.5e-4
     """learning rate for 256 images per step; the real one is this times batch size / 256"""
-    sqrt_rule_at: Annotated[int | None, Must("at least 1", lambda x: x is None or x >= 1)] = None
+    sqrt_rule_at: Count | None = None
     """N: the learning rate grows with the square root of the batch size instead, and is the same at a batch of N"""
     warmup_epochs: NonNegative = 40.0
     """epochs in which the learning rate rises"""
@@ -146,7 +146,7 @@ class Optimization:
     """parameters without weight decay besides biases and norms, by the last part of their name"""
     layer_decay: PositiveShare = 1.0
     """each block's learning rate is this times that of the block above it"""
-    clip: Annotated[float | None, Must("above 0", lambda x: x is None or x > 0)] = None
+    clip: Positive | None = None
     """largest norm of the gradient; none: no clipping"""
     clip_each: bool = False
     """clip the gradient of each parameter on its own instead of the whole"""
@@ -222,7 +222,7 @@ def check(config: Any) -> None:
     """
     for option, value, extras in settings_of(config):
         for must in extras:
-            if isinstance(must, Must) and not must.test(value):
+            if isinstance(must, Must) and value is not None and not must.test(value):
                 raise SettingsError(f"{option} {as_typed(value)}: must be {must.words}")
 
 
@@ -246,8 +246,9 @@ def as_typed(value: Any) -> str:
 
 
 def _extras(hint: Any) -> tuple[Any, ...]:
-    """Return what stands beside a type, also beside the inner one of nested annotations (Python joins these)."""
-    return getattr(hint, "__metadata__", ())
+    """Return what stands beside a type, also beside the inner one of nested annotations, or that of an optional one."""
+    parts = get_args(hint) if get_origin(hint) is Union else (hint,)
+    return tuple(extra for part in parts for extra in getattr(part, "__metadata__", ()))
 
 
 def to_json(config: Any) -> dict[str, Any]:
