@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -122,7 +122,7 @@ class Optimization:
     """largest micro-batch per device; larger batches use gradient accumulation, with the same result"""
     base_lr: Positive = 1.5e-4
     """learning rate for a batch of 256 images; it is multiplied by batch size / 256"""
-    sqrt_rule_at: Annotated[int | None, Must("at least 1", lambda x: x is None or x >= 1)] = None
+    sqrt_rule_at: Count | None = None
     """N: scale the learning rate with the square root of the batch size; both rules agree at a batch of N"""
     warmup_epochs: NonNegative = 40.0
     """length of the learning-rate warm-up in epochs"""
@@ -146,7 +146,7 @@ class Optimization:
     """parameters without weight decay besides biases and norms, by the last component of their name"""
     layer_decay: PositiveShare = 1.0
     """layer-wise learning-rate decay: factor from one block to the block below it"""
-    clip: Annotated[float | None, Must("above 0", lambda x: x is None or x > 0)] = None
+    clip: Positive | None = None
     """maximum norm of the gradient; none: no clipping"""
     clip_each: bool = False
     """clip the gradient of each parameter separately instead of the global norm"""
@@ -239,7 +239,7 @@ def check(config: Any) -> None:
     """
     for option, value, extras in settings_of(config):
         for must in extras:
-            if isinstance(must, Must) and not must.test(value):
+            if isinstance(must, Must) and value is not None and not must.test(value):
                 raise SettingsError(f"{option} {as_typed(value)}: must be {must.words}")
 
 
@@ -264,7 +264,7 @@ def as_typed(value: Any) -> str:
 
 def _extras(hint: Any) -> tuple[Any, ...]:
     """Return the annotations of a type, including those of nested `Annotated` types (which Python flattens)."""
-    return getattr(hint, "__metadata__", ())
+    parts = get_args(hint) if get_origin(hint) is Union else (hint,)
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from common.config import Count, Counts, DataSettings, Flat, Run, SettingsError, parse
 from common.data.sources import open_data
+from common.evaluation.finetuning import check_finetuning
 from common.files import write_json
 from common.networks.encoder import Encoder
 from common.report.curves import draw_curves
@@ -89,6 +90,8 @@ def probe(
             settings = probed.images_for(encoder, flip=getattr(config, "flip", 0.0))  # k-NN has no flip
             data = open_data(settings, seed=run.seed)
             data.splits()  # before anything is written
+            if finetuning := getattr(config.settings, "finetune", None):
+                check_finetuning(finetuning, data, world_size=processes.world_size)
             prepare(folder, name, config, processes=processes)
             stage = Stage(processes, data, run, folder, title)
             result = evaluation(encoder, normalize, settings=config.settings, stage=stage)

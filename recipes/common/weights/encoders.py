@@ -67,7 +67,7 @@ def load_encoder(
     old = {"height": arguments["img_size"][0] // patch, "width": arguments["img_size"][1] // patch}
     new = {"height": H // patch, "width": W // patch}
     sizes = {**old, "new_height": new["height"], "new_width": new["width"]}
-    beit = "use_abs_pos_emb" in arguments  # see `common.vit.in_beit`
+    beit = "use_abs_pos_emb" in arguments  # see `common.weights.timm_names.in_beit`
     contextual = arguments.get("relative") == "contextual"
     own_table = arguments.get("use_rel_pos_bias") or arguments.get("use_shared_rel_pos_bias")
     torch.manual_seed(seed)

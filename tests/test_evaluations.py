@@ -1,0 +1,108 @@
+"""All evaluations of a pre-trained encoder: what each trains, in which order, and that frozen means frozen."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from common.config import SettingsError
+from common.evaluation import evaluations as module
+from common.evaluation.evaluations import EVALUATIONS, in_order
+from common.evaluation.finetuning import DIGITS, FOLDER
+from common.weights.encoders import export
+
+import pytest
+import torch
+from probes import NORMALIZE, RECIPES, exported, small, stage
+from torch import Tensor, nn
+
+RESULTS = {"pretraining": {"seconds": 30.0}, "finetune": {"seconds": 10.0}}
+SHORT = replace(DIGITS, pool="class", optimization=replace(DIGITS.optimization, epochs=1, batch_size=30))
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+@pytest.mark.parametrize("class_token", [False, True])
+def test_an_exported_encoder_is_evaluated(name: str, class_token: bool, tmp_path: Path) -> None:
+    path = tmp_path / "encoder.safetensors"
+    export(path, small(class_token=class_token), NORMALIZE)
+    result = EVALUATIONS[name].run(path, SHORT, stage(tmp_path / name), RESULTS)
+    assert {"accuracy", "labeled", "test", "seconds", "epoch"} <= set(result)
+    assert (result["labeled"], result["test"]) == (30, 497)
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "layer_decay"), [("finetune", 5, 0.65), ("scratch", 5, 1), ("budget", 20, 1)]
+)
+def test_from_scratch_all_layers_learn_alike_and_a_budget_is_of_time(
+    name: str, epochs: int, layer_decay: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fine-tuning took 10 seconds for 5 epochs, so the budget of all 40 seconds is 20 epochs."""
+    seen: list[Any] = []
+
+    def finetune(encoder: Any, normalize: Any, *, settings: Any, stage: Any) -> dict[str, Any]:
+        seen.extend((encoder, settings))
+        return {}
+
+    monkeypatch.setattr(module, "finetune", finetune)
+    path, encoder = tmp_path / "encoder.safetensors", small()
+    encoder.norm.bias.data += 0.5
+    export(path, encoder, NORMALIZE)
+    settings = replace(FOLDER, optimization=replace(FOLDER.optimization, epochs=5))
+    EVALUATIONS[name].run(path, settings, stage(tmp_path / name), RESULTS)
+    expected = replace(settings.optimization, epochs=epochs, layer_decay=layer_decay)
+    assert seen[1] == replace(settings, optimization=expected)
+    assert bool(seen[0].norm.bias.any()) == (name == "finetune")  # else the weights are new
+
+
+def test_a_budget_is_written_down_for_a_run_that_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    epochs: list[int] = []
+    monkeypatch.setattr(module, "finetune", lambda *_, settings, stage: epochs.append(settings.optimization.epochs))
+    path = exported(tmp_path)
+    for seconds in (30.0, 990.0):
+        results = RESULTS | {"pretraining": {"seconds": seconds}}
+        EVALUATIONS["budget"].run(path, SHORT, stage(tmp_path / "budget"), results)
+    assert epochs == [4, 4]
+    assert json.loads((tmp_path / "budget.json").read_text())["epochs"] == 4
+
+
+def test_a_budget_comes_after_the_fine_tuning_that_it_is_measured_against() -> None:
+    assert in_order(()) == ()
+    assert in_order(("scratch", "knn")) == ("scratch", "knn")
+    assert in_order(("budget", "knn")) == ("finetune", "budget", "knn")
+    with pytest.raises(SettingsError, match=r"^--evaluate guess: choose among finetune, scratch, budget, linear, knn"):
+        in_order(("finetune", "guess"))
+
+
+class Wandering(nn.Module):
+    """An encoder that would change if it were left in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm = small(), nn.BatchNorm1d(24)
+        self.drop = nn.Dropout(0.5)
+        for name in ("height", "width", "patch", "channels", "dim", "depth", "heads", "num_prefix", "cls_token"):
+            setattr(self, name, getattr(self.inner, name))
+        self.blocks, self.pos_embed, self.positions = self.inner.blocks, self.inner.pos_embed, self.inner.positions
+
+    def forward(self, patches: Tensor, positions: Tensor, noise: None = None) -> Tensor:
+        return self.drop(self.norm(self.inner(patches, positions).movedim(1, 2)).movedim(1, 2))
+
+
+@pytest.mark.parametrize("make", [small, Wandering])
+@pytest.mark.parametrize("evaluation", [name for name in RECIPES if name != "knn"])
+@pytest.mark.parametrize("augment", [False, True])
+def test_frozen_means_bit_for_bit(make: Any, evaluation: str, augment: bool, tmp_path: Path) -> None:
+    function, presets, _ = RECIPES[evaluation]
+    settings = presets["digits"].settings
+    if evaluation == "linear_probe":
+        settings = replace(settings, epochs=2, base_lrs=(0.1,), augment=augment)
+    else:
+        optimization = replace(settings.finetune.optimization, epochs=2, batch_size=30, warmup_epochs=0)
+        finetuning = replace(settings.finetune, train_positions=augment, optimization=optimization)
+        settings = replace(settings, finetune=finetuning)
+    encoder = make()
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    function(encoder, NORMALIZE, settings=settings, stage=stage(tmp_path))
+    assert all(torch.equal(before[name], tensor) for name, tensor in encoder.state_dict().items())
+    assert not encoder.training
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
