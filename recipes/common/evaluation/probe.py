@@ -56,14 +56,17 @@ class Config(Protocol):
     @property
     def probed(self) -> Probed:
         """Return the encoder and the images."""
+        ...
 
     @property
     def run(self) -> Run:
         """Return the settings of the program."""
+        ...
 
     @property
     def settings(self) -> Any:
         """Return the settings of the evaluation."""
+        ...
 
 
 def probe(

@@ -60,9 +60,7 @@ def load_encoder(
     about = read_tensors(path)[1] if path.suffix == ".safetensors" else {}
     written = about.get("timm", about.get("mimkit"))
     exported = written is not None
-    prefix = (
-        "encoder." if "encoder.patch_embed.proj.weight" in content else ""
-    )  # if the file also contains the head of pre-training
+    prefix = "encoder." if "encoder.patch_embed.proj.weight" in content else ""  # beside a pre-training head
     weights = {name.removeprefix(prefix): tensor for name, tensor in content.items() if name.startswith(prefix)}
     arguments = written or timm_arguments_of(weights, path)
     patch, (H, W) = arguments["patch_size"], image_size or arguments["img_size"]
