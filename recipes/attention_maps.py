@@ -1,11 +1,11 @@
-"""Where does an encoder look? The attention of all heads of its last block, from one or more patches of an image.
+"""Draw attention maps of an encoder: the attention of all heads of its last block, from chosen patches of an image.
 
     python recipes/attention_maps.py --encoder runs/lut/encoder.safetensors --queries 3,4 7,7
     python recipes/attention_maps.py --encoder mae_pretrain_vit_base.pth --data photo.jpg --queries 7,7
     python recipes/attention_maps.py --encoder timm:vit_base_patch16_224.dino:vit.safetensors --data DIR --count 4
 
-Each map goes from the least (dark) to the greatest (bright) attention of its head to a patch. Above it stands how far
-the head looks on average over many images and all queries, in pixels.
+Each map ranges from the minimum (dark) to the maximum (bright) attention of its head. Its title shows the mean
+attention distance of the head in pixels, averaged over many images and all queries.
 
 Paper: LUT, ECCV 2024, figures A and B.
 """
@@ -34,27 +34,27 @@ from torch.overrides import TorchFunctionMode
 
 @dataclass(frozen=True)
 class Config:
-    """Which encoder, images and queries."""
+    """Settings of the encoder, the images and the queries."""
 
     encoder: str
-    """encoder.safetensors of a run, a published checkpoint of the MAE family, or timm:NAME:FILE with timm's name of a
+    """encoder.safetensors of a run, a published checkpoint of the MAE family, or timm:NAME:FILE, timm's name of a
     vision transformer and a file of its weights"""
     data: Path | None = None
-    """an image, or a folder with val/CLASS/*.jpg or of any images; none: the handwritten digits of scikit-learn"""
+    """an image, or a folder with val/CLASS/*.jpg or any images; none: the handwritten digits from scikit-learn"""
     image_size: tuple[int, int] | None = None
-    """height and width in pixels; none: those of the encoder. Positions are resampled: more pixels, finer maps"""
+    """height and width in pixels, for which positions are resampled; none: those of the encoder"""
     queries: tuple[str, ...] = ()
-    """row,column of the patches that ask, counted from 0; none: the one in the middle and the one at the upper left"""
+    """row,column of the query patches, counted from 0; none: the central patch and the upper left one"""
     count: int = 2
-    """images to draw"""
+    """number of images to draw"""
     measured: int = 256
-    """images, or as many as there are, over which it is measured how far the heads look"""
+    """largest number of images over which the attention distance is averaged"""
     out: Path | None = None
-    """the picture; none: attention_maps.png beside the encoder"""
+    """file of the picture; none: attention_maps.png in the folder of the encoder"""
 
 
 class _LastAttention(TorchFunctionMode):
-    """Note what the last attention of a network is called with."""
+    """Record the arguments of the last call of `scaled_dot_product_attention`."""
 
     called_with: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
@@ -66,19 +66,20 @@ class _LastAttention(TorchFunctionMode):
 
 @torch.no_grad()
 def last_attention(encoder: Encoder, patches: Tensor) -> Tensor:
-    """Compute the attention of the last block from its own queries and keys: softmax(q kᵀ · scale + bias).
+    """Compute the attention of the last block from its queries and keys: softmax(q kᵀ · scale + bias).
 
-    They are taken from its call of `scaled_dot_product_attention`, so all that stands before that is in them, norms of
-    queries and keys, say, whosever block it is.
+    They are the arguments of its call of `scaled_dot_product_attention`, so any preceding operation, such as a norm of
+    queries and keys, is included.
 
     Args:
-        patches: all of each image, (b, n, values), normalized.
+        encoder: an encoder in evaluation mode.
+        patches: all normalized patches of each image, (b, n, values).
 
     Returns:
-        (b, heads, prefix + n, prefix + n): the row of a query sums to one.
+        Attention (b, heads, prefix + n, prefix + n); the row of each query sums to one.
 
     Raises:
-        SettingsError: if the encoder computes its attention in another way.
+        SettingsError: if the encoder does not call `scaled_dot_product_attention`.
     """
     with _LastAttention() as seen:
         encoder(patches, encoder.positions)
@@ -93,23 +94,25 @@ def last_attention(encoder: Encoder, patches: Tensor) -> Tensor:
 
 
 def attention_distance(attention: Tensor, *, height: int, width: int, patch: int) -> Tensor:
-    """Average the distance from patches to those they attend to, in pixels: over the queries, keys by their attention.
+    """Compute the mean distance from queries to keys in pixels, weighted by attention.
 
     Args:
-        attention: (…, n, n) from patch to patch; rows are brought to a sum of one.
+        attention: attention between patches (…, n, n); rows are normalized to sum to one.
+        height, width: size of the grid in patches.
+        patch: side of a patch in pixels.
 
     Returns:
-        (…,)
+        Mean distances (…,).
     """
     places = torch.cartesian_prod(torch.arange(height), torch.arange(width)).to(attention) * patch
     return (attention * torch.cdist(places, places)).sum(dim=-1).div(attention.sum(dim=-1)).mean(dim=-1)
 
 
 def parse_queries(queries: tuple[str, ...], *, height: int, width: int) -> list[tuple[int, int]]:
-    """Read rows and columns.
+    """Parse queries of the form row,column.
 
     Raises:
-        SettingsError: if one is not a patch of the grid.
+        SettingsError: if a query is not a patch of the grid.
     """
     found = []
     for query in queries or (f"{height // 2},{width // 2}", "0,0"):
@@ -123,7 +126,7 @@ def parse_queries(queries: tuple[str, ...], *, height: int, width: int) -> list[
 
 
 class _File:
-    """A source of one image."""
+    """A source with a single image file."""
 
     def __init__(self, path: Path, channels: int) -> None:
         self.channels, self.classes, self.path = channels, list[str](), path
@@ -132,17 +135,20 @@ class _File:
         return 1
 
     def image(self, index: int) -> Tensor:
+        """Decode the file."""
         return decode(self.path, self.channels)
 
     def label(self, index: int) -> int:
+        """Return −1, since the class is unknown."""
         return -1
 
     def name(self, index: int) -> str:
+        """Return the path."""
         return str(self.path)
 
 
 def load(config: Config) -> tuple[Any, Normalize, Source]:
-    """Open the encoder and the images."""
+    """Open the encoder, its normalization and the images."""
     encoder, normalize = open_encoder(config.encoder, image_size=config.image_size)
     network: Any = encoder
     channels = encoder.channels
@@ -164,20 +170,21 @@ def main(config: Config) -> None:
     )
 
     def attend(count: int, at_a_time: int = 32) -> Any:
+        """Yield evenly spaced images in [0, 1] and their attention between patches."""
         chosen = [(0, index * len(source) // count) for index in range(count)]
         for images in Loader(views, [chosen[i : i + at_a_time] for i in range(0, count, at_a_time)]):
             attention = last_attention(encoder, patchify(normalize(images.to(device)), patch=encoder.patch))
             yield normalize.unit(images), attention[..., encoder.num_prefix :, encoder.num_prefix :].cpu()
 
-    # 1. How far each head looks
+    # 1. Measure the attention distance of each head.
     count = min(config.measured, len(source))
     distances = torch.cat([attention_distance(attention, **sizes) for _, attention in attend(count)]).mean(dim=0)
     evenly = attention_distance(torch.ones(1, *2 * [encoder.height * encoder.width]), **sizes).item()
-    print(f"mean attention distance in the last block, pixels, over {count} images (all patches alike: {evenly:.1f})")
+    print(f"mean attention distance in the last block, pixels, over {count} images (uniform attention: {evenly:.1f})")
     print("".join(f"{f'head {i}':>9}" for i in range(1, 1 + len(distances))) + "     mean")
     print("".join(f"{distance:>9.1f}" for distance in [*distances.tolist(), distances.mean().item()]))
 
-    # 2. Where it looks from each query
+    # 2. Draw the attention of each query.
     images, attention = (torch.cat(parts) for parts in zip(*attend(min(config.count, len(source))), strict=True))
     rows = [(i, row, column) for i in range(len(images)) for row, column in queries]
     asking = [framed(images[i], row, column, patch=encoder.patch) for i, row, column in rows]
@@ -187,7 +194,7 @@ def main(config: Config) -> None:
         columns[f"head {head + 1}: {distance:.1f} px"] = maps(values, **grid)
     file = Path(config.encoder.split(":")[-1])
     path = config.out or file.parent / "attention_maps.png"
-    note = f"last block of {file.name}: each map from its least (dark) to its greatest (bright) attention"
+    note = f"last block of {file.name}: each map from its minimum (dark) to its maximum (bright) attention"
     draw_pictures(path, Pictures(columns, note, tuple(f"patch {row},{column}" for _, row, column in rows)))
     print(path)
 

@@ -1,4 +1,4 @@
-"""Beyond Masking, its six tasks: degrade an image in one of several ways, and predict the original.
+"""Beyond Masking, the six single tasks: degrade an image in one of several ways, and predict the original.
 
     python recipes/beyond_masking.py --task distorted                    the embedded digits, minutes on a laptop
     python recipes/beyond_masking.py --task zoom_in --data DIR           images of your own
@@ -27,35 +27,34 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Config(BaseConfig):
-    """The settings of the paper are the preset "imagenet". Options of other tasks than --task are not used."""
+    """The settings of the paper are the preset "imagenet". Options of tasks other than --task are ignored."""
 
     task: Literal["masked", "zoom_in", "zoom_out", "distorted", "blurred", "decolorized"] = "masked"
     """how images are degraded"""
     mask_ratio: float = 0.75
     """masked: share of the patches that is masked"""
     mask: Literal["random", "block"] = "random"
-    """masked: random patches, or all but one block at a random place"""
+    """masked: random patches, or all patches outside a block at a random position"""
     zoom: Literal["center", "anywhere", "view", "inner"] = "center"
-    """zoom_in: enlarge the central window; one at a random place; see the center of a larger view as it is and predict
-    the view; see the central window as it is and predict what lies outside"""
+    """zoom_in: enlarge the central or a random window; or predict a larger view or the border from the center"""
     window: float = 160 / 224
-    """zoom_in: side of the window, as a share of the image's"""
+    """zoom_in: side of the window, as a fraction of the image"""
     shrunken: tuple[float, ...] = (160 / 224,)
-    """zoom_out: side of the shrunken image, as a share; one of several at random for each image"""
+    """zoom_out: side of the shrunken image, as a fraction; one of several is drawn at random for each image"""
     fill: Literal["mirror", "black", "foreign", "none"] = "mirror"
-    """zoom_out: what surrounds it: mirror images, black, the next image of the batch, or nothing"""
+    """zoom_out: surroundings of the shrunken image: reflections, black, the next image of the batch, or none"""
     distortion: Literal["fisheye", "lossless", "wave"] = "fisheye"
-    """distorted: fisheye; one of a larger view, so that no pixel of the image is lost; a horizontal wave"""
+    """distorted: a fisheye, a fisheye of a larger view that preserves all pixels of the image, or a horizontal wave"""
     twist: tuple[float, float] = (0.20, 0.25)
-    """distorted: strength of the fisheye, least and most"""
+    """distorted: range of the strength of the fisheye"""
     wave: tuple[float, float] = (0.1, 10.0)
     """distorted: amplitude and frequency of the wave"""
     kernels: tuple[int, ...] = (9,)
-    """blurred: side of the random kernel; one of several at random for each image"""
+    """blurred: side of the random kernel in pixels; one of several is drawn at random for each image"""
     mix: bool = False
     """blurred: kernels that mix the channels"""
     saturation: float = 0.3
-    """decolorized: share of the saturation that stays"""
+    """decolorized: factor of the saturation"""
 
 
 class Task(nn.Module):
@@ -67,10 +66,10 @@ class Task(nn.Module):
         self.config, self.normalize, self.channels = config, normalize, config.data.channels
         self.height, self.width, self.patch = self.encoder.height, self.encoder.width, self.encoder.patch
         self.image_size = config.data.image_size
-        part = {"view": 7 / 10, "lossless": 7 / 9}.get(self.variant, 1.0)  # of the view that the image takes
+        part = {"view": 7 / 10, "lossless": 7 / 9}.get(self.variant, 1.0)  # image side as a fraction of the view
         H, W = (side + 2 * round(side * (1 / part - 1) / 2) for side in self.image_size)
         self.view_size = (H, W)
-        # The part of the grid that the encoder sees, where it does not see all of it
+        # Rows and columns of the visible block of the grid, for the variants that have one
         part = {"block": (1 - config.mask_ratio) ** 0.5, "inner": config.window, "none": min(config.shrunken)}
         self.inner = [round(part.get(self.variant, 1) * side) for side in (self.height, self.width)]
         tokens = self.height * self.width
@@ -81,7 +80,7 @@ class Task(nn.Module):
 
     @property
     def variant(self) -> str:
-        """Which form of the task this is."""
+        """Return the variant of the task."""
         c = self.config
         forms = {"masked": c.mask, "zoom_in": c.zoom, "zoom_out": c.fill, "distorted": c.distortion}
         return forms.get(c.task, c.task)
@@ -99,10 +98,10 @@ class Task(nn.Module):
         return {"loss": squared_error(prediction, target).mean()}
 
     def reconstruct(self, images: Tensor, noise: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return prediction and target of patches, and which these are."""
+        """Return prediction, target and indices of the predicted patches."""
         # 1. Degrade the images; the target is the original, in [0, 1].
         degraded, original = self.degrade(self.normalize.unit(images), noise)
-        # 2. Encode their visible patches, which may be all.
+        # 2. Encode the visible patches of the degraded images, which are all patches in most tasks.
         visible, masked = split(self.mask(noise), num_masked=self.num_masked)
         latent = self.encode(degraded, visible)
         # 3. Predict all patches of the original, or only the masked ones, normalized per patch and channel.
@@ -113,7 +112,7 @@ class Task(nn.Module):
         return prediction, channel_normalized_patches(target, channels=self.channels), indices
 
     def degrade(self, view: Tensor, noise: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return what the encoder may see, normalized, and the original, in [0, 1]."""
+        """Return the degraded images, normalized, and the originals, in [0, 1]."""
         c, (H, W), place = self.config, self.image_size, noise["place"]
         x = self.normalize(view)
         match self.variant:
@@ -148,11 +147,11 @@ class Task(nn.Module):
                 return degrade.convolve_each(x, kernels), view
             case "decolorized":
                 return self.normalize(degrade.decolorize(view, saturation=c.saturation)), view
-            case _:  # only patches are hidden
+            case _:  # only masking
                 return x, view
 
     def mask(self, noise: dict[str, Tensor]) -> Tensor:
-        """Return what the encoder does not see: nothing, as a rule."""
+        """Return the mask of patches hidden from the encoder, none in most tasks."""
         if self.variant == "random":
             return random_tokens(noise["mask"], num_masked=self.num_masked)
         place = noise["place"][:, :2] if self.variant == "block" else torch.full_like(noise["place"][:, :2], 0.5)
@@ -160,19 +159,20 @@ class Task(nn.Module):
         return all_but_block(place, height=self.height, width=self.width, **inner)
 
     def encode(self, degraded: Tensor, visible: Tensor) -> Tensor:
-        """Encode the visible patches of a whole image, or all of one that is smaller."""
+        """Encode the visible patches of an image, or all patches of a smaller image."""
         patches = patchify(degraded, patch=self.patch)
         patches = patches if self.variant == "none" else take(patches, visible)
         return self.encoder(patches, self.encoder.positions[visible])
 
     def pictures(self, images: Tensor, noise: dict[str, Tensor]) -> Pictures:
+        """Draw the degraded images and their reconstructions."""
         degraded, original = self.degrade(self.normalize.unit(images), noise)
         seen, sizes = self.normalize.undo(degraded), {"height": self.height, "width": self.width, "patch": self.patch}
         seen = gray_out(seen, self.mask(noise), **sizes) if self.num_masked and self.variant != "none" else seen
         return reconstruction(self.normalize, original, *self.reconstruct(images, noise), **sizes, seen=seen)
 
 
-# From the names of the released model to ours
+# Maps the names of the released model to ours
 NAMES = {r"mask_token": "decoder.mask_token", r"encoder_to_decoder\.": "decoder.embed."}
 
 IMAGENET = Config(
@@ -183,7 +183,7 @@ IMAGENET = Config(
     finetune=finetuning.BEYOND_MASKING,
 )
 PRESETS = {
-    "digits": digits(IMAGENET, kernels=(5,), **SMALL_DECODER),  # of 32 pixels; the paper's 9 are of 224
+    "digits": digits(IMAGENET, kernels=(5,), **SMALL_DECODER),  # for images of 32 pixels; the paper's 9 are for 224
     "folder": folder(IMAGENET),
     "imagenet": IMAGENET,
 }

@@ -1,4 +1,4 @@
-"""Beyond Masking, integrated task: see a quarter of the patches of the center, predict the whole larger view.
+"""Beyond Masking, integrated task: encode a quarter of the patches of the center, and predict a larger view.
 
     python recipes/beyond_masking_integrated.py                           the embedded digits, minutes on a laptop
     python recipes/beyond_masking_integrated.py --data DIR                images of your own
@@ -31,13 +31,13 @@ class Config(BaseConfig):
     """The settings of the paper are the preset "imagenet"."""
 
     view_size: tuple[int, int] = (320, 320)
-    """height and width of the larger view that is predicted, in pixels; an even number more than --image-size"""
+    """height and width in pixels of the larger view to predict; must exceed --image-size by an even number"""
     mask_ratio: float = 0.75
     """share of the patches of the center that is masked"""
     inner_weight: float = 0.8
-    """weight of the masked patches of the center"""
+    """weight of the loss of the masked patches of the center"""
     outer_weight: float = 0.2
-    """weight of the band around it, the sum of its four strips"""
+    """weight of the loss of the band around the center, the sum over its four strips"""
 
 
 class Integrated(nn.Module):
@@ -60,24 +60,24 @@ class Integrated(nn.Module):
 
     def forward(self, images: Tensor, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
         (H, W), (view_H, view_W) = self.image_size, self.view_size
-        # 1. The input is the center of a larger view, its pixels untouched.
+        # 1. The input is the center of a larger view, without resizing.
         view = self.normalize.unit(images)
         center = central_crop(view, H=H, W=W)
-        # 2. Mask most of its patches at random, encode the visible ones, and predict all of them.
+        # 2. Mask most of its patches at random, encode the visible ones, and predict all patches.
         prediction, masked = self.predict(center, noise)
-        # 3. Together they are a small image of the whole view, stretched to its size.
+        # 3. The predictions form a small image of the larger view; enlarge it to the size of the view.
         image = area_resize(prediction, H=view_H, W=view_W)
-        # 4. In the center, compare the masked patches with pixels normalized per patch and channel.
+        # 4. In the center, compare masked patches with the pixels normalized per patch and channel.
         prediction = take(patchify(central_crop(image, H=H, W=W), patch=self.patch), masked)
         target = channel_normalized_patches(take(patchify(center, patch=self.patch), masked), channels=self.channels)
         inner = squared_error(prediction, target).mean()
-        # 5. In the band around it, compare with the whole view: shrunken, normalized, and stretched again.
+        # 5. In the band around it, compare with the view after downsampling, normalization and upsampling.
         outer = band_error(image, self.outer_target(view), inner_H=H, inner_W=W).sum(dim=-1).mean()
         loss = self.config.inner_weight * inner + self.config.outer_weight * outer
         return {"loss": loss, "inner": inner, "outer": outer}
 
     def predict(self, center: Tensor, noise: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Predict all patches from the visible ones, as an image, and return which are masked."""
+        """Return the prediction of all patches as an image, and the indices of the masked ones."""
         patches = patchify(self.normalize(center), patch=self.patch)
         mask = random_tokens(noise["mask"], num_masked=self.num_masked)
         visible, masked = split(mask, num_masked=self.num_masked)
@@ -88,13 +88,14 @@ class Integrated(nn.Module):
         return unpatchify(patches, height=self.height, width=self.width, patch=self.patch), masked
 
     def outer_target(self, view: Tensor) -> Tensor:
-        """Shrink the view to the input's size, normalize its patches there, and stretch the picture back."""
+        """Downsample the view to the size of the input, normalize its patches, and upsample the result."""
         small = patchify(area_resize(view, H=self.image_size[0], W=self.image_size[1]), patch=self.patch)
         normalized = channel_normalized_patches(small, channels=self.channels)
         picture = unpatchify(normalized, height=self.height, width=self.width, patch=self.patch)
         return area_resize(picture, H=self.view_size[0], W=self.view_size[1])
 
     def pictures(self, images: Tensor, noise: dict[str, Tensor]) -> Pictures:
+        """Draw the visible patches of the center, the prediction and its target."""
         (H, W), (view_H, view_W) = self.image_size, self.view_size
         view = self.normalize.unit(images)
         center = central_crop(view, H=H, W=W)

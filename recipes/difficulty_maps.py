@@ -1,10 +1,11 @@
-"""Which patches does a trained HPM think are hard? Heat maps over images, beside how hard they are.
+"""Draw the difficulty of patches predicted by a trained HPM next to the measured one, as heat maps over images.
 
     python recipes/hpm.py && python recipes/difficulty_maps.py --run runs/hpm
     python recipes/difficulty_maps.py --run runs/hpm --data DIR --count 16
 
-Predicted: what the teacher says from the whole image. Measured: the error of each patch when it is masked, the mean
-over random masks. Each map goes from the least (blue) to the greatest (red) of its image: only the order has a meaning.
+Predicted: the teacher's prediction from the whole image. Measured: the reconstruction error of each patch when it is
+masked, averaged over random masks. Each map ranges from the minimum (blue) to the maximum (red) of its image: only the
+order of the values is meaningful.
 
 Paper: HPM, arXiv 2304.05919, figures S1 and S2.
 """
@@ -25,26 +26,27 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Config(AnalysisConfig):
-    """Which images, and how their difficulty is measured."""
+    """Settings of the images and of the measured difficulty."""
 
     count: int = 8
     """number of images to draw"""
     masks: int = 32
-    """random masks per image behind what is measured"""
+    """number of random masks per image"""
     seed: int = 0
-    """of the masks"""
+    """seed of the masks"""
 
 
 @torch.no_grad()
 def measured_difficulty(method: Any, patches: Tensor, noise: Tensor) -> Tensor:
-    """Measure how badly each patch is reconstructed when it is masked.
+    """Measure the mean reconstruction error of each patch over random masks.
 
     Args:
-        patches: (b, n, values), normalized.
-        noise: (masks, b, n), uniform in [0, 1).
+        method: a trained HPM.
+        patches: normalized patches (b, n, values).
+        noise: uniform in [0, 1), (masks, b, n).
 
     Returns:
-        (b, n): the mean error over the masks that hide the patch, 0 if none does.
+        Mean errors (b, n) over the masks that mask the patch; 0 if none does.
     """
     _, features = method.predict_difficulty(patches)
     total = torch.zeros(patches.shape[:2], device=patches.device)
@@ -74,7 +76,7 @@ def main(config: Config) -> None:
     columns["measured"] = heat_maps(unit, measured, **sizes)
     share = f"{100 * float(right.sum() / pairs.sum()):.1f} % of the pairs of patches are in the right order (chance 50)"
     path = config.run / "difficulty_maps.png"
-    draw_pictures(path, Pictures(columns, f"blue: least, red: greatest of the image; {share}"))
+    draw_pictures(path, Pictures(columns, f"blue: minimum, red: maximum of the image; {share}"))
     print(f"{share}, in {len(images)} images\n{path}")
 
 

@@ -1,4 +1,4 @@
-"""DropPos: drop most positions of the few visible patches, and ask where these patches belong.
+"""DropPos: dropped positions. Drop most positions of the few visible patches, and predict these positions.
 
     python recipes/droppos.py                                             the embedded digits, minutes on a laptop
     python recipes/droppos.py --data DIR                                  images of your own
@@ -34,17 +34,17 @@ class Config(BaseConfig):
     mask_ratio: float = 0.75
     """share of the patches that is masked, 0 or more"""
     drop_ratio: float = 0.75
-    """share of the visible patches that lose their position, up to 1; the others are anchors"""
+    """share of the visible patches whose position is dropped, at most 1; the others are anchors"""
     dropped: Literal["learned", "zero", "permuted"] = "learned"
-    """what stands for a dropped position: a learned vector, zeros, or the position of another one"""
+    """replacement of dropped positions: a learned vector, zeros, or a permutation of them"""
     sigma: tuple[float, float] = (1.0, 0.0)
-    """width of the smoothed targets in patches, at the start and (were there one epoch more) at the end"""
+    """standard deviation of the smoothed targets in patches: in the first epoch, and in the limit at the end"""
     temperature: float = 0.1
-    """patches that resemble the class token weigh more, the more so the lower this is; inf: all weigh alike"""
+    """temperature of attentive weights, which favor patches similar to the class token; inf: equal weights"""
     confident: bool = True
-    """whether patches count whose true position is already as probable as in the target"""
+    """whether to include patches whose true position is already as probable as in the target"""
     shuffle: bool = False
-    """shuffle the tokens before the encoder, and undo it after the decoder"""
+    """shuffle the tokens before the encoder, and restore their order after the decoder"""
 
 
 class DropPos(nn.Module):
@@ -53,7 +53,7 @@ class DropPos(nn.Module):
         self.encoder, network = build_vit(config.data, config.network), config.network
         self.height, self.width, self.patch = self.encoder.height, self.encoder.width, self.encoder.patch
         self.config, self.normalize, self.view_size = config, normalize, config.data.image_size
-        # The decoder knows no position but those that the anchors bring along
+        # The decoder adds no positions: the anchors carry theirs from the encoder
         places = self.height * self.width
         self.embed = nn.Linear(self.encoder.dim, network.decoder_dim)
         self.decoder = Predictor(network.decoder_dim, network.decoder_depth, network.decoder_heads, outputs=places)
@@ -63,7 +63,7 @@ class DropPos(nn.Module):
         initialize_mae(self)
 
     def count(self, mask_ratio: float, drop_ratio: float) -> tuple[int, int]:
-        """Count the patches to mask and the positions to drop of these shares."""
+        """Return the number of patches to mask and of positions to drop."""
         return count_dropped(self.height * self.width, mask_ratio, drop_ratio)
 
     def noise(self, rand: Rand, batch: int) -> dict[str, Tensor]:
@@ -73,20 +73,20 @@ class DropPos(nn.Module):
         return noise | {name: rand(batch, tokens - self.num_masked) for name, needed in chance.items() if needed}
 
     def forward(self, images: Tensor, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
-        # 1. Mask most patches at random, and drop the positions of most of those that stay visible.
+        # 1. Mask most patches at random, and drop the positions of most visible patches.
         patches = patchify(self.normalize(images), patch=self.patch)
         mask = random_tokens(noise["mask"], num_masked=self.num_masked)
         visible, masked = split(mask, num_masked=self.num_masked)
         dropped = random_tokens(noise["drop"], num_masked=self.num_dropped)
-        # 2. Encode the visible ones, and say of each at which position of the grid it belongs.
+        # 2. Encode the visible patches, and predict the position of each in the grid.
         logits = self.locate(take(patches, visible), visible, dropped, noise)
-        # 3. The target of a position spreads over its neighbors, less and less so from epoch to epoch.
+        # 3. The target of a position is smoothed over its neighbors, less with every epoch.
         target = self.targets(self.sigma(progress))[visible]
-        # 4. Patches weigh more that resemble the class token, when the whole image is seen with all positions.
+        # 4. Weight patches by their similarity to the class token when the whole image is encoded with positions.
         weights = dropped * self.attention(patches, visible, masked)
         if not self.config.confident:
             weights = weights * (own(logits.softmax(dim=-1), visible) < own(target, visible))
-        # 5. Compare where the position was dropped.
+        # 5. The loss is the weighted cross entropy of the dropped positions.
         total = weights.sum().clamp(min=1e-8)
         loss = (weights * soft_cross_entropy(logits, target)).sum() / total
         right = logits.argmax(dim=-1) == visible
@@ -94,7 +94,7 @@ class DropPos(nn.Module):
         return {"loss": loss, "accuracy": accuracy, "weighted_accuracy": (weights * right).sum() / total}
 
     def locate(self, patches: Tensor, places: Tensor, dropped: Tensor, noise: dict[str, Tensor]) -> Tensor:
-        """Return a logit per position of the grid for each of some patches."""
+        """Return the logits of all positions of the grid for each of the given patches."""
         positions = self.encoder.positions[places]
         positions = drop_positions(positions, dropped, self.replacement(positions, dropped, noise))
         if not self.config.shuffle:
@@ -104,7 +104,7 @@ class DropPos(nn.Module):
         return take(self.decoder.predict(self.embed(latent), patches.shape[1]), back)
 
     def replacement(self, positions: Tensor, dropped: Tensor, noise: dict[str, Tensor]) -> Tensor:
-        """Return what stands for dropped positions."""
+        """Return the replacements of dropped positions."""
         if self.config.dropped == "permuted":
             return permute_positions(positions, dropped, noise["permuted"])
         return (
@@ -114,27 +114,26 @@ class DropPos(nn.Module):
         )
 
     def sigma(self, progress: Tensor) -> Tensor:
-        """Return the width of the targets, constant within an epoch."""
+        """Return the standard deviation of the smoothed targets, constant within an epoch."""
         (start, end), epochs = self.config.sigma, self.config.optimization.epochs
         return start + (end - start) * epoch_of(progress, epochs) / epochs
 
     def targets(self, sigma: Tensor) -> Tensor:
-        """Return the target of every position."""
+        """Return the smoothed target of every position."""
         return smoothed_targets(sigma, height=self.height, width=self.width)
 
     @torch.no_grad()
     def attention(self, patches: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
-        """Return the weights of visible patches, as the encoder is now.
-
-        It comes after `locate`: in older PyTorch (2.7), what autocast first sees without a gradient has none later on.
-        """
+        """Return attentive weights of the visible patches, computed with the current encoder."""
+        # Called after `locate`: autocast of PyTorch 2.7 caches weights, without a gradient if first used under no_grad
         if math.isinf(self.config.temperature):
             return torch.ones_like(visible, dtype=torch.float32)
-        order = torch.cat([visible, masked], dim=1)  # what becomes of the masked ones is not needed
+        order = torch.cat([visible, masked], dim=1)  # outputs of masked patches are not needed
         tokens = self.encoder(take(patches, order), self.encoder.positions[order], num_outputs=visible.shape[1])
         return attentive_weights(tokens[:, 1:], tokens[:, 0], temperature=self.config.temperature)
 
     def pictures(self, images: Tensor, noise: dict[str, Tensor]) -> Pictures:
+        """Draw the visible patches, those with a position, and all at their predicted positions."""
         sizes = {"height": self.height, "width": self.width, "patch": self.patch}
         patches = patchify(self.normalize(images), patch=self.patch)
         mask = random_tokens(noise["mask"], num_masked=self.num_masked)
@@ -152,7 +151,7 @@ class DropPos(nn.Module):
 
 
 def count_dropped(tokens: int, mask_ratio: float, drop_ratio: float) -> tuple[int, int]:
-    """Count the patches to mask and the positions to drop: what is kept is truncated, in double precision."""
+    """Count the patches to mask and the positions to drop; the numbers kept are truncated in double precision."""
     visible = int(tokens * (1 - mask_ratio)) if 0 <= mask_ratio < 1 else 0
     dropped = visible - int(visible * (1 - drop_ratio)) if 0 < drop_ratio <= 1 else 0
     if not visible or not dropped:
@@ -162,11 +161,11 @@ def count_dropped(tokens: int, mask_ratio: float, drop_ratio: float) -> tuple[in
 
 
 def own(values: Tensor, places: Tensor) -> Tensor:
-    """Take each patch's value of its own position."""
+    """Return the value of each patch at its true position."""
     return values.gather(-1, places[..., None]).squeeze(-1)
 
 
-# From the names of the released model to ours
+# Maps the names of the released model to ours
 NAMES = {r"mask_pos_token": "position_token", r"decoder_embed\.": "embed.", **MAE_FAMILY}
 
 IMAGENET = Config(

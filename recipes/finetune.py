@@ -4,7 +4,7 @@
     python recipes/finetune.py --encoder runs/mae/encoder.safetensors --data DIR          images of your own
     torchrun --nproc_per_node=8 recipes/finetune.py --preset mae_base --encoder mae_pretrain_vit_base.pth --data DIR
 
-The encoder is an export of any recipe here, or a published checkpoint of the MAE family, SimMIM or BEiT.
+The encoder is an export of any of these recipes, or a published checkpoint of the MAE family, SimMIM or BEiT.
 """
 
 from dataclasses import dataclass, field
@@ -26,20 +26,20 @@ from common.weights.encoders import load_encoder
 
 @dataclass(frozen=True)
 class Config:
-    """Each paper's settings are a preset."""
+    """The presets are the settings of the papers."""
 
     encoder: Path
     """encoder.safetensors of a run, or a published checkpoint"""
     scratch: bool = False
-    """train the same network from random weights instead"""
+    """train the same network from scratch instead"""
     data: Path | None = None
-    """folder with train/CLASS/*.jpg and val/CLASS/*.jpg; none: the handwritten digits that come with scikit-learn"""
+    """folder with train/CLASS/*.jpg and val/CLASS/*.jpg; none: the handwritten digits included in scikit-learn"""
     image_size: Counts | None = None
-    """height and width in pixels; none: those of the encoder. Positions are resampled"""
+    """height and width in pixels, for which positions are resampled; none: those of the encoder"""
     flip: Share = 0.5
     """probability of a horizontal flip"""
     labels_per_class: Count = 10
-    """of the embedded digits: labeled images per class"""
+    """embedded digits only: labeled images per class"""
     run: Flat[Run] = field(default_factory=Run)
     finetune: Flat[Finetuning] = field(default_factory=Finetuning)
 

@@ -1,12 +1,12 @@
-"""Are hard patches the ones that matter? Train classifiers from scratch that see only half of the patches.
+"""Compare hard and easy patches: train classifiers from scratch on only half of the patches of each image.
 
     python recipes/hpm.py && python recipes/half_patches.py --run runs/hpm
     python recipes/half_patches.py --run runs/hpm --data DIR --seeds 0
 
-A trained predictor of HPM says how hard each patch is; a classifier sees the hardest half, the easiest half, a random
-half, or all, in training and in the test. It is chosen anew for every view of an image.
+The difficulty predictor of a trained HPM ranks the patches of every view. In training and testing, the input of a
+classifier is the hardest half, the easiest half, a random half, or all patches.
 
-Paper: HPM, arXiv 2304.05919, supplement: on ImageNet 79.8 % with the hardest, 79.1 random, 78.7 easiest, 80.9 all.
+Paper: HPM, arXiv 2304.05919, supplement: ImageNet accuracy 79.8 % (hardest), 79.1 (random), 78.7 (easiest), 80.9 (all).
 """
 
 import statistics
@@ -31,24 +31,24 @@ Part = Literal["all", "hardest", "random", "easiest"]
 
 @dataclass(frozen=True)
 class Config(AnalysisConfig):
-    """What is compared. Images, network and training of the classifier are those of the run's own fine-tuning."""
+    """Settings of the comparison; images, network and training are those of the run's fine-tuning."""
 
     parts: tuple[Part, ...] = ("all", "hardest", "random", "easiest")
-    """which patches a classifier sees"""
+    """selections of patches to compare"""
     share: float = 0.5
-    """of the patches that it sees"""
+    """share of the patches in a selection other than all"""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """each part is trained with each"""
+    """random seeds; every selection is trained once per seed"""
     epochs: int | None = None
-    """of each training; none: as many as in the run's fine-tuning"""
+    """epochs of each training; none: those of the run's fine-tuning"""
     labels_per_class: int = 100
-    """of the embedded digits: labeled images per class"""
+    """embedded digits only: labeled images per class"""
     workers: int = -1
-    """processes that load images; -1: one per free core, at most 16"""
+    """data-loading processes; -1: one per free core, at most 16"""
 
 
 class Half(nn.Module):
-    """Choose the patches that are seen, by how hard a trained predictor thinks they are."""
+    """Select visible patches by their difficulty, as predicted by a trained HPM."""
 
     def __init__(self, method: Any, part: Part, share: float) -> None:
         super().__init__()

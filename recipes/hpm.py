@@ -1,4 +1,4 @@
-"""HPM: hard patches mining. A second decoder predicts which patches are hard; a teacher masks more and more of them.
+"""HPM: hard patches mining. Predict which patches are hard to reconstruct, and mask more of them as training goes on.
 
     python recipes/hpm.py                                                 the embedded digits, minutes on a laptop
     python recipes/hpm.py --data DIR                                      images of your own
@@ -33,18 +33,17 @@ class Config(BaseConfig):
     mask_ratio: float = 0.75
     """share of the patches that is masked"""
     hard: tuple[float, float] = (0.0, 0.5)
-    """share of the masked patches that the teacher chooses, at the start and at the end. 0 0: all at random; 1 1: the
-    hardest only; 0.5 0: hard to easy"""
+    """initial and final share of masked patches chosen by difficulty; 0 0: all random; 0.5 0: hard to easy"""
     choose: Literal["hardest", "easiest"] = "hardest"
-    """which patches the teacher chooses"""
+    """whether to choose the hardest or the easiest patches"""
     objective: Literal["relative", "absolute"] = "relative"
-    """what the predictor learns: which of two patches is harder, or how hard each is"""
+    """objective of the predictor: which of two patches is harder, or the difficulty of each patch"""
     target: Literal["pixels", "normalized", "features"] = "pixels"
-    """what is reconstructed: pixels, as in all published commands; normalized per patch; the teacher's features"""
+    """reconstruction target: pixels, as in all published commands; normalized pixels; or the teacher's features"""
     momentum: tuple[float, float] = (0.999, 0.9999)
-    """of the teacher, in the first epoch and after --momentum-epochs"""
+    """EMA momentum of the teacher in the first epoch and after --momentum-epochs"""
     momentum_epochs: Positive = 100.0
-    """epochs in which the momentum rises, whatever the length of the training"""
+    """epochs over which the momentum rises, independent of the length of the training"""
 
 
 class HPM(nn.Module):
@@ -55,7 +54,7 @@ class HPM(nn.Module):
         network, outputs = config.network, self.patch**2 * config.data.channels
         if config.target == "features":
             self.decoder.head = nn.Linear(network.decoder_dim, self.encoder.dim)
-        # The published head predicts as many values as a patch has, and what counts is their mean
+        # The published head has one output per value of a patch, and uses their mean
         self.predictor = Predictor(network.decoder_dim, network.decoder_depth, network.decoder_heads, outputs)
         self.config, self.normalize, self.view_size = config, normalize, config.data.image_size
         self.num_masked = count_masked(self.height * self.width, config.mask_ratio)
@@ -63,27 +62,26 @@ class HPM(nn.Module):
         self.teacher = ema_copy(self.student())
 
     def student(self) -> nn.ModuleList:
-        """Return the networks of which the teacher is a moving average: what predicts how hard patches are."""
+        """Return the networks that predict difficulty, of which the teacher is a moving average."""
         return nn.ModuleList([self.encoder, self.decoder.embed, self.predictor])
 
     def noise(self, rand: Rand, batch: int) -> dict[str, Tensor]:
         return {"mask": rand(batch, self.height * self.width)}
 
     def forward(self, images: Tensor, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
-        # 1. The teacher sees the whole image and predicts how hard each patch is to reconstruct.
+        # 1. From the whole image, the teacher predicts how hard each patch is to reconstruct.
         patches = patchify(self.normalize(images), patch=self.patch)
         difficulty, features = self.predict_difficulty(patches)
-        # 2. Mask the hardest ones, more of them as training goes on, and others at random.
+        # 2. Mask the hardest patches, more of them as training goes on, and others at random.
         visible, masked = split(self.mask(difficulty, noise, progress), num_masked=self.num_masked)
-        # 3. Encode the visible ones; from the same tokens one decoder reconstructs what is masked, the other predicts
-        #    how well that goes.
+        # 3. Encode the visible ones; one decoder reconstructs the masked patches, another predicts their errors.
         latent = self.encode(patches, visible)
         sequence = self.decoder.sequence(latent, visible, masked)
         reconstructed = self.decoder.predict(sequence, self.num_masked)
         predicted = self.predictor.predict_mean(sequence, self.num_masked)
         # 4. Compare the reconstruction with the target,
         errors = self.errors(reconstructed, take(patches, masked), take(features, masked))
-        # 5. and the predictions with what these errors are: by the order of each pair, or by their values.
+        # 5. and the predicted errors with the actual ones, by the order of each pair or by their values.
         loss, right, pairs = ranking_loss(predicted, errors)
         prediction = loss.sum() / pairs.sum().clamp(min=1)
         if self.config.objective == "absolute":
@@ -94,14 +92,14 @@ class HPM(nn.Module):
 
     @torch.no_grad()
     def predict_difficulty(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Return how hard each patch is, predicted from the whole image, and its features."""
+        """Return the difficulty and the features of each patch, predicted by the teacher from the whole image."""
         encoder, embed, predictor = self.teacher
         latent = encoder(patches, encoder.positions)
         sequence = embed(latent) + F.pad(self.decoder.pos_embed, (0, 0, 1, 0))  # the class token's position is zero
         return predictor.predict_mean(sequence, patches.shape[1]), latent[:, 1:]  # pyright: ignore
 
     def mask(self, difficulty: Tensor, noise: dict[str, Tensor], progress: Tensor) -> Tensor:
-        """Mask hard patches, as many as it is time for, and others at random."""
+        """Mask hard patches, as many as the schedule prescribes, and others at random."""
         (start, end), epochs = self.config.hard, self.config.optimization.epochs
         share = start + (end - start) * ((epoch_of(progress, epochs) + 1) / epochs)
         count = {"num_masked": self.num_masked, "num_hard": (self.num_masked * share).long()}
@@ -112,7 +110,7 @@ class HPM(nn.Module):
         return self.encoder(take(patches, visible), self.encoder.positions[visible])
 
     def target(self, patches: Tensor) -> Tensor:
-        """Return what is reconstructed of patches, unless it is features."""
+        """Return the reconstruction target of patches, if it is pixels."""
         return normalized_patches(patches) if self.config.target == "normalized" else patches
 
     def errors(self, prediction: Tensor, patches: Tensor, features: Tensor) -> Tensor:
@@ -122,13 +120,14 @@ class HPM(nn.Module):
         return squared_error(prediction, self.target(patches))
 
     def after_step(self, progress: Tensor) -> None:
-        """Update the teacher."""
+        """Update the teacher, an exponential moving average."""
         (start, end), epoch = self.config.momentum, epoch_of(progress, self.config.optimization.epochs)
         ema_update(
             self.teacher, self.student(), start + (end - start) * (epoch / self.config.momentum_epochs).clamp(max=1)
         )
 
     def pictures(self, images: Tensor, noise: dict[str, Tensor]) -> Pictures:
+        """Draw the predicted difficulty, the masks of the last epoch and the reconstructions."""
         patches = patchify(self.normalize(images), patch=self.patch)
         difficulty, _ = self.predict_difficulty(patches)
         last = torch.tensor(1 - 1 / self.config.optimization.epochs, dtype=torch.float64, device=images.device)
@@ -145,7 +144,7 @@ class HPM(nn.Module):
         return Pictures(columns, "; ".join(filter(None, ("masks are those of the last epoch", drawn.note))))
 
 
-# From the names of the released model to ours
+# Maps the names of the released model to ours
 NAMES = {
     r"decoder_(blocks|norm)_losspred\.": r"predictor.\1.",
     r"decoder_pred_losspred\.": "predictor.head.",
@@ -154,7 +153,7 @@ NAMES = {
 
 IMAGENET = Config(optimization=Optimization(epochs=200, warmup_epochs=10, clip=5.0), finetune=finetuning.HPM)
 PRESETS = {
-    # momentum of some hundred steps; the paper's is of 100,000
+    # momentum for a few hundred steps; the paper's is for 100,000
     "digits": digits(IMAGENET, momentum=(0.99, 0.99), **SMALL_DECODER),
     "folder": folder(IMAGENET),
     "imagenet": IMAGENET,

@@ -1,10 +1,10 @@
-"""Classify images by their nearest neighbors among the features of a frozen encoder; nothing is trained.
+"""Classify images by the nearest neighbors of their features from a frozen encoder, without any training.
 
     python recipes/knn.py --encoder runs/mae/encoder.safetensors                 the embedded digits
     python recipes/knn.py --encoder runs/mae/encoder.safetensors --data DIR      images of your own
     python recipes/knn.py --encoder timm:vit_base_patch16_224.dino:dino.pth --data DIR
 
-Each neighbor votes with exp(cosine similarity / 0.07).
+Votes are weighted by exp(cosine similarity / temperature).
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from common.evaluation.probe import ProbeConfig, probe
 
 @dataclass(frozen=True)
 class Config(ProbeConfig):
-    """Neighbors are sought among the features of the frozen encoder."""
+    """Settings of k-NN classification with frozen features."""
 
     settings: Flat[Neighbors] = field(default_factory=Neighbors)
 

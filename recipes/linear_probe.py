@@ -5,8 +5,8 @@
     python recipes/linear_probe.py --encoder timm:vit_base_patch16_224.dino:dino.pth --data DIR
     torchrun --nproc_per_node=8 recipes/linear_probe.py --preset mae --augment --encoder MAE.pth --data DIR
 
-Every image is encoded once, as its central crop, and all learning rates train in one pass over these features. The
-papers encode a new random crop of every image in every epoch instead: --augment does that.
+Every image is encoded once, as its center crop, and the classifiers of all learning rates are trained in a single pass
+over these features. With --augment, a new random crop of every image is encoded in every epoch, as in the papers.
 """
 
 from dataclasses import dataclass, field, replace

@@ -1,4 +1,4 @@
-"""LoMaR: local masked reconstruction. Cut small windows out of the image, mask most of each, predict its pixels.
+"""LoMaR: local masked reconstruction. Crop small windows from the image, mask most of each, and predict its pixels.
 
     python recipes/lomar.py                                               the embedded digits, minutes on a laptop
     python recipes/lomar.py --data DIR --image-size 448 448               large images of your own
@@ -28,22 +28,22 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Config(BaseConfig):
-    """The settings of the paper are the preset "imagenet". --decoder-… has no effect: there is no decoder."""
+    """The settings of the paper are the preset "imagenet". The options --decoder-… are unused: there is no decoder."""
 
     windows: int = 4
-    """of each image"""
+    """number of windows per image"""
     window_size: int = 7
-    """rows and columns of a window, in patches"""
+    """side of a window in patches"""
     mask_ratio: float = 0.8
-    """share of the patches of a window that is masked, rounded down"""
+    """share of the patches of a window that is masked; their number is rounded down"""
     positions: Literal["relative", "absolute"] = "relative"
-    """contextual relative position encoding (iRPE), which does not tell where a window is; or sinusoidal embeddings"""
+    """contextual relative position encoding (iRPE), independent of the window's position; or sine-cosine embeddings"""
     anchors: Literal["distinct", "independent"] = "distinct"
-    """distinct: no two windows of an image share their first row or their first column; independent: anywhere"""
+    """distinct: no two windows of an image share their first row or their first column; independent: no constraint"""
     windows_of: Literal["image", "batch"] = "image"
-    """image: each image has windows of its own; batch: all images at a time share them"""
+    """image: draw windows for each image; batch: all images of a micro-batch share the windows"""
     normalize_target: bool = True
-    """predict pixels normalized per patch, better for accuracy"""
+    """predict pixels normalized per patch, which improves the accuracy"""
 
 
 class LoMaR(nn.Module):
@@ -56,12 +56,12 @@ class LoMaR(nn.Module):
         self.config, self.normalize, self.view_size = config, normalize, config.data.image_size
         self.count, self.size, self.num_masked = self.check(config)
         self.head = nn.Linear(self.encoder.dim, self.patch**2 * config.data.channels)
-        buckets = relative_buckets(height=self.size, width=self.size) if relative else None  # alike in all windows
+        buckets = relative_buckets(height=self.size, width=self.size) if relative else None  # the same in all windows
         self.register_buffer("buckets", buckets, persistent=False)
         initialize_mae(self)
 
     def check(self, config: Config) -> tuple[int, int, int]:
-        """Return the number of windows, their side, and how many patches of each are masked."""
+        """Validate the settings, and return the number and side of the windows, and of masked patches in each."""
         count, size, places = config.windows, config.window_size, min(self.height, self.width) - config.window_size + 1
         if size < 1 or places < 1:
             raise SettingsError(
@@ -82,9 +82,9 @@ class LoMaR(nn.Module):
         return {"rows": rows, "columns": columns} | mask
 
     def forward(self, images: Tensor, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
-        # 1. Place small windows in each image, as (images, windows, patches); each then is a row of its own.
+        # 1. Place small windows in each image, (images, windows, patches).
         windows = self.patches_of(self.anchors(noise))
-        # 2. Read the pixels of their patches, and nothing else of the image.
+        # 2. Take only the patches of these windows from the image, and flatten images and windows into one axis.
         patches = take_patches(images, windows.flatten(1), patch=self.patch)
         patches = self.normalize.patches(patches).unflatten(1, (self.count, -1)).flatten(0, 1)
         # 7. The loss is the mean squared error of the masked patches.
@@ -92,21 +92,21 @@ class LoMaR(nn.Module):
         return {"loss": squared_error(prediction, target).mean()}
 
     def predict(self, patches: Tensor, windows: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return prediction and target of the masked patches of windows, and which these are."""
+        """Return prediction, target and indices of the masked patches of windows."""
         # 3. Mask most patches of each window at random.
         mask = random_tokens(noise, num_masked=self.num_masked)
         visible, masked = split(mask, num_masked=self.num_masked)
-        # 4. Encode each window alone: visible patches embedded, one learned vector in the place of each masked one.
+        # 4. Encode each window separately, with masked patches replaced by a learned mask token.
         positions = None if self.encoder.pos_embed is None else self.encoder.positions[windows]
         tokens = self.encoder(take(patches, visible), positions, mask=mask, buckets=self.buckets)[:, 1:]
-        # 5. Predict the pixels of the masked patches by one linear layer.
+        # 5. Predict the pixels of masked patches by a linear layer.
         prediction = self.head(take(tokens, masked))
-        # 6. The target is their pixels, normalized per patch.
+        # 6. The target is these pixels, normalized per patch.
         target = take(patches, masked)
         return prediction, normalized_patches(target) if self.config.normalize_target else target, masked
 
     def anchors(self, noise: dict[str, Tensor]) -> Tensor:
-        """Return row and column of the first patch of each window: (images, windows, 2)."""
+        """Return row and column of the first patch of each window, (images, windows, 2)."""
         if self.config.anchors == "independent":
             side = {"window_height": self.size, "window_width": self.size}
             anchors = random_anchors(noise["anchors"], height=self.height, width=self.width, **side)
@@ -115,10 +115,11 @@ class LoMaR(nn.Module):
         return anchors[:1].expand_as(anchors) if self.config.windows_of == "batch" else anchors
 
     def patches_of(self, anchors: Tensor) -> Tensor:
-        """Return the indices of the patches of windows."""
+        """Return the indices of the patches of each window."""
         return window_patches(anchors, width=self.width, window_height=self.size, window_width=self.size)
 
     def pictures(self, images: Tensor, noise: dict[str, Tensor]) -> Pictures:
+        """Draw the first window of each image and its reconstruction."""
         image, side = self.normalize.unit(images), dict[str, Any](height=self.size, width=self.size, patch=self.patch)
         anchors = self.anchors(noise)[:, 0]  # of the first window of each image
         windows = self.patches_of(anchors)
@@ -131,7 +132,7 @@ class LoMaR(nn.Module):
         return Pictures({"image": torch.stack(frames), **drawn.columns}, note)
 
 
-# From the names of the published checkpoints to ours; their position table is never read
+# Maps the names of published checkpoints to ours; their position table is not used
 NAMES = {r"encoder_pred\.": "head.", r"(?=cls_token|mask_token|patch_embed|blocks|norm)": "encoder."}
 
 IMAGENET = Config(optimization=Optimization(epochs=1600, warmup_epochs=80))

@@ -1,4 +1,4 @@
-"""LUT: learning with unmasked tokens. The tokens that MAE encodes but gives no target learn the context of the image.
+"""LUT: learning with unmasked tokens. MAE, and a loss by which the visible tokens learn the context of the image.
 
     python recipes/lut.py                                                 the embedded digits, minutes on a laptop
     python recipes/lut.py --data DIR                                      images of your own
@@ -41,27 +41,27 @@ ViewPair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class ContextConfig(BaseConfig):
-    """How the context of an image is learned from two views of it, whatever predicts pixels beside it."""
+    """Settings of the context loss between two views of an image, for any method that predicts pixels."""
 
     loss: Literal["both", "context"] = "both"
-    """both: the pixels of masked patches and the context of visible ones; context: the latter alone, without decoder"""
+    """both: pixels of masked patches and context of visible ones; context: the latter only, without a decoder"""
     context_weight: NonNegative = 0.25
-    """weight of the context loss beside that of the pixels; 0: pixels alone, on the first views"""
+    """weight of the context loss, relative to the pixel loss; 0: pixel loss of the first views only"""
     momentum: Share = 0.996
-    """momentum of the teacher's moving average in the first step; it rises to 1 as half a cosine"""
+    """initial EMA momentum of the teacher, which rises to 1 by half a cosine"""
     head_depth: tuple[int, int] = (2, 2)
-    """linear layers of the projector and of the predictor; 0: none"""
+    """number of linear layers of the projector and of the predictor; 0: identity"""
     head_width: Count = 4096
-    """width between the layers of a head"""
+    """width of the hidden layers of projector and predictor"""
     head_norm: HeadNorm = "batch"
-    """between the layers of a head; batch norm needs some 64 images per micro-batch"""
+    """norm of the hidden layers; batch norm needs about 64 images per micro-batch"""
     sync_norm: bool = True
-    """synchronized batch norm, over all devices; without, each has its own, and running statistics are averaged"""
+    """synchronize batch norm over all devices; without, only running statistics are averaged"""
 
 
 @dataclass(frozen=True)
 class Config(ContextConfig):
-    """The settings of the paper are the preset "imagenet". --crop-scale has no effect: views show nearly all of it."""
+    """The settings of the paper are the preset "imagenet". --crop-scale has no effect: views are nearly uncropped."""
 
     mask_ratio: float = 0.75
     """share of the patches that is masked"""
@@ -84,7 +84,7 @@ class LUT(nn.Module):
         self.teacher = Teacher(self.student())
 
     def student(self) -> nn.ModuleList:
-        """Return the networks of which the teacher is a moving average."""
+        """Return the networks of which the teacher is an exponential moving average."""
         return nn.ModuleList([self.encoder, self.projector])
 
     def noise(self, rand: Rand, batch: int) -> dict[str, Tensor]:
@@ -92,18 +92,17 @@ class LUT(nn.Module):
         return {"mask": rand(batch, self.height * self.width)}
 
     def forward(self, images: ViewPair, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
-        # 1. Cut two views of each image into patches; the second has other colors, and is shifted.
+        # 1. Split two views of each image into patches; the second is shifted and has color jitter.
         views = [patchify(self.normalize(view), patch=self.patch) for view in images]
-        # 2. Mask most of both, so that no position of the grid is visible twice.
+        # 2. Mask most patches of both, so that no position of the grid is visible in both.
         (visible, masked), (others, _) = self.split(noise)
-        # 3. Encode the visible patches of each.
+        # 3. Encode the visible patches of each view.
         latent = self.encoder(take(views[0], visible), self.encoder.positions[visible])
         other_latent = self.encoder(take(views[1], others), self.encoder.positions[others])
-        # 4. Project the mean of the visible tokens, and predict the projection of the other view by the teacher, which
-        #    encodes all its patches.
+        # 4. From the mean visible token, predict the teacher's projection of all patches of the other view.
         means = latent[:, 1:].mean(dim=1), other_latent[:, 1:].mean(dim=1)
         losses = context_losses(self, means, torch.cat(views))
-        # 5. From the first view's tokens predict the pixels of its masked patches, as MAE does.
+        # 5. From the tokens of the first view, predict the pixels of its masked patches, as in MAE.
         if self.decoder is not None:
             target = self.target(take(views[0], masked))
             losses["pixels"] = squared_error(self.decoder(latent, visible, masked), target).mean()
@@ -113,18 +112,20 @@ class LUT(nn.Module):
     def split(self, noise: dict[str, Tensor]) -> tuple[ViewPair, ViewPair]:
         """Return the indices of visible and masked patches of both views."""
         first, second = disjoint_views(noise["mask"], num_visible=self.num_visible)
-        left = min(self.num_visible, self.num_masked)  # the second view has no more than what is left
+        left = min(self.num_visible, self.num_masked)  # the second view only has patches not visible in the first
         tokens = self.height * self.width
         return split(first, num_masked=self.num_masked), split(second, num_masked=tokens - left)
 
     def target(self, patches: Tensor) -> Tensor:
-        """Return what is predicted of patches."""
+        """Return the pixels to predict."""
         return normalized_patches(patches) if self.config.normalize_target else patches
 
     def after_step(self, progress: Tensor) -> None:
+        """Update the teacher after each optimizer step."""
         update_teacher(self, progress)
 
     def pictures(self, images: ViewPair, noise: dict[str, Tensor]) -> Pictures:
+        """Draw both views and the reconstruction of the first."""
         masks, pixels = disjoint_views(noise["mask"], num_visible=self.num_visible), None
         if self.decoder is not None:
             visible, masked = self.split(noise)[0]
@@ -135,15 +136,15 @@ class LUT(nn.Module):
 
 
 def heads(dim: int, config: ContextConfig) -> tuple[nn.Module, nn.Module]:
-    """Build projector and predictor."""
+    """Build the projector and the predictor."""
     how = {"width": config.head_width, "norm": config.head_norm, "together": config.sync_norm}
     return mlp(dim, depth=config.head_depth[0], **how), mlp(dim, depth=config.head_depth[1], **how)
 
 
 def context_losses(method: Any, means: ViewPair, patches: Tensor) -> dict[str, Tensor]:
-    """Compare what is predicted from the means of visible tokens with the teacher's projection of the other view.
+    """Compare predictions from the means of visible tokens with the teacher's projections of the other view.
 
-    The spread of its projections is 0 where all images are alike, 1 where they are spread evenly.
+    The spread of the projections is logged: 0 if they collapse to a point, 1 if they are uniform on the sphere.
     """
     first, second = (method.predictor(method.projector(mean)) for mean in means)
     with torch.no_grad():
@@ -156,7 +157,7 @@ def context_losses(method: Any, means: ViewPair, patches: Tensor) -> dict[str, T
 
 
 def update_teacher(method: Any, progress: Tensor) -> None:
-    """Update the moving average, with the running statistics of batch norm."""
+    """Update the moving average, including the running statistics of batch norm."""
     share_statistics(method)
     ema_update(method.teacher, method.student(), cosine_momentum(progress, method.config.momentum))
 
@@ -164,7 +165,7 @@ def update_teacher(method: Any, progress: Tensor) -> None:
 def view_pictures(
     method: Any, images: ViewPair, masks: ViewPair, pixels: tuple[Tensor, Tensor, Tensor] | None
 ) -> Pictures:
-    """Draw both views, and prediction, target and indices of patches of the first one."""
+    """Draw both views, and the reconstruction of the first from prediction, target and indices of its patches."""
     sizes = {"height": method.height, "width": method.width, "patch": method.patch}
     first, second = (method.normalize.unit(view) for view in images)
     drawn = Pictures({"input": first, "seen": gray_out(first, masks[0], **sizes)})
@@ -175,7 +176,7 @@ def view_pictures(
 
 
 IMAGENET = Config(optimization=Optimization(epochs=1600, sqrt_rule_at=4096), finetune=finetuning.LUT)
-# Views show nearly all of an image; momentum of some hundred steps, the paper's is of 500,000
+# Views are nearly uncropped; momentum for a few hundred steps, the paper's is for 500,000
 DIGITS = {"crop_scale": (0.2, 1.0), "momentum": 0.99, "head_width": 384}
 PRESETS = {
     "digits": digits(IMAGENET, sqrt_rule_at=None, **DIGITS, **SMALL_DECODER),

@@ -1,11 +1,11 @@
-"""LUT on SimMIM: all patches are encoded, masked ones as one learned vector; the visible ones learn the context.
+"""LUT on SimMIM: encode all patches, masked ones as mask tokens; the visible tokens learn the context of the image.
 
     python recipes/lut_simmim.py                                          the embedded digits, minutes on a laptop
     python recipes/lut_simmim.py --data DIR                               images of your own
     torchrun --nproc_per_node=8 recipes/lut_simmim.py --preset imagenet --data DIR
 
 Paper: Learning with Unmasked Tokens Drives Stronger Vision Learners, ECCV 2024, table A; SimMIM, arXiv 2111.09886.
-Nothing is published of how the two are put together: this is our construction, see docs/lut.md.
+The combination is not published in detail: this is our construction, see docs/lut.md.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Config(ContextConfig, CellConfig):
-    """The settings of the paper, as far as they are known, are the preset "imagenet". --crop-scale has no effect."""
+    """The known settings of the paper are the preset "imagenet". --crop-scale has no effect."""
 
 
 class LUTSimMIM(nn.Module):
@@ -53,7 +53,7 @@ class LUTSimMIM(nn.Module):
         self.teacher = Teacher(self.student())
 
     def student(self) -> nn.ModuleList:
-        """Return the networks of which the teacher is a moving average."""
+        """Return encoder and projector, of which the teacher is a moving average."""
         return nn.ModuleList([self.encoder, self.projector])
 
     def noise(self, rand: Rand, batch: int) -> dict[str, Tensor]:
@@ -63,37 +63,39 @@ class LUTSimMIM(nn.Module):
         return noise | paths if self.config.drop_path else noise
 
     def forward(self, images: ViewPair, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
-        # 1. Cut two views of each image into patches; the second has other colors, and is shifted.
+        # 1. Split two views of each image into patches; the second is shifted and has color jitter.
         views = [patchify(self.normalize(view), patch=self.patch) for view in images]
-        # 2. Mask large cells of both, so that no cell is visible twice (as long as there are enough).
+        # 2. Mask large cells of both, so that no cell is visible in both (as long as there are enough).
         (mask, visible, masked), (other_mask, others, _) = self.masks(noise)
-        # 3. Encode all patches of each, with one learned vector in the place of each masked one.
+        # 3. Encode all patches of each view, with masked patches replaced by a learned mask token.
         positions = self.encoder.positions
         tokens = self.encoder(views[0], positions, noise.get("drop_path_1"), mask)[:, 1:]
         other_tokens = self.encoder(views[1], positions, noise.get("drop_path_2"), other_mask)[:, 1:]
-        # 4. Project the mean of the visible tokens, and predict the teacher's one of the other view, as LUT does.
+        # 4. From the mean visible token, predict the teacher's projection of the other view, as in LUT.
         means = take(tokens, visible).mean(dim=1), take(other_tokens, others).mean(dim=1)
         losses = context_losses(self, means, torch.cat(views))
-        # 5. From the first view's masked tokens predict their pixels by one linear layer, as SimMIM does.
+        # 5. From the masked tokens of the first view, predict their pixels by a linear layer, as in SimMIM.
         if self.head is not None:
             losses["pixels"] = pixel_loss(self.head(take(tokens, masked)), take(views[0], masked), patch=self.patch)
             losses["loss"] = losses["pixels"] + losses["loss"]
         return losses
 
     def masks(self, noise: dict[str, Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Return mask, visible and masked patches of both views."""
+        """Return the mask and the indices of visible and masked patches, for both views."""
         masks, left = [], min(self.num_visible, self.num_cells - self.num_visible)
         cells_of_views = disjoint_views(noise["mask"], num_visible=self.num_visible)
         for cells, visible in zip(cells_of_views, (self.num_visible, left), strict=True):
             num_masked = self.height * self.width // self.num_cells * (self.num_cells - visible)
-            mask = random_cells(cells.float(), **self.cells | {"num_masked": num_masked})  # of 0 and 1, 1 is masked
+            mask = random_cells(cells.float(), **self.cells | {"num_masked": num_masked})  # cells equal to 1 are masked
             masks.append((mask, *split(mask, num_masked=num_masked)))
         return masks
 
     def after_step(self, progress: Tensor) -> None:
+        """Update the moving average after each optimizer step."""
         update_teacher(self, progress)
 
     def pictures(self, images: ViewPair, noise: dict[str, Tensor]) -> Pictures:
+        """Draw both views, their masks, and the reconstruction of the first view."""
         (mask, _, masked), (other_mask, _, _) = self.masks(noise)
         pixels = None
         if self.head is not None:

@@ -1,4 +1,4 @@
-"""MAE: masked autoencoders. Mask most patches, encode the few visible ones, predict the pixels of the others.
+"""MAE: masked autoencoders. Mask most patches, encode the visible ones, and predict the pixels of the masked ones.
 
     python recipes/mae.py                                                 the embedded digits, minutes on a laptop
     python recipes/mae.py --data DIR                                      images of your own
@@ -30,10 +30,9 @@ class Config(BaseConfig):
     mask_ratio: float = 0.75
     """share of the patches that is masked"""
     positions: Literal["absolute", "relative"] = "absolute"
-    """sinusoidal embeddings added to the patches; or contextual relative position encoding (iRPE), as LoMaR's paper
-    compares them"""
+    """sine-cosine position embeddings, or contextual relative position encoding (iRPE) as in the paper of LoMaR"""
     normalize_target: bool = True
-    """predict pixels normalized per patch, better for accuracy; without, pictures are easier on the eye"""
+    """predict pixels normalized per patch, which improves accuracy; without, reconstructions look better"""
 
 
 class MAE(nn.Module):
@@ -55,18 +54,18 @@ class MAE(nn.Module):
         return {"loss": squared_error(prediction, target).mean()}
 
     def reconstruct(self, images: Tensor, noise: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return prediction and target of the masked patches, and which these are."""
-        # 1. Cut the images into patches.
+        """Return prediction, target and indices of the masked patches."""
+        # 1. Split the images into patches.
         patches = patchify(self.normalize(images), patch=self.patch)
         # 2. Mask most of them at random.
         mask = random_tokens(noise["mask"], num_masked=self.num_masked)
         visible, masked = split(mask, num_masked=self.num_masked)
-        # 3. Encode only the visible ones, with their positions.
+        # 3. Encode only the visible patches, with their positions.
         positions, buckets = self.encoder.positions[visible], self.encoder.buckets_of(visible)
         latent = self.encoder(take(patches, visible), positions, buckets=buckets)
         # 4. Predict the pixels of the masked ones.
         prediction = self.decoder(latent, visible, masked)
-        # 5. The target is their pixels, normalized per patch.
+        # 5. The target is the pixels of the masked patches, normalized per patch.
         target = take(patches, masked)
         return prediction, normalized_patches(target) if self.config.normalize_target else target, masked
 

@@ -1,12 +1,12 @@
-"""Train a few new transformer blocks and a head behind a frozen encoder, and measure their accuracy.
+"""Train a few new transformer blocks and a head on top of a frozen encoder, and measure their accuracy.
 
     python recipes/nonlinear_probe.py --encoder runs/mae/encoder.safetensors                 the embedded digits
     python recipes/nonlinear_probe.py --encoder runs/mae/encoder.safetensors --data DIR --blocks 4
     torchrun --nproc_per_node=8 recipes/nonlinear_probe.py --encoder mae_pretrain_vit_base.pth --data DIR
 
-The blocks are as wide as the encoder and are trained as in fine-tuning, all at the same learning rate.
+The blocks have the width of the encoder and are trained as in fine-tuning, without layer-wise learning-rate decay.
 
-Paper: Beyond Masking, arXiv 2203.14313, non-linear probing. It gives no settings of the optimizer.
+Paper: Beyond Masking, arXiv 2203.14313, non-linear probing. It does not state the settings of the optimizer.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from common.evaluation.probe import ProbeConfig, probe
 
 @dataclass(frozen=True)
 class Config(ProbeConfig):
-    """The backbone is frozen; what is new behind it is trained as in fine-tuning."""
+    """The encoder is frozen; new blocks and the head are trained as in fine-tuning."""
 
     flip: Share = 0.5
     """probability of a horizontal flip"""

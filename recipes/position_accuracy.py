@@ -1,10 +1,10 @@
-"""How well does a trained DropPos find positions? One grid over how many patches and how many positions it sees.
+"""Measure how well a trained DropPos predicts positions, for a grid of mask ratios and position drop ratios.
 
     python recipes/droppos.py && python recipes/position_accuracy.py --run runs/droppos
     python recipes/position_accuracy.py --run runs/droppos --data DIR --mask-ratios 0 0.5 --drop-ratios 0.5 1
 
-Of the visible patches whose position was dropped: the share whose most probable position of the grid is the true one.
-Without attention, without smoothing. Chance is one in as many as the grid has places.
+The accuracy is the percentage of visible patches with a dropped position whose most probable position is the true one,
+without attentive weights and smoothing. Chance level is 1 / the number of positions of the grid.
 
 Paper: DropPos, arXiv 2309.03576, tables S1 to S3.
 """
@@ -25,26 +25,28 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Config(AnalysisConfig):
-    """What is measured."""
+    """Settings of the measurement."""
 
     mask_ratios: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)
     """rows: share of the patches that is masked"""
     drop_ratios: tuple[float, ...] = (0.25, 0.5, 0.75, 0.95)
     """columns: share of the visible patches whose position is dropped"""
     seed: int = 0
-    """of the masks, one per image and cell"""
+    """seed of the masks"""
     batch_size: int = 256
-    """images at a time"""
+    """images per forward pass"""
 
 
 @torch.no_grad()
 def right_places(method: Any, images: Tensor, noise: dict[str, Tensor], *, masked: int, dropped: int) -> Tensor:
-    """Count the dropped positions that are found, of a whole batch.
+    """Count the correctly predicted positions among the dropped ones of a batch.
 
     Args:
-        noise: "mask" (b, n) and "drop" (b, n), of which as much is used as there are visible patches.
-        masked: number of masked patches.
-        dropped: number of dropped positions.
+        method: a trained DropPos.
+        images: images of the batch.
+        noise: uniform in [0, 1), each (b, n); "mask" for all patches, the others for the visible ones, cut to length.
+        masked: number of masked patches per image.
+        dropped: number of dropped positions per image.
     """
     patches = patchify(method.normalize(images), patch=method.patch)
     visible, _ = split(random_tokens(noise["mask"], num_masked=masked), num_masked=masked)
@@ -77,7 +79,7 @@ def main(config: Config) -> None:
 
 
 def report(config: Config, grid: Tensor, places: int, seen: int) -> None:
-    """Print the grid with the means of its rows and columns, and draw it."""
+    """Print the grid with the means of its rows and columns, draw it, and write it as JSON."""
     lines = [f"positions found in {seen} test images, %; chance {100 / places:.2f} %", ""]
     lines += ["masked \\ dropped" + "".join(f"{ratio:>8g}" for ratio in config.drop_ratios) + "    mean"]
     for ratio, cells in zip(config.mask_ratios, grid.tolist(), strict=True):

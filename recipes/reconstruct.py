@@ -1,12 +1,12 @@
-"""Draw what a trained method makes of images: the image, what the encoder sees, the prediction and its target.
+"""Draw reconstructions of a trained method: the image, the input of the encoder, the prediction and its target.
 
     python recipes/reconstruct.py --run runs/mae                                  the test images of the run
     python recipes/reconstruct.py --run runs/mae --data DIR --count 16            images of your own
     python recipes/reconstruct.py --recipe mae --weights FILE.pth --data DIR      a published checkpoint
 
-Each image is a row of its own; under it, and in a table, stand the losses that the method itself computes of this image
-alone. A run may still be training: its newest checkpoint is taken. A published checkpoint must have its decoder; it is
-read with the settings of a preset, and --options changes them: --options="--size large --no-normalize-target".
+Each row is an image; its losses, computed for this image alone, are printed below it and in a table. The newest
+checkpoint of a run is used, which may still be training. A published checkpoint must contain the decoder; it is loaded
+with the settings of a preset, changed by --options, for example --options="--size large --no-normalize-target".
 """
 
 import shlex
@@ -29,28 +29,28 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Config:
-    """Which run or checkpoint, and which images."""
+    """Settings of the method and the images."""
 
     run: Path | None = None
-    """folder of a run of any recipe of pre-training"""
+    """folder of a pre-training run"""
     recipe: str = ""
-    """of --weights: mae, say"""
+    """recipe of --weights, for example mae"""
     weights: Path | None = None
     """published checkpoint, instead of a run"""
     preset: str = "imagenet"
-    """of the recipe: the settings for --weights"""
+    """preset of the recipe for --weights"""
     options: str = ""
-    """of the recipe, in one string: what differs from the preset"""
+    """options of the recipe that differ from the preset, in one string"""
     data: Path | None = None
-    """folder of images; none: those of the run, or the handwritten digits that come with scikit-learn"""
+    """folder of images; none: those of the run, or the handwritten digits included in scikit-learn"""
     split: Literal["test", "train"] = "test"
-    """of a folder, test is val; one without train and val is taken as a whole"""
+    """split of the images; test is val of a folder, and a folder without train and val is used as a whole"""
     count: Count = 8
-    """images, evenly spaced among those there are"""
+    """number of images, evenly spaced in the split"""
     seed: int = 0
-    """of the masks and whatever else the method draws"""
+    """seed of the method's noise, such as masks"""
     out: Path | None = None
-    """file of the picture; none: reconstructions.png in the folder of the run, or here for --weights"""
+    """file of the picture; none: reconstructions.png in the folder of the run, or in this folder for --weights"""
 
 
 def main(config: Config) -> None:
@@ -78,7 +78,11 @@ def main(config: Config) -> None:
 
 
 def published(config: Config) -> tuple[Any, Any]:
-    """Build a method with the weights of a published checkpoint; the same as `load_method` for a run."""
+    """Build a method with the weights of a published checkpoint, and return it with its settings.
+
+    Raises:
+        SettingsError: if no weights are published for the recipe, or the file does not match it.
+    """
     assert config.weights is not None
     recipe = recipe_of(config.recipe)
     if not recipe.published_names:
@@ -94,12 +98,13 @@ def published(config: Config) -> tuple[Any, Any]:
 def reconstruct(
     method: Method, images: Tensor | tuple[Tensor, ...], noise: dict[str, Tensor], *, epochs: int
 ) -> tuple[Pictures, list[dict[str, float]]]:
-    """Draw each image and compute its losses, alone: no other image of a batch has a share in either.
+    """Draw each image and compute its losses, independently of the other images.
 
     Args:
-        images: as the method wants them, perhaps several views of each.
-        noise: of the method, for all images.
-        epochs: of the training; what follows a schedule is as in the last one.
+        method: a trained method.
+        images: input of the method, which may be several views of each image.
+        noise: noise of the method for all images.
+        epochs: number of epochs of the training; schedules are evaluated at the last one.
     """
     progress = torch.tensor(1 - 1 / epochs, dtype=torch.float64)
     drawn, losses = [], []
@@ -113,12 +118,13 @@ def reconstruct(
 
 
 def table(names: list[str], losses: list[dict[str, float]]) -> str:
-    """Write the losses of each image, and their means."""
+    """Format a table of the losses of each image, and their means."""
     means = {key: sum(row[key] for row in losses) / len(losses) for key in losses[0]}
     first, widths = max(map(len, names)) + 4, [max(12, len(key) + 2) for key in means]
     rule = "─" * (first + sum(widths))
 
     def line(name: str, cells: Iterable[str]) -> str:
+        """Format a row of the table."""
         return f"{name:<{first}}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
 
     lines = ["", line("", means), rule]

@@ -1,4 +1,4 @@
-"""SimMIM: a simple framework for masked image modeling. Mask large cells, predict their pixels by one linear layer.
+"""SimMIM: a simple framework for masked image modeling. Mask large cells, and predict their pixels by a linear layer.
 
     python recipes/simmim.py                                              the embedded digits, minutes on a laptop
     python recipes/simmim.py --data DIR                                   images of your own
@@ -23,14 +23,14 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class CellConfig(BaseConfig):
-    """How cells are masked; --decoder-… have no effect: there is no decoder."""
+    """Settings of masking by cells. The options --decoder-… have no effect, since there is no decoder."""
 
     mask_ratio: float = 0.6
-    """share of the cells that is masked, rounded up"""
+    """share of the cells that is masked; their number is rounded up"""
     cell: int = 32
-    """side of a cell in pixels, a multiple of --patch; a cell is masked whole or not at all"""
+    """side of a cell in pixels, a multiple of --patch; cells are masked as a whole"""
     drop_path: BelowOne = 0.1
-    """drop path of the last block, rising linearly from 0, in pre-training"""
+    """drop path rate of the last block in pre-training, rising linearly from 0 in the first"""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Config(CellConfig):
     """The settings of the published code are the presets "imagenet" and "imagenet_100"."""
 
     target: Literal["pixels", "window"] = "pixels"
-    """what is predicted: the pixels; or the pixels normalized by the mean and variance of a window around each"""
+    """prediction target: the pixels, or each pixel normalized by the mean and variance of a window around it"""
     window: Annotated[int, Must("an odd number of at least 3", lambda x: x >= 3 and x % 2 == 1)] = 47
-    """of --target window: its side in pixels, odd"""
+    """with --target window: side of the window in pixels, odd"""
 
 
 class SimMIM(nn.Module):
@@ -62,18 +62,18 @@ class SimMIM(nn.Module):
         return {"loss": pixel_loss(prediction, target, patch=self.patch)}
 
     def reconstruct(self, images: Tensor, noise: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return prediction and target of the masked patches, and which these are."""
+        """Return prediction, target and indices of the patches in masked cells."""
         # 1. Mask large cells of the image at random.
         patches = patchify(self.normalize(images), patch=self.patch)
         mask = random_cells(noise["mask"], **self.cells)
         _, masked = split(mask, num_masked=self.cells["num_masked"])
-        # 2. Encode all patches, with one learned vector in the place of each masked one.
+        # 2. Encode all patches, with masked patches replaced by a learned mask token.
         tokens = self.encoder(patches, self.encoder.positions, noise.get("drop_path"), mask)
-        # 3. Predict their pixels by one linear layer.
+        # 3. Predict the pixels of the masked patches by a linear layer.
         return self.head(take(tokens[:, 1:], masked)), take(self.target(images), masked), masked
 
     def target(self, images: Tensor) -> Tensor:
-        """Return what is predicted of each patch."""
+        """Return the prediction target of every patch."""
         pixels = self.normalize(images)
         if self.config.target == "window":
             pixels = window_normalized(pixels, window=self.config.window)
@@ -81,12 +81,12 @@ class SimMIM(nn.Module):
 
 
 def pixel_loss(prediction: Tensor, target: Tensor, *, patch: int) -> Tensor:
-    """Return the mean absolute error; the published code divides by the number of values of a channel plus 1e-5."""
+    """Return the mean absolute error, with the published code's epsilon of 1e-5 in the denominator."""
     error = absolute_error(prediction, target)
     return error.sum() / (error.numel() + 1e-5 / patch**2)
 
 
-# From the names of the published checkpoints to ours
+# Maps the names of published checkpoints to ours
 NAMES = {r"decoder\.0\.": "head.proj."}
 
 IMAGENET = Config(
@@ -94,18 +94,18 @@ IMAGENET = Config(
     optimization=Optimization(
         epochs=800,
         batch_size=2048,
-        base_lr=5e-5,  # for 256 images: half of the published 1e-4, which is for 512
+        base_lr=5e-5,  # for 256 images; the published 1e-4 is for 512
         schedule="last_step",
         milestones=(700.0,),
         warmup_epochs=10,
-        warmup_lr=2e-6,  # for the whole batch: 5e-7 for 512
+        warmup_lr=2e-6,  # for the whole batch; the published 5e-7 is for 512
         betas=(0.9, 0.999),
         undecayed=("cls_token",),
         clip=5.0,
     ),
     finetune=finetuning.SIMMIM,
 )
-# The published schedule of 100 epochs is that of Swin: for 512 images from 1e-6 to 2e-4, then down to 1e-5
+# The published 100-epoch schedule, from Swin: for 512 images, initial 1e-6, peak 2e-4, final 1e-5
 IMAGENET_100 = changed(IMAGENET, epochs=100, base_lr=1e-4, milestones=(), warmup_lr=4e-6, min_lr=4e-5)
 PRESETS = {
     "digits": digits(IMAGENET_100, cell=8, crop_scale=(0.67, 1.0), warmup_lr=0.0, min_lr=0.0),

@@ -1,9 +1,9 @@
-"""Run several recipes with several seeds on the same images and the same budget, and compare them in one table.
+"""Compare several recipes, each with several seeds, on the same images and with the same budget.
 
     python recipes/study.py --runs runs/study                        all recipes, three seeds
     python recipes/study.py --only mae integrated --seeds 0 --extra="--epochs 10"
 
-A run that has its result is not run again, and one that was interrupted is resumed: the command can be repeated.
+Finished runs are skipped and interrupted runs are resumed, so the command can be repeated.
 """
 
 import json
@@ -53,12 +53,12 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared."""
+    """Settings of the comparison."""
 
     only: tuple[str, ...] = tuple(RECIPES)
-    """names of the rows, of those in the help's default"""
+    """rows of the table; the default lists all of them"""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """each recipe is run with each"""
+    """random seeds; every recipe runs once per seed"""
     runs: Path = Path("runs/study")
     """folder of the runs and of the results, study.md and study.png"""
     extra: str = ""
@@ -87,17 +87,18 @@ def main(study: Study) -> None:
 
 
 def line(title: str, accuracies: list[float], loss: str) -> str:
-    """Write a row of the table."""
+    """Format a row of the table: mean and range of the accuracies, and the loss."""
     least, most = min(accuracies), max(accuracies)
     return f"| {title} | {statistics.mean(accuracies):.1f} | {least:.1f} – {most:.1f} | {loss} |"
 
 
 def folder(row: str, seed: int, study: Study) -> Path:
+    """Return the folder of a run."""
     return study.runs / f"{re.sub('[ ,]+', '_', row)}-{seed}"
 
 
 def run(row: str, seed: int, study: Study) -> None:
-    """Run a recipe in a process of its own, unless its result is there."""
+    """Run a recipe in a subprocess, unless its result exists."""
     place = folder(row, seed, study)
     if (place / "result.json").exists():
         return
@@ -109,7 +110,7 @@ def run(row: str, seed: int, study: Study) -> None:
 
 
 def draw(study: Study) -> None:
-    """Draw the losses of pre-training over the epochs: a line per recipe, the mean over its seeds."""
+    """Plot the pre-training loss of each recipe against the epochs, averaged over seeds."""
     figure, axis = plt.subplots(figsize=(7, 5))
     axis.set_prop_cycle(color=plt.colormaps["tab20"].colors)  # pyright: ignore
     for row in study.only:

@@ -1,4 +1,4 @@
-"""Augmentations of fine-tuning, by timm."""
+"""Data augmentation for fine-tuning, by timm."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,19 +12,19 @@ from torch import Generator, Tensor
 
 
 class Augment:
-    """The view to fine-tune on, by timm: random crop, flip, RandAugment, random erasing. Gives float32.
+    """The training view of fine-tuning, by timm: random crop, flip, RandAugment and random erasing, in float32.
 
     Erased pixels are noise around `mean`, so they may lie outside [0, 1].
 
     Args:
         size: height and width in pixels.
-        mean, std: of the 1 or 3 channels, for images in [0, 1].
+        mean, std: mean and standard deviation of the 1 or 3 channels, for images in [0, 1].
         scale, ratio, flip: as in `CropFlip`.
-        auto_augment: the policy in timm's words; `None` for none.
-        erasing: probability that a rectangle is replaced by noise of that mean and std.
+        auto_augment: timm's name of the policy; `None` for none.
+        erasing: probability of replacing a rectangle by noise with that mean and std.
 
     Raises:
-        ValueError: there are neither 1 nor 3 channels.
+        ValueError: if the number of channels is neither 1 nor 3.
     """
 
     def __init__(
@@ -69,16 +69,17 @@ class Augment:
 
 
 class Mix:
-    """Mixup or cutmix of a whole batch, one or the other with equal probability, by timm; labels become soft targets.
+    """Mixup or cutmix of a whole batch, with equal probability, by timm; labels become soft targets.
 
-    The images are changed in place. With both at 0 only the labels are smoothed.
+    The images are modified in place. If both are disabled, labels are still smoothed.
 
     Args:
-        mixup, cutmix: parameter of the beta distribution of the share; 0 for never.
-        smoothing: share of each target that is spread over all classes.
+        num_classes: number of classes.
+        mixup, cutmix: parameter of the beta distribution of the mixing ratio; 0: disabled.
+        smoothing: label smoothing, the share of each target that is spread over all classes.
 
     Raises:
-        ValueError: the number of images is odd, or they are not floats.
+        ValueError: if the number of images is odd, or they are not floats.
     """
 
     def __init__(self, num_classes: int, *, mixup: float = 0.8, cutmix: float = 1.0, smoothing: float = 0.1) -> None:
@@ -102,10 +103,10 @@ class Mix:
 
 
 def auto_augment_policy(name: str) -> Any:
-    """Return timm's augmentation of a name: RandAugment, AugMix, 3-Augment or AutoAugment.
+    """Return timm's augmentation policy of a name: RandAugment, AugMix, 3-Augment or AutoAugment.
 
     Raises:
-        ValueError, AssertionError, KeyError: if timm has none of this name.
+        ValueError, AssertionError, KeyError: if timm has no policy of this name.
     """
     from timm.data import auto_augment as timm_policies
 

@@ -1,4 +1,4 @@
-"""From views of images to batches."""
+"""Datasets of views, and loaders of batches."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,14 +18,20 @@ Sample = tuple[int, int]  # epoch, index of the image
 
 
 class ViewDataset(Dataset[Any]):
-    """Views of the images of a source; `views[epoch, index]` is a function of the seed, the epoch and the image.
+    """Views of the images of a source; `views[epoch, index]` depends only on the seed, the epoch and the image.
 
-    It is what the transform makes of the image, or a tuple if a tuple of transforms is given, for which the image is
-    decoded once; with `labels` it is (that, label). An image that cannot be read is replaced by the next one that can.
+    An unreadable image is replaced by the next readable one.
+
+    Args:
+        source: the images.
+        transforms: a transform, or a tuple of transforms for a tuple of views of the same decoded image.
+        seed: seed of the transforms.
+        labels: return (views, label) instead of views.
 
     Raises:
-        ValueError: the source has no image, or no labels where they are asked for, or gives something else than uint8
-            of its number of channels, or too many of its images cannot be read.
+        ValueError: if the source has no images, has no labels although labels are requested, or returns images that
+            are not uint8 with its number of channels.
+        SettingsError: if more than 1 percent of the images cannot be read.
     """
 
     def __init__(
@@ -52,10 +58,7 @@ class ViewDataset(Dataset[Any]):
         return views
 
     def load(self, epoch: int, index: int) -> tuple[Any, dict[str, str]]:
-        """Return `self[epoch, index]`, and the reasons by name of the images that could not be read in its place.
-
-        When these are too many, the first is `None`.
-        """
+        """Return `self[epoch, index]`, or None if too many images cannot be read, and the errors by image name."""
         unreadable: dict[str, str] = {}
         for step in range(len(self)):
             chosen = (index + step) % len(self)
@@ -75,7 +78,7 @@ class ViewDataset(Dataset[Any]):
 
 
 def _read(source: Source, index: int) -> Tensor | str:
-    """Return an image, or the reason why it cannot be read."""
+    """Return an image, or the error message if it cannot be read."""
     try:
         image = source.image(index)
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, ValueError, struct.error, …
@@ -101,20 +104,21 @@ def _complaint(unreadable: dict[str, str], total: int) -> str:
 
 
 class Loader:
-    """Batches of views, as tensors or tuples of tensors, stacked in channels-last memory.
+    """Batches of views, as tensors or tuples of tensors, stacked in channels-last memory format.
+
+    During iteration, `unreadable` maps the names of unreadable images, which were replaced, to their errors.
 
     Args:
-        batches: lists of (epoch, index). An iterator serves one iteration, which may go over all epochs and so never
-            waits for workers to start; a list serves any number.
-        workers: processes that load; 0 loads in this one.
+        views: the dataset.
+        batches: lists of (epoch, index). An iterator can be used once, and may cover all epochs, so that workers start
+            only once; a list can be used repeatedly.
+        workers: number of loading processes; 0: load in this process.
         pin: copy the batches to pinned memory, for a GPU.
-        collate: `collate(batch, seed)` is applied to each batch where it was loaded; the seed is a function of those of
-            the batch's first sample.
-
-    While iterating, `unreadable` has the reasons by name of the images that could not be read and were replaced.
+        collate: `collate(batch, seed)`, applied to each batch in the worker; the seed depends only on the dataset's
+            seed and the first sample of the batch.
 
     Raises:
-        SettingsError: more than 1 % of the images of the source cannot be read.
+        SettingsError: if more than 1 percent of the images of the source cannot be read.
     """
 
     def __init__(
@@ -131,13 +135,13 @@ class Loader:
         self._loader = DataLoader(
             _Batches(views, collate),
             sampler=batches,
-            batch_size=None,  # the sampler's items are batches already
+            batch_size=None,  # the items of the sampler are whole batches
             num_workers=workers,
             pin_memory=pin,
             collate_fn=_as_it_is,
             persistent_workers=workers > 0,
             worker_init_fn=_leave_signals_to_the_parent,
-            generator=Generator(),  # else each iteration draws from the global one
+            generator=Generator(),  # otherwise each iteration draws from the global generator
         )
 
     def __iter__(self) -> Iterator[Any]:
@@ -153,12 +157,13 @@ class _Batch:
     content: Any
     unreadable: dict[str, str]
 
-    def pin_memory(self) -> "_Batch":  # the name by which PyTorch finds it
+    def pin_memory(self) -> "_Batch":
+        """Copy the batch to pinned memory; PyTorch looks this method up by name."""
         return _Batch(_pin(self.content), self.unreadable)
 
 
 class _Batches(Dataset[_Batch]):
-    """Whole batches, indexed by their lists of samples."""
+    """Whole batches, indexed by lists of samples."""
 
     def __init__(self, views: ViewDataset, collate: Callable[[Any, int], Any] | None) -> None:
         self.views, self.collate = views, collate
@@ -181,7 +186,7 @@ def _stack(items: Sequence[Any]) -> Any:
     if isinstance(items[0], tuple):
         return tuple(_stack(part) for part in zip(*items, strict=True))
     if isinstance(items[0], Tensor):
-        # A resized view has its channels side by side in memory: to keep that is a plain copy, and patches like it too.
+        # Resized views are channels-last in memory: with this layout stacking is a plain copy and patchify is faster.
         return torch.stack([item.movedim(0, -1) for item in items]).movedim(-1, 1)
     return torch.tensor(items)
 
@@ -197,5 +202,5 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Keep loading when the whole process group is told to stop: the parent writes its checkpoint, then ends us."""
+    """Move the worker to its own process group, so that signals reach only the parent, which shuts workers down."""
     os.setpgid(0, 0)

@@ -16,10 +16,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Normalize(nn.Module):
-    """Bring images to mean 0 and standard deviation 1 per channel. The numbers are stored with the checkpoint.
+    """Standardize each channel of images; mean and standard deviation are stored in the checkpoint.
 
     Args:
-        mean, std: per channel, of images in [0, 1].
+        mean, std: mean and standard deviation of each channel, for images in [0, 1].
+
+    Raises:
+        ValueError: if the two have different lengths, or a standard deviation is not positive.
     """
 
     mean: Tensor
@@ -33,35 +36,39 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
 
     def unit(self, images: Tensor) -> Tensor:
-        """Return uint8 images as float32 in [0, 1], and floats as they are."""
+        """Convert uint8 images to float32 in [0, 1]; return floats unchanged."""
         return images if images.is_floating_point() else images.float() / 255
 
     def undo(self, images: Tensor) -> Tensor:
-        """Return normalized images in [0, 1] again."""
+        """Map normalized images back to [0, 1]."""
         return images * self.std + self.mean
 
     def forward(self, images: Tensor) -> Tensor:
+        """Standardize each channel of images, uint8 or in [0, 1]."""
         if images.shape[-3] != len(self.mean):
             raise ValueError(f"images of {images.shape[-3]} channels cannot be normalized by {len(self.mean)} means")
         return (self.unit(images) - self.mean) / self.std
 
     def patches(self, patches: Tensor) -> Tensor:
-        """Return the same of patches as `mimkit.tokens` cuts them, uint8 or in [0, 1], in one pass over them."""
+        """Standardize each channel of patches from `mimkit.tokens.patchify`, uint8 or in [0, 1], in a single pass."""
         pixels = patches.shape[-1] // len(self.mean)
         scale = 1 / self.std if patches.is_floating_point() else 1 / (255 * self.std)
         shift = -self.mean / self.std
-        return torch.addcmul(shift.flatten().repeat(pixels), patches, scale.flatten().repeat(pixels))  # channel fastest
+        return torch.addcmul(shift.flatten().repeat(pixels), patches, scale.flatten().repeat(pixels))  # channels last
 
     def undo_patches(self, patches: Tensor) -> Tensor:
-        """Return normalized patches in [0, 1] again."""
+        """Map normalized patches back to [0, 1]."""
         return (patches.unflatten(-1, (-1, len(self.mean))) * self.std.flatten() + self.mean.flatten()).flatten(-2)
 
 
 def statistics(source: Source, *, limit: int = 1000) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation per channel, for images in [0, 1]; all images weigh the same.
+    """Compute the mean and standard deviation of each channel, for images in [0, 1], with equal weight per image.
 
-    At most `limit` evenly spaced images are looked at, and of these the ones that can be read. A standard deviation is
-    at least one gray level, so that constant channels can be divided by it.
+    At most `limit` evenly spaced images are used, and unreadable ones are skipped. The standard deviation is clamped
+    to at least one gray level, so that constant channels can be divided by it.
+
+    Raises:
+        SettingsError: if none of these images can be read.
     """
     count = min(limit, len(source))
     moments = []  # per image: mean and mean square of each channel
@@ -77,10 +84,10 @@ def statistics(source: Source, *, limit: int = 1000) -> tuple[tuple[float, ...],
 
 
 def normalization(settings: DataSettings, source: Source) -> Normalize:
-    """Mean and std of the channels: ImageNet's or the training images' own.
+    """Build the normalization of a run, with the statistics of ImageNet or of the training images.
 
     Raises:
-        SettingsError: if ImageNet's are asked for grayscale images.
+        SettingsError: if ImageNet's statistics are requested for grayscale images.
     """
     if settings.statistics == "imagenet" or (
         settings.statistics == "auto" and settings.path and settings.channels == 3

@@ -1,4 +1,4 @@
-"""Where images come from. An image is uint8 of shape (channels, H, W)."""
+"""Sources of images, which are uint8 tensors of shape (channels, H, W)."""
 
 import os
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class Source(Protocol):
-    """Where images come from. Any object with these members will do.
+    """A map-style collection of images; any object with these members is a source.
 
-    Whatever `image` raises counts as an unreadable image, not as a mistake of the program.
+    Any exception raised by `image` marks the image as unreadable.
     """
 
     channels: int
@@ -28,27 +28,27 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def image(self, index: int) -> Tensor:
-        """Return the whole original image, uint8 of shape (channels, H, W)."""
+        """Return the original image, uint8 of shape (channels, H, W)."""
         ...
 
     def label(self, index: int) -> int:
-        """Return the number of the class, −1 where it is not known."""
+        """Return the index of the class, −1 if it is unknown."""
         ...
 
     def name(self, index: int) -> str:
-        """Return what the image is called in messages."""
+        """Return the name of the image in messages."""
         ...
 
 
 class Digits:
-    """scikit-learn's handwritten digits: 1797 real grayscale images of 8 × 8 pixels that come with the package.
+    """scikit-learn's handwritten digits: 1797 real grayscale images of 8 × 8 pixels, included in the package.
 
-    `test` holds 497 of them, the same ones for every seed and each digit in proportion. `train` holds the other 1300
-    and tells no labels. `labeled` holds `per_class` of these 1300 for each digit, drawn by `seed`; a larger
-    `per_class` keeps the images of a smaller one.
+    `test` has 497 of them, stratified by digit and the same for every seed. `train` has the other 1300, without labels.
+    `labeled` is a random subset of `train` with `per_class` images of each digit, which depends on `seed`; a larger
+    `per_class` includes the images of a smaller one.
 
     Raises:
-        SettingsError: `per_class` is below one or above the training images of the rarest digit.
+        SettingsError: if `per_class` is below one or exceeds the number of training images of the rarest digit.
     """
 
     channels = 1
@@ -73,7 +73,7 @@ class Digits:
                 raise SettingsError(
                     f"--labels-per-class {per_class} of the {fewest} training images of a digit cannot be drawn"
                 )
-            # the word is part of the seed: spelled otherwise it draws other images
+            # the spelling "labelled" is part of the seed, so changing it would draw other images
             chosen = [sorted(d, key=lambda index: seed_of("labelled", seed, index))[:per_class] for d in train]
         else:
             chosen = {"train": train, "test": test}[split]
@@ -86,28 +86,34 @@ class Digits:
         return len(self._indices)
 
     def image(self, index: int) -> Tensor:
+        """Return an image, uint8 of shape (1, 8, 8)."""
         return self._images[self._indices[index]]
 
     def label(self, index: int) -> int:
+        """Return the digit, −1 in the split `train`."""
         return self._labels[self._indices[index]]
 
     def name(self, index: int) -> str:
+        """Return the index of the image in scikit-learn's data set, as text."""
         return f"digit {self._indices[index]}"
 
 
 class Folder:
-    """The images of ROOT/SPLIT/CLASS, folders inside a class included; hidden files and folders are left out.
+    """The images in ROOT/SPLIT/CLASS, searched recursively; hidden files and folders are ignored.
 
-    Images that lie directly in ROOT/SPLIT belong to no class. Where ROOT has neither `train` nor `val`, the split
-    `train` is every image anywhere below ROOT, without labels.
+    Images directly in ROOT/SPLIT belong to no class. If ROOT has neither `train` nor `val`, the split `train` consists
+    of all images below ROOT, without labels.
 
     Args:
+        root: the folder ROOT.
+        split: the subfolder SPLIT.
         channels: 1 decodes to grayscale, 3 to RGB.
-        require_labels: refuse images that belong to no class.
-        classes: the classes in their order, of the training split usually; by default those found, sorted.
+        require_labels: raise an error if an image belongs to no class.
+        classes: ordered class names, usually those of the training split; by default the sorted names found.
 
     Raises:
-        SettingsError: a folder is missing or holds no image, a class is unknown, or `channels` is neither 1 nor 3.
+        SettingsError: if a folder is missing or has no images, a class is unknown, labels are required but missing, or
+            `channels` is neither 1 nor 3.
     """
 
     def __init__(
@@ -145,17 +151,17 @@ class Folder:
         numbers = {"": -1} | {name: number for number, name in enumerate(self.classes)}
         self.channels = channels
         self._folder = str(folder)
-        # One array each: workers would copy millions of Python strings merely by counting references to them.
+        # Arrays instead of lists: reference counting would make every worker copy millions of Python strings.
         self._names = np.array([os.fsencode(name) for name in names])
         self._labels = np.array([numbers[name] for name in of_image])
         if require_labels:
             self.require_labels()
 
     def require_labels(self) -> None:
-        """Refuse images that belong to no class.
+        """Check that every image belongs to a class.
 
         Raises:
-            SettingsError: if there are any.
+            SettingsError: if an image belongs to no class.
         """
         if self._loose:
             raise SettingsError(
@@ -167,17 +173,20 @@ class Folder:
         return len(self._names)
 
     def image(self, index: int) -> Tensor:
+        """Decode an image file."""
         return decode(self.name(index), self.channels)
 
     def label(self, index: int) -> int:
+        """Return the index of the class, −1 for an image without one."""
         return int(self._labels[index])
 
     def name(self, index: int) -> str:
+        """Return the path of the file."""
         return os.path.join(self._folder, os.fsdecode(bytes(self._names[index])))
 
 
 def _find_images(folder: Path) -> list[str]:
-    """Return the images anywhere below a folder, as sorted paths relative to it."""
+    """Search a folder recursively for images, and return their sorted relative paths."""
     found = []
     start = len(os.path.join(folder, ""))
     for parent, folders, files in os.walk(folder, followlinks=True):
@@ -188,10 +197,10 @@ def _find_images(folder: Path) -> list[str]:
 
 
 def decode(file: str | Path, channels: int) -> Tensor:
-    """Read an image file as grayscale (`channels=1`) or RGB (`channels=3`).
+    """Decode an image file to grayscale (`channels=1`) or RGB (`channels=3`).
 
-    It is turned as its EXIF orientation says. What is transparent becomes white. Grayscale of 16 bits is divided by
-    257 and rounded.
+    The EXIF orientation is applied, transparent pixels are blended with white, and 16-bit grayscale values are divided
+    by 257 and rounded.
     """
     with Image.open(file) as image:
         ImageOps.exif_transpose(image, in_place=True)
@@ -211,15 +220,18 @@ def decode(file: str | Path, channels: int) -> Tensor:
 def open_images(
     settings: DataSettings, split: str, *, seed: int = 0, classes: list[str] | None = None, labels: bool = True
 ) -> Source:
-    """Open a split of the embedded digits, or of a folder of images.
+    """Open a split of the embedded digits or of a folder of images.
 
     Args:
-        settings: the folder, if there is one, and the channels.
-        split: `train`: all training images, for methods without labels. `labeled`: those to fine-tune on, with labels;
-            of a folder all training images. `test`: those to test on; of a folder those in `val`.
-        seed: draws the labeled digits; a folder does not use it.
-        classes: the classes in their order, of the training images when the test images are opened.
+        settings: the folder, if there is one, and the number of channels.
+        split: `train`: all training images, for pre-training. `labeled`: labeled images for fine-tuning; of a folder,
+            all training images. `test`: test images; of a folder, those in `val`.
+        seed: seed of the choice of labeled digits; unused for a folder.
+        classes: ordered class names; for test images, those of the training images.
         labels: whether labeled and test images of a folder must have labels.
+
+    Raises:
+        SettingsError: if the images do not exist, lack required labels, or have another number of channels.
     """
     if split not in ("train", "labeled", "test"):
         raise ValueError(f"the splits are train, labeled and test, not {split}")
@@ -237,10 +249,10 @@ class Data:
     """The images of a run, opened once for all its stages.
 
     Args:
-        settings: how they are cropped, among others.
-        train: those to pre-train on, without labels.
-        labeled: those to train classifiers on, and `test`, those to test them on.
-        unlabeled_because: why there are none, if there are none.
+        settings: settings of the images, such as crops.
+        train: images for pre-training, without labels.
+        labeled, test: images to train and to test classifiers, if there are any.
+        unlabeled_because: the reason if there are none.
     """
 
     settings: DataSettings
@@ -250,10 +262,10 @@ class Data:
     unlabeled_because: str = ""
 
     def splits(self) -> tuple[Source, Source]:
-        """Return the labeled and the test images.
+        """Return the labeled images and the test images.
 
         Raises:
-            SettingsError: if there are none.
+            SettingsError: if there are no labeled images.
         """
         if self.labeled is None or self.test is None:
             raise SettingsError(self.unlabeled_because)
@@ -270,7 +282,7 @@ def open_data(settings: DataSettings, *, seed: int) -> Data:
     try:
         labeled = train
         if isinstance(train, Folder):
-            train.require_labels()  # a folder is listed once: its labeled images are its training images
+            train.require_labels()  # the labeled images of a folder are its training images, so it is listed only once
         else:
             labeled = open_images(settings, "labeled", seed=seed)
         return Data(settings, train, labeled, open_images(settings, "test", classes=labeled.classes))

@@ -1,4 +1,4 @@
-"""Views of an image: crops, flips, resizing, color."""
+"""Views of an image: crops, flips, resizing and color changes."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -24,13 +24,18 @@ def random_crop_box(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     generator: Generator,
 ) -> tuple[int, int, int, int]:
-    """Draw a box (top, left, height, width) inside an image.
+    """Draw a random box (top, left, height, width) inside an image.
 
-    The first of ten draws that fits is taken, else the largest central box whose aspect is allowed.
+    The box is the first of ten draws that fits or, if none does, the largest central box with a valid aspect ratio.
 
     Args:
-        scale: range of the area, as a share of the image's.
+        height, width: size of the image.
+        scale: range of the area, as a fraction of the image.
         ratio: range of width / height; its logarithm is drawn uniformly.
+        generator: source of randomness.
+
+    Raises:
+        ValueError: if a range is empty or not positive.
     """
     if not (0 < scale[0] <= scale[1] and 0 < ratio[0] <= ratio[1]):
         raise ValueError(f"scale={scale} and ratio={ratio} are to be ranges of positive numbers")
@@ -48,11 +53,12 @@ def random_crop_box(
 
 
 def one_shot_crop_size(height: int, width: int, area_fraction: float, log_ratio: float) -> tuple[int, int]:
-    """Return the height and width of a random crop that is never rejected but cut to the image, as in linear probing.
+    """Return the size of a random crop that is clipped to the image instead of redrawn, as in linear probing.
 
     Args:
-        area_fraction: uniform in the range of the area, usually 0.08 to 1.
-        log_ratio: uniform in the range of log(width / height), usually log 3/4 to log 4/3.
+        height, width: size of the image.
+        area_fraction: area as a fraction of the image, usually uniform in [0.08, 1].
+        log_ratio: log(width / height), usually uniform in [log 3/4, log 4/3].
     """
     area, aspect = height * width * float(area_fraction), math.exp(log_ratio)
     h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
@@ -60,10 +66,10 @@ def one_shot_crop_size(height: int, width: int, area_fraction: float, log_ratio:
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """Resize a uint8 image, antialiased and bicubic; at its own size it is returned as it is."""
+    """Resize a uint8 image by antialiased bicubic interpolation; return it unchanged if the size is the same."""
     if image.shape[-2:] == (height, width):
         return image
-    # The fast kernel takes up to four channels whose values lie side by side in memory.
+    # The fast kernel requires at most four channels in channels-last memory format.
     parts = [part[None].contiguous(memory_format=torch.channels_last) for part in image.split(4)]
     parts = [F.interpolate(part, (height, width), mode="bicubic", antialias=True)[0] for part in parts]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -71,13 +77,13 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
 
 @dataclass(frozen=True)
 class CropFlip:
-    """The view to pre-train on: a random crop, resized to `size`, flipped left to right with probability `flip`.
+    """The default view of pre-training: a random resized crop and a horizontal flip.
 
     Args:
         size: height and width in pixels.
-        scale: range of the crop's area, as a share of the image's.
-        ratio: range of the crop's width / height, relative to that of `size`: the distortion is the same for any shape.
-        flip: 0 where left and right have a meaning, as in digits.
+        scale: range of the area of the crop, as a fraction of the image.
+        ratio: range of the aspect ratio (width / height) of the crop, relative to that of `size`.
+        flip: probability of the flip; 0 for images whose orientation has a meaning, such as digits.
     """
 
     size: tuple[int, int]
@@ -99,9 +105,9 @@ def _relative(ratio: tuple[float, float], size: tuple[int, int]) -> tuple[float,
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """The view to test on: the smallest size that covers `size` / `crop_fraction`, of which the center is cut out.
+    """The test view: resize the image to cover `size` / `crop_fraction`, then crop the center.
 
-    At `crop_fraction=1` an image of the same shape is merely resized.
+    With `crop_fraction=1`, an image of the same aspect ratio is only resized.
     """
 
     size: tuple[int, int]
@@ -119,29 +125,30 @@ class CenterCrop:
 
 
 def cover(image: Tensor, height: int, width: int) -> Tensor:
-    """Resize a uint8 image to the smallest size of its shape that covers `height` × `width`."""
+    """Resize a uint8 image, keeping its aspect ratio, to the smallest size that covers `height` × `width`."""
     h, w = image.shape[-2:]
-    if h * width <= w * height:  # wider than asked for: the height decides
+    if h * width <= w * height:  # wider than requested: the height determines the scale
         return resize(image, height, height * w // h)
     return resize(image, width * h // w, width)
 
 
 @dataclass(frozen=True)
 class WeakStrong:
-    """Two views of nearly all of an image, each shifted and flipped at random, the second in other colors.
+    """A weakly and a strongly augmented view of almost the whole image, the second with color jitter.
 
-    The image is resized to the smallest size that covers `size`, and each view cut out of it at a place of its own, up
-    to `pad` pixels beyond the border. With probability `jitter` brightness, contrast, saturation and hue of the second
-    view change, in random order; then it is made gray, solarized or blurred, always one of the three.
+    The image is resized to cover `size` and padded by reflection; each view is an independent random crop of it,
+    flipped at random. The second view gets, with probability `jitter`, random brightness, contrast, saturation and hue
+    in random order; it is then converted to grayscale, solarized or blurred, each with equal probability.
 
     Args:
         size: height and width in pixels.
-        pad: pixels by which a view may reach beyond the image, which is reflected there.
-        flip: 0 where left and right have a meaning, as in digits.
-        jitter: 0 to keep the colors before one of the three.
+        pad: width of the reflection padding in pixels.
+        flip: probability of a flip; 0 for images whose orientation has a meaning, such as digits.
+        jitter: probability of color jitter.
 
     Raises:
-        ValueError: `size` has no `pad` pixels to reflect, or the image neither 1 nor 3 channels.
+        SettingsError: if `size` is not larger than `pad`.
+        ValueError: if an image has neither 1 nor 3 channels.
     """
 
     size: tuple[int, int]
@@ -160,14 +167,14 @@ class WeakStrong:
         return self.crop(whole, generator), self.recolor(self.crop(whole, generator), generator)
 
     def crop(self, image: Tensor, generator: Generator) -> Tensor:
-        """Cut a view out of an image that covers it."""
+        """Crop and flip a view at random from an image that covers it."""
         u_top, u_left, u_flip = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
         room = [side + 2 * self.pad - own for side, own in zip(image.shape[-2:], self.size, strict=True)]
         view = padded_crop(image, int(u_top * (room[0] + 1)), int(u_left * (room[1] + 1)), size=self.size, pad=self.pad)
         return view.flip(-1) if u_flip < self.flip else view
 
     def recolor(self, view: Tensor, generator: Generator) -> Tensor:
-        """Change the colors."""
+        """Apply random color jitter, then grayscale, solarization or blur."""
         u = torch.rand(7, generator=generator, dtype=torch.float64).tolist()
         order = torch.randperm(4, generator=generator).tolist()
         spreads = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
@@ -177,7 +184,7 @@ class WeakStrong:
 
 
 def padded_crop(image: Tensor, top: int, left: int, *, size: tuple[int, int], pad: int) -> Tensor:
-    """Crop an image as if it were reflected beyond its borders; row and column count from `pad` pixels outside."""
+    """Crop an image padded by reflection; `top` and `left` refer to the padded image."""
     for axis, first, count in ((1, top, size[0]), (2, left, size[1])):
         last = image.shape[axis] - 1
         places = torch.arange(first - pad, first - pad + count).abs()
@@ -192,16 +199,16 @@ def recolor(
     *,
     radius: float,
 ) -> Tensor:
-    """Change the colors of a uint8 image, by torchvision on Pillow's images.
+    """Change the colors of a uint8 image, with torchvision's functions for Pillow images.
 
     Args:
-        image: of 1 or 3 channels. In grayscale saturation and hue change nothing, nor does making it gray.
-        jitter: "brightness", "contrast", "saturation" (factors) and "hue" (−0.5 to 0.5), in the order given.
-        effect: afterwards; solarize turns values from 128 on around.
-        radius: of the blur, in pixels.
+        image: an image with 1 or 3 channels; saturation, hue and "gray" have no effect on 1 channel.
+        jitter: factors of "brightness", "contrast" and "saturation", and shift of "hue" (−0.5 to 0.5), in order.
+        effect: applied last; "solarize" inverts values of at least 128.
+        radius: radius of the blur in pixels.
 
     Raises:
-        ValueError: there are neither 1 nor 3 channels.
+        ValueError: if the number of channels is neither 1 nor 3.
     """
     from torchvision.transforms.v2 import functional
 
@@ -221,7 +228,7 @@ def recolor(
 
 @dataclass(frozen=True)
 class OneShotCrop:
-    """The view to train a linear probe on: a random crop that is never rejected but cut to the image, then a flip."""
+    """The training view of a linear probe: a random crop, clipped to the image instead of redrawn, and a flip."""
 
     size: tuple[int, int]
     scale: tuple[float, float] = (0.08, 1.0)

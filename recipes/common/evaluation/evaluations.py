@@ -1,4 +1,4 @@
-"""All evaluations of a pre-trained encoder: fine-tuned, frozen, or beside the same network from scratch."""
+"""All evaluations of a pre-trained encoder: fine-tuning, frozen features, and training from scratch for comparison."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,12 +18,12 @@ from common.weights.encoders import load_encoder
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How an encoder is evaluated.
+    """An evaluation of an encoder.
 
     Args:
-        title: for people.
-        run: from the encoder's file, the settings of fine-tuning, the stage and the results so far to a result.
-        trains: whether a classifier is trained as in fine-tuning, so that its settings must fit the images.
+        title: title in messages and tables.
+        run: maps the file of the encoder, the settings of fine-tuning, the stage and the earlier results to a result.
+        trains: whether it uses the settings of fine-tuning, which must then be valid for the images.
     """
 
     title: str
@@ -37,15 +37,15 @@ def _finetune(path: Path, settings: Finetuning, stage: Stage, results: dict[str,
 
 
 def _scratch(path: Path, settings: Finetuning, stage: Stage, results: dict[str, Any]) -> dict[str, Any]:
-    """Train the same network from random weights for as many epochs; all its layers learn at the same rate."""
+    """Train the same network from scratch for the same number of epochs, without layer-wise learning-rate decay."""
     settings = replace(settings, optimization=replace(settings.optimization, layer_decay=1.0))
     return _tuned(path, settings, stage, scratch=True)
 
 
 def _budget(path: Path, settings: Finetuning, stage: Stage, results: dict[str, Any]) -> dict[str, Any]:
-    """Train from random weights for as long as pre-training and fine-tuning took together.
+    """Train from scratch for the combined wall-clock time of pre-training and fine-tuning.
 
-    The epochs follow from measured times, so they are written down for a run that is resumed.
+    The number of epochs depends on measured times, so it is saved for when the run is resumed.
     """
     file = stage.folder.parent / "budget.json"
     if stage.processes.is_main and not file.exists():
@@ -77,12 +77,12 @@ def _linear(path: Path, settings: Finetuning, stage: Stage, results: dict[str, A
 
 
 def _knn(path: Path, settings: Finetuning, stage: Stage, results: dict[str, Any]) -> dict[str, Any]:
-    """Classify by the nearest neighbors among the frozen features."""
+    """Classify by nearest neighbors of the frozen features."""
     return knn(*_frozen(path, stage), settings=Neighbors(crop_fraction=settings.crop_fraction), stage=stage)
 
 
 def _nonlinear(path: Path, settings: Finetuning, stage: Stage, results: dict[str, Any]) -> dict[str, Any]:
-    """Train new blocks behind the frozen encoder."""
+    """Train new blocks on top of the frozen encoder."""
     encoder, normalize = _frozen(path, stage)
     pooled = settings if encoder.cls_token is not None else replace(settings, pool="mean")
     return nonlinear(encoder, normalize, settings=Nonlinear(finetune=pooled), stage=stage)
@@ -103,10 +103,10 @@ EVALUATIONS = {
 
 
 def in_order(wanted: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the evaluations to run: a budget is measured against fine-tuning, which comes first.
+    """Return the evaluations to run, adding fine-tuning if the time budget requires its duration.
 
     Raises:
-        SettingsError: if there is no such evaluation.
+        SettingsError: if the name of an evaluation is unknown.
     """
     unknown = [name for name in wanted if name not in EVALUATIONS]
     if unknown:

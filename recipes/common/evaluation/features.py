@@ -1,4 +1,4 @@
-"""Features of a frozen encoder, extracted by all processes together."""
+"""Features of a frozen encoder, extracted in parallel by all processes."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-AT_A_TIME = 256  # images that one device encodes together
+AT_A_TIME = 256  # images per device and forward pass
 
 
 Pool = Literal["auto", "class", "mean"]
 
 
 class FeatureExtractor(nn.Module):
-    """A frozen encoder: images in, one vector per image out.
+    """A frozen encoder that maps each image to a feature vector.
 
     Raises:
         SettingsError: if the class token is requested of an encoder that has none.
@@ -42,6 +42,7 @@ class FeatureExtractor(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
+        """Return the pooled features of images, (b, dim)."""
         encoder = self.encoder
         tokens = encoder(patchify(self.normalize(images), patch=encoder.patch), encoder.positions)
         return tokens[:, 0] if self.pool == "class" else tokens[:, encoder.num_prefix :].mean(dim=1)
@@ -55,11 +56,14 @@ def extract(
     *,
     only: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the features and labels of images of a source; every process encodes its share and gets them all.
+    """Return the features and labels of center-cropped images; each process encodes a part and receives all.
 
     Args:
-        crop_fraction: of `CenterCrop`.
-        only: indices of the images; all by default.
+        extractor: the frozen encoder.
+        source: the images.
+        stage: processes and settings of the images.
+        crop_fraction: see `CenterCrop`.
+        only: indices of the images; by default all.
 
     Raises:
         SettingsError: if a feature is not finite.
@@ -83,10 +87,11 @@ def extract(
 def augmented(
     extractor: FeatureExtractor, views: ViewDataset, only: Sequence[int], *, batch: int, epochs: int, stage: Stage
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Encode new views in every epoch: the features and labels of each step. The processes share every batch."""
+    """Yield the features and labels of each step, encoding new views in every epoch; processes share every batch."""
     rank, world_size = stage.processes.rank, stage.processes.world_size
 
     def micro_batches() -> Iterator[list[tuple[int, int]]]:
+        """Yield the (epoch, index) of the images that this process encodes in each forward pass."""
         for epoch, chosen in orders(len(only), batch, epochs, seed=stage.run.seed):
             mine = [(epoch, only[i]) for i in chosen[rank::world_size].tolist()]
             yield from (mine[i : i + AT_A_TIME] for i in range(0, len(mine), AT_A_TIME))
@@ -99,7 +104,7 @@ def augmented(
 
 
 def orders(num_images: int, batch: int, epochs: int, *, seed: int) -> Iterator[tuple[int, Tensor]]:
-    """Return the epoch and the images of every step; what does not fill a batch is left out of its epoch."""
+    """Yield the epoch and the image indices of every step, without the incomplete last batch of each epoch."""
     for epoch in range(epochs):
         order = epoch_order(num_images, epoch, seed=seed)
         yield from ((epoch, order[i : i + batch]) for i in range(0, num_images - batch + 1, batch))
@@ -108,7 +113,7 @@ def orders(num_images: int, batch: int, epochs: int, *, seed: int) -> Iterator[t
 def _extracted(
     extractor: FeatureExtractor, views: ViewDataset, batches: Iterable[list[tuple[int, int]]], stage: Stage
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Encode batch after batch."""
+    """Yield the features and labels of each batch."""
     device, bf16 = stage.processes.device, in_bf16(stage.run, stage.processes)
     loader = Loader(views, batches, workers=num_workers(stage.run, stage.processes), pin=device.type == "cuda")
     for images, labels in loader:
@@ -121,7 +126,7 @@ def _extracted(
 
 
 def _gathered(parts: list[tuple[Tensor, Tensor]], total: int, dim: int, processes: Processes) -> tuple[Tensor, Tensor]:
-    """Gather the features and labels of all processes: of n of them, each has every n-th row."""
+    """Gather the features and labels of all processes, whose rows are interleaved."""
     features = torch.zeros(total, dim, device=processes.device)
     labels = torch.zeros(total, dtype=torch.long, device=processes.device)
     if parts:

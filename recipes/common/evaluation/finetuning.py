@@ -1,4 +1,4 @@
-"""Fine-tune an encoder on labeled images, as the MAE family does, and measure its accuracy."""
+"""Fine-tune an encoder on labeled images, as in MAE and its successors, and measure its accuracy."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -36,30 +36,30 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Finetuning:
-    """How a classifier is trained: the right column of MAE's table for encoders with normalized pixels."""
+    """Settings of fine-tuning; the defaults are MAE's."""
 
     pool: Literal["mean", "class"] = "mean"
-    """what the head reads: the mean of the patch tokens through a new norm, or the class token"""
+    """input of the head: the mean of the patch tokens after a new norm, or the class token"""
     train_positions: bool = True
-    """whether the position table is trained, too"""
+    """whether the position table is trained"""
     drop_path: BelowOne = 0.1
-    """drop path of the last block, rising linearly from 0"""
+    """drop path rate of the last block, rising linearly from 0 in the first"""
     smoothing: BelowOne = 0.1
-    """of the labels"""
+    """label smoothing"""
     mixup: NonNegative = 0.8
-    """parameter of mixup; 0: none"""
+    """alpha of mixup; 0: no mixup"""
     cutmix: NonNegative = 1.0
-    """parameter of cutmix; 0: none"""
+    """alpha of cutmix; 0: no cutmix"""
     randaugment: str = "rand-m9-mstd0.5-inc1"
-    """timm's name of the augmentation; empty: none"""
+    """timm's name of the augmentation policy; empty: none"""
     erasing: Share = 0.25
     """probability of random erasing"""
     crop_scale: Area = (0.08, 1.0)
-    """share of the image's area that a random crop keeps, least and most"""
+    """range of the area of a random crop, as a fraction of the image"""
     crop_fraction: PositiveShare = 0.875
-    """share of the short side that the central crop of a test image keeps"""
+    """side of the center crop of a test image, as a fraction of the short side"""
     head_scale: Positive = 2e-5
-    """std of the head's weights at the start"""
+    """std of the initial weights of the head"""
     optimization: Flat[Optimization] = field(
         default_factory=lambda: Optimization(
             epochs=100,
@@ -75,7 +75,7 @@ class Finetuning:
 
 
 def of(settings: Finetuning, *, drop_path: float = 0.1, **optimization: Any) -> Finetuning:
-    """Return settings with another drop path and other numbers of the optimizer."""
+    """Return settings with another drop path rate and other settings of the optimizer."""
     return replace(settings, drop_path=drop_path, optimization=replace(settings.optimization, **optimization))
 
 
@@ -101,7 +101,7 @@ BEYOND_MASKING = replace(
 )
 
 
-# the published rates are for 512 images: 1.25e-3, from 2.5e-7 and down to it
+# the published learning rates are for 512 images: peak 1.25e-3, initial and final 2.5e-7
 SIMMIM = of(
     MAE,
     batch_size=2048,
@@ -114,7 +114,7 @@ SIMMIM = of(
 )
 
 
-# for the embedded digits: few, small and upright
+# for the embedded digits, a few small images
 DIGITS = Finetuning(
     train_positions=False,
     mixup=0.0,
@@ -139,7 +139,16 @@ DIGITS = Finetuning(
 class Classifier(nn.Module):
     """An encoder with a linear head on its class token or on the mean of its patch tokens.
 
-    With `select`, a module that maps patches and uniform noise (b, n) to indices (b, k), it sees only these patches.
+    Args:
+        encoder: the encoder, which is trained as well.
+        normalize: normalization of the images.
+        classes: number of classes.
+        pool: input of the head.
+        head_scale: standard deviation of the initial weights of the head.
+        select: maps patches and uniform noise (b, n) to indices (b, k), to encode only these patches. Default: all.
+
+    Raises:
+        SettingsError: if the class token is requested of an encoder that has none.
     """
 
     def __init__(
@@ -156,7 +165,7 @@ class Classifier(nn.Module):
         if pool == "class" and encoder.cls_token is None:
             raise SettingsError("--pool class needs an encoder with a class token")
         self.encoder, self.normalize, self.pool, self.select = encoder, normalize, pool, select
-        if pool == "mean":  # the pre-trained norm has only seen single tokens: a new one reads the mean
+        if pool == "mean":  # the pre-trained norm is for single tokens, so their mean gets a new one
             self.fc_norm = nn.LayerNorm(encoder.dim, eps=1e-6)
             encoder.norm.requires_grad_(False)
         self.head = nn.Linear(encoder.dim, classes)
@@ -164,11 +173,12 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def noise(self, rand: Any, batch: int) -> dict[str, Tensor]:
+        """Draw the noise of drop path and of the selection of patches."""
         noise = {"drop_path": rand(batch, self.encoder.depth, 2)}
         return noise if self.select is None else noise | {"select": rand(batch, len(self.encoder.positions))}
 
     def features(self, images: Tensor, noise: Mapping[str, Tensor | None] = MappingProxyType({})) -> Tensor:
-        """Return one vector per image. Without noise no path is dropped."""
+        """Return one feature vector per image; without noise, no path is dropped."""
         encoder, patches = self.encoder, patchify(self.normalize(images), patch=self.encoder.patch)
         positions, drop_path = encoder.positions, noise.get("drop_path")
         relative: dict[str, Any] = {}
@@ -185,17 +195,18 @@ class Classifier(nn.Module):
         return self.fc_norm(tokens[:, encoder.num_prefix :].mean(dim=1))
 
     def forward(self, batch: tuple[Tensor, Tensor], noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
+        """Return the loss of a batch of images and soft targets."""
         images, targets = batch
         return {"loss": self.loss(self.head(self.features(images, noise)), targets)}
 
     @staticmethod
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the cross entropy with soft targets, which hold label smoothing, mixup and cutmix."""
+        """Return the cross entropy with soft targets, which include label smoothing, mixup and cutmix."""
         return F.cross_entropy(logits.float(), targets)
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
-        """Return the class of each image. A random selection is the same at every call."""
+        """Predict the class of each image; a random selection of patches uses a fixed seed."""
         noise: dict[str, Tensor] = {}
         if self.select is not None:
             generator = torch.Generator(images.device).manual_seed(0)
@@ -214,10 +225,10 @@ def finetune(
 ) -> dict[str, Any]:
     """Train a classifier on the labeled images and measure its accuracy on the test images.
 
-    With `select` it sees a part of the patches only, see `Classifier`.
+    With `select` it encodes a subset of the patches, see `Classifier`.
 
     Returns:
-        the result of `train`, `accuracy` in percent, and the numbers of labeled and test images.
+        The result of `train`, `accuracy` in percent, and the numbers of labeled and test images.
 
     Raises:
         SettingsError: if there are no labeled images or no test images.
@@ -234,6 +245,7 @@ def finetune(
     mix = Mix(len(labeled.classes), mixup=settings.mixup, cutmix=settings.cutmix, smoothing=settings.smoothing)
 
     def load(batches: Iterable[list[tuple[int, int]]]) -> Loader:
+        """Load batches of augmented images and soft targets, given the (epoch, index) of the images."""
         return Loader(views, batches, workers=workers, pin=pin, collate=mix)
 
     optimization = settings.optimization
@@ -244,7 +256,7 @@ def finetune(
 
 
 def training_view(settings: Finetuning, stage: Stage, normalize: Normalize) -> Transform:
-    """Return the augmentation of the labeled images."""
+    """Return the augmentation of the training images."""
     data = stage.data.settings
     if not (settings.randaugment or settings.erasing):
         return CropFlip(data.image_size, scale=settings.crop_scale, flip=data.flip)
@@ -260,7 +272,7 @@ def training_view(settings: Finetuning, stage: Stage, normalize: Normalize) -> T
 
 
 def accuracy(classifier: Classifier, test: Source, stage: Stage, crop_fraction: float, *, batch: int) -> float:
-    """Return the share of test images that are classified correctly, in percent."""
+    """Return the accuracy on the test images in percent."""
     processes = stage.processes
     crop = CenterCrop(stage.data.settings.image_size, crop_fraction=crop_fraction)
     mine = [(0, index) for index in range(processes.rank, len(test), processes.world_size)]
@@ -271,7 +283,7 @@ def accuracy(classifier: Classifier, test: Source, stage: Stage, crop_fraction: 
     classifier.eval()
     bf16 = in_bf16(stage.run, processes)
     for images, labels in loader:
-        # uncompiled: a last smaller batch would fill the cache of compiled blocks
+        # eager mode: the smaller last batch would trigger recompilation
         with torch.compiler.set_stance("force_eager"), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             correct = classifier.predict(images.to(device)) == labels.to(device)
         counts += torch.stack([correct.sum(), torch.full_like(correct.sum(), len(correct))])
@@ -280,14 +292,17 @@ def accuracy(classifier: Classifier, test: Source, stage: Stage, crop_fraction: 
 
 
 def check_finetuning(settings: Finetuning, data: Data, *, world_size: int, prefix: str = "") -> None:
-    """Check before any work is done what a fine-tuning would stumble over.
+    """Validate the settings of fine-tuning before training starts.
 
     Args:
-        prefix: in front of its options on the command line.
+        settings: settings to check.
+        data: the images of the run.
+        world_size: number of processes.
+        prefix: prefix of the options on the command line, for messages.
 
     Raises:
-        SettingsError: if the labeled images do not fill a batch, the devices cannot share it, mixup has no pairs to
-            mix, or timm does not know the augmentation.
+        SettingsError: if there are fewer labeled images than a batch has, the batch cannot be divided among the
+            devices, mixup or cutmix gets an odd micro-batch, or timm has no such augmentation policy.
     """
     labeled, _ = data.splits()
     batch, option = settings.optimization.batch_size, f"--{prefix}batch-size"

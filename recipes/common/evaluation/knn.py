@@ -1,4 +1,4 @@
-"""Nearest neighbors among frozen features."""
+"""k-nearest-neighbor classification of frozen features."""
 
 import contextlib
 import time
@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CELLS = 2**27  # of a matrix of similarities that is held at a time
+CELLS = 2**27  # largest number of similarities in memory at a time
 
 
 @dataclass(frozen=True)
 class Neighbors:
-    """How nearest neighbors vote."""
+    """Settings of k-NN classification."""
 
     k: Annotated[tuple[int, ...], Must("one or more positive numbers", lambda k: k and min(k) >= 1)] = (
         10,
@@ -29,28 +29,32 @@ class Neighbors:
         100,
         200,
     )
-    """numbers of neighbors; those above the number of labeled images are left out"""
+    """numbers of neighbors; those above the number of labeled images are ignored"""
     temperature: Positive = 0.07
-    """a neighbor's vote weighs exp(cosine similarity / temperature)"""
+    """votes are weighted by exp(cosine similarity / temperature)"""
     pool: Pool = "auto"
-    """class: the class token; mean: the mean of the patch tokens; after the last norm. auto: class if there is one"""
+    """feature, after the final norm: the class token, or the mean of the patch tokens; auto: class token if present"""
     crop_fraction: PositiveShare = 0.875
-    """share of the short side that the central crop of an image keeps"""
+    """side of the center crop of an image, as a fraction of the short side"""
 
 
 def nearest(
     features: Tensor, labels: Tensor, queries: Tensor, *, classes: int, k: Sequence[int], temperature: float
 ) -> Tensor:
-    """Let the k nearest of labeled features vote on each query, by exp(cosine similarity / temperature).
+    """Compute the votes of the k nearest labeled features of each query.
+
+    A vote is weighted by exp(cosine similarity / temperature).
 
     Args:
-        features: (n, d), of any length.
-        labels: (n,), from 0 to `classes` − 1.
-        queries: (q, d), of any length.
+        features: labeled features (n, d); they need not be normalized.
+        labels: classes (n,), from 0 to `classes` − 1.
+        queries: features to classify (q, d); they need not be normalized.
+        classes: number of classes.
         k: numbers of neighbors, each at most n.
+        temperature: temperature of the weights.
 
     Returns:
-        votes (len(k), q, classes); only their order along the classes means something.
+        Votes (len(k), q, classes), up to a positive factor per query.
 
     Source: HPM, arXiv 2304.05919 (published code).
     """
@@ -59,7 +63,7 @@ def nearest(
     with _exact_products():
         for start in range(0, len(queries), rows := max(1, CELLS // len(features))):
             similarity, index = (queries[start : start + rows] @ features.T).topk(max(k), dim=-1)
-            # a query's votes are all divided by the largest: e^(1 / temperature) need not be a number
+            # weights are relative to the largest one of each query, because exp(1 / temperature) may overflow
             weight, voted = ((similarity - similarity[:, :1]) / temperature).exp(), labels[index]
             for i, count in enumerate(k):
                 votes[i, start : start + rows].scatter_add_(1, voted[:, :count], weight[:, :count])
@@ -68,7 +72,7 @@ def nearest(
 
 @contextlib.contextmanager
 def _exact_products() -> Iterator[None]:
-    """Multiply in all of float32: the ranking is sensitive to rounding."""
+    """Disable TF32 matrix products: the ranking is sensitive to rounding."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -78,14 +82,14 @@ def _exact_products() -> Iterator[None]:
 
 
 def knn(encoder: Encoder, normalize: Normalize, *, settings: Neighbors, stage: Stage) -> dict[str, Any]:
-    """Classify the test images by their nearest labeled neighbors. Every process encodes its share of the images.
+    """Classify the test images by their nearest labeled neighbors; each process encodes a part of the images.
 
     Returns:
-        `accuracy` in percent of `k` = 20, or of the first usable k if 20 is not among them, so that nothing is chosen
-        on the test images; `by_k`, all accuracies; the numbers of labeled and test images, and seconds.
+        `accuracy` in percent at k = 20, or at the first usable k if 20 is not among them, so that no test labels are
+        used to choose k; `by_k`, the accuracy at each k; the numbers of labeled and test images, and seconds.
 
     Raises:
-        SettingsError: if there are no labeled images or no test images, or fewer of the former than neighbors.
+        SettingsError: if there are no labeled images or no test images, or fewer labeled images than neighbors.
     """
     start = time.perf_counter()
     labeled, test = stage.data.splits()

@@ -1,4 +1,4 @@
-"""Linear classifiers on frozen features."""
+"""Linear probing: linear classifiers on frozen features."""
 
 import json
 import math
@@ -27,27 +27,27 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Linear:
-    """How linear classifiers are trained on frozen features: MAE's protocol, but for the augmentation."""
+    """Settings of linear probing: MAE's protocol, except for the augmentation."""
 
     base_lrs: tuple[float, ...] = (0.1,)
-    """learning rates for 256 images per step. With several, a held-out tenth of the labeled images chooses one"""
+    """learning rates for a batch of 256 images; one of several is selected on a held-out tenth of the labeled images"""
     optimizer: Literal["lars", "sgd"] = "lars"
     """both with momentum 0.9 and without weight decay"""
     epochs: Count = 90
-    """times that every labeled image is seen"""
+    """passes over the labeled images"""
     batch_size: Count = 16384
-    """images per step, or all of them if there are fewer"""
+    """images per step; all labeled images if there are fewer"""
     warmup_epochs: NonNegative = 10.0
-    """epochs in which the learning rate rises from 0; it then falls to 0 as a cosine"""
+    """length of the linear learning-rate warm-up in epochs, before the cosine decay to 0"""
     pool: Pool = "auto"
-    """class: the class token; mean: the mean of the patch tokens; after the last norm. auto: class if there is one"""
+    """feature, after the final norm: the class token, or the mean of the patch tokens; auto: class token if present"""
     augment: bool = False
-    """encode new random crops every epoch, as the papers do. Without, each image is encoded once, as its central crop:
-    much faster, and some tenths to a few points apart from the papers' numbers"""
+    """encode new random crops in every epoch, as the papers do; without, each image is encoded once, as its center
+    crop, which is much faster and changes the accuracy by a few tenths to a few points"""
     crop_scale: Area = (0.08, 1.0)
-    """with --augment: share of the image's area that a random crop keeps, least and most"""
+    """with --augment: range of the area of a random crop, as a fraction of the image"""
     crop_fraction: PositiveShare = 0.875
-    """share of the short side that the central crop of an image keeps"""
+    """side of the center crop of an image, as a fraction of the short side"""
 
 
 DIGITS = Linear(
@@ -59,9 +59,9 @@ FOLDER = Linear(base_lrs=(0.03, 0.1, 0.3, 1.0, 3.0), batch_size=1024)
 
 
 class LinearClassifiers(nn.Module):
-    """Linear classifiers on the same features, normalized by their batch, one per learning rate.
+    """Linear classifiers on shared, batch-normalized features, one per learning rate.
 
-    They start alike. `weight` and `bias` hold all of them, so that they train in one pass.
+    All start from the same weights. `weight` and `bias` stack all classifiers, which are trained in a single pass.
     """
 
     def __init__(self, dim: int, classes: int, count: int) -> None:
@@ -82,7 +82,7 @@ class LinearClassifiers(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the accuracy of each head in per cent, and its cross entropy."""
+        """Return the accuracy of each head in percent, and its cross entropy."""
         self.eval()
         right, losses = torch.zeros(2, len(self.bias), device=features.device)
         for part, truth in zip(features.split(4096), labels.split(4096), strict=True):
@@ -99,15 +99,17 @@ def fit(
     steps: int,
     settings: Linear,
 ) -> list[dict[str, Any]]:
-    """Train each head at its learning rate, and return the loss and learning rate of every epoch, of the last head.
+    """Train each head at its learning rate, and return the loss and learning rate of the last head in every epoch.
 
     Args:
+        heads: the classifiers.
         batches: features and labels of every step.
-        rates: learning rate of each head after the warm-up.
-        steps: per epoch.
+        rates: peak learning rate of each head.
+        steps: number of steps per epoch.
+        settings: settings of the optimizer.
     """
     make = LARS if settings.optimizer == "lars" else torch.optim.SGD
-    # each head is a parameter of its own to the optimizer, a view of the one that holds them all
+    # the optimizer sees each head as a separate parameter, a view of the stacked one
     parts = [[nn.Parameter(part) for part in pair] for pair in zip(heads.weight.data, heads.bias.data, strict=True)]
     optimizer = make([{"params": pair, "lr": 0.0} for pair in parts], lr=0.0, momentum=0.9)
     warmup = min(settings.warmup_epochs, settings.epochs)
@@ -132,13 +134,13 @@ def fit(
 
 
 def hold_out(labels: Sequence[int], *, seed: int) -> tuple[list[int], list[int]]:
-    """Set a tenth of the images of every class apart, one at least, but none of a class of one image.
+    """Hold out a tenth of the images of every class, at least one, but none of a class with a single image.
 
     Returns:
-        the indices of the others, and of those set apart.
+        The indices of the remaining images, and of the held-out images.
 
     Raises:
-        ValueError: if no class has two images.
+        SettingsError: if no class has two images.
     """
     order = torch.randperm(len(labels), generator=Generator().manual_seed(seed_of(seed, "hold out")))
     of_class: dict[int, list[int]] = {}
@@ -151,15 +153,15 @@ def hold_out(labels: Sequence[int], *, seed: int) -> tuple[list[int], list[int]]
 
 
 def linear(encoder: Encoder, normalize: Normalize, *, settings: Linear, stage: Stage) -> dict[str, Any]:
-    """Train linear classifiers on frozen features, and measure the accuracy of one on the test images.
+    """Train a linear classifier on frozen features, and measure its accuracy on the test images.
 
-    Of several learning rates, the one that does best on a held-out tenth of the labeled images is chosen, and trained
-    again on all of them. Every process encodes its share of the images; the classifiers are so small that each process
+    Of several learning rates, the best on a held-out tenth of the labeled images is selected, and the classifier is
+    retrained on all of them. Each process encodes a part of the images; the classifiers are small, so each process
     trains all of them.
 
     Returns:
-        `accuracy` in percent, the numbers of labeled and test images, the chosen `base_lr` and, if there was a
-        choice, `held_out`, the accuracies by learning rate; loss, epochs and seconds.
+        `accuracy` in percent, the numbers of labeled and test images, the selected `base_lr`, `held_out`, the held-out
+        accuracy of each learning rate if there are several, and the loss, epochs and seconds.
 
     Raises:
         SettingsError: if there are no labeled images or no test images, or no learning rate gives a finite loss.
@@ -201,7 +203,7 @@ def linear(encoder: Encoder, normalize: Normalize, *, settings: Linear, stage: S
 
 
 class _Probe:
-    """The features of the labeled images, computed once or, with augmentation, anew in every epoch."""
+    """The features of the labeled images, computed once or, with augmentation, in every epoch."""
 
     def __init__(self, extractor: FeatureExtractor, settings: Linear, stage: Stage) -> None:
         self.extractor, self.settings, self.stage = extractor, settings, stage
@@ -216,7 +218,7 @@ class _Probe:
     def train(
         self, only: list[int], base_lrs: Sequence[float], what: str
     ) -> tuple[LinearClassifiers, list[dict[str, Any]]]:
-        """Train a classifier per learning rate on some of the labeled images."""
+        """Train one classifier per learning rate on a subset of the labeled images."""
         settings, stage = self.settings, self.stage
         batch, epochs = min(settings.batch_size, len(only)), settings.epochs
         steps, rates = len(only) // batch, [rate * batch / 256 for rate in base_lrs]
@@ -239,10 +241,10 @@ class _Probe:
 
 
 def check_linear(settings: Linear) -> None:
-    """Check what the types of the settings do not say.
+    """Validate the settings beyond their types.
 
     Raises:
-        SettingsError: if there is no learning rate, or a batch has no statistics.
+        SettingsError: if the learning rates are not positive numbers, or the batch size is below 2.
     """
     if not settings.base_lrs or not all(0 < rate < math.inf for rate in settings.base_lrs):
         raise SettingsError(f"--base-lrs {as_typed(settings.base_lrs)}: give one or more positive numbers")

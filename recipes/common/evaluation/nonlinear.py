@@ -1,4 +1,4 @@
-"""New blocks behind a frozen encoder."""
+"""Non-linear probing: new transformer blocks on top of a frozen encoder."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Nonlinear:
-    """How new blocks behind a frozen encoder are trained: as in fine-tuning, all layers at the same learning rate."""
+    """Settings of non-linear probing: those of fine-tuning, without layer-wise learning-rate decay."""
 
     blocks: Count = 2
-    """new transformer blocks between the encoder and the head, 2 or 4 in the paper"""
+    """number of new transformer blocks between the encoder and the head, 2 or 4 in the paper"""
     finetune: Flat[Finetuning] = field(default_factory=Finetuning)
 
 
 class DeepenedEncoder(nn.Module):
-    """A frozen encoder and new blocks that read its tokens, an `Encoder` itself."""
+    """A frozen encoder followed by new blocks, with the interface of a `TrainableEncoder`."""
 
     def __init__(self, encoder: Encoder, *, blocks: int, drop: float = 0.0) -> None:
         super().__init__()
@@ -47,42 +47,47 @@ class DeepenedEncoder(nn.Module):
 
     @property
     def cls_token(self) -> Tensor | None:
+        """Return the class token of the frozen encoder."""
         return self.encoder.cls_token
 
     @property
     def pos_embed(self) -> Tensor | None:
+        """Return the position table of the frozen encoder."""
         return self.encoder.pos_embed
 
     @property
     def positions(self) -> Tensor:
+        """Return the positions of the frozen encoder."""
         return self.encoder.positions
 
     def train(self, mode: bool = True) -> "DeepenedEncoder":
-        """Train the new blocks; the encoder stays in evaluation mode."""
+        """Set the mode of the new blocks; the frozen encoder stays in evaluation mode."""
         super().train(mode)
         self.encoder.eval()
         return self
 
     def unnormalized(self, patches: Tensor, positions: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Encode patches without the final norm of the new blocks."""
         x = self.encoder(patches, positions)
         for i, block in enumerate(self.blocks):
             x = block(x, None if noise is None else noise[:, i])
         return x
 
     def forward(self, patches: Tensor, positions: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Encode patches."""
         return self.norm(self.unnormalized(patches, positions, noise))
 
 
 def nonlinear(encoder: Encoder, normalize: Normalize, *, settings: Nonlinear, stage: Stage) -> dict[str, Any]:
-    """Train new blocks and a head behind a frozen encoder, and measure the accuracy on the test images.
+    """Train new blocks and a head on top of a frozen encoder, and measure the accuracy on the test images.
 
-    The new blocks read all tokens after the encoder's last norm, and are as wide as the encoder.
+    The new blocks have the width of the encoder, and process all of its tokens after its final norm.
 
     Returns:
-        what `finetune` returns, and the number of blocks.
+        The result of `finetune`, and the number of blocks.
 
     Raises:
-        SettingsError: as `finetune`.
+        SettingsError: if there are no labeled images or no test images.
     """
     torch.manual_seed(stage.run.seed)
     deepened = DeepenedEncoder(encoder, blocks=settings.blocks, drop=settings.finetune.drop_path)

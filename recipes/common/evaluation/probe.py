@@ -1,4 +1,4 @@
-"""A probe of a frozen encoder as a program, from the command line to the table."""
+"""The program of a probe of a frozen encoder, from the command line to the printed table."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,20 +20,20 @@ from common.weights.encoders import open_encoder
 
 @dataclass(frozen=True)
 class Probed:
-    """The encoder, and the images that it is evaluated on."""
+    """The encoder, and the images on which it is evaluated."""
 
     encoder: str = "encoder.safetensors"
-    """encoder.safetensors of a run, a published checkpoint of the MAE family, or timm:NAME:FILE with timm's name of a
-    vision transformer (tag included if its mean and std matter) and a file of its weights"""
+    """encoder.safetensors of a run, a published checkpoint of the MAE family, or timm:NAME:FILE, timm's name of a
+    vision transformer (with the tag, which determines mean and std) and a file of its weights"""
     data: Path | None = None
-    """folder with train/CLASS/*.jpg and val/CLASS/*.jpg; none: the handwritten digits that come with scikit-learn"""
+    """folder with train/CLASS/*.jpg and val/CLASS/*.jpg; none: the handwritten digits included in scikit-learn"""
     image_size: Counts | None = None
-    """height and width in pixels; none: those of the encoder. Positions are resampled"""
+    """height and width in pixels, for which positions are resampled; none: those of the encoder"""
     labels_per_class: Count = 10
-    """of the embedded digits: labeled images per class"""
+    """embedded digits only: labeled images per class"""
 
     def images_for(self, encoder: Encoder, *, flip: float) -> DataSettings:
-        """Return the settings of images as the encoder wants them."""
+        """Return image settings that match the encoder."""
         return DataSettings(
             path=self.data,
             image_size=(encoder.height * encoder.patch, encoder.width * encoder.patch),
@@ -45,21 +45,29 @@ class Probed:
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """What the settings of all probes have; each adds its own under `settings`."""
+    """Settings shared by all probes; each adds its own as `settings`."""
 
     probed: Flat[Probed] = field(default_factory=Probed)
     run: Flat[Run] = field(default_factory=Run)
 
 
 class Config(Protocol):
-    """What the settings of every probe have."""
+    """The interface of the settings of a probe."""
 
     @property
-    def probed(self) -> Probed: ...
+    def probed(self) -> Probed:
+        """Return the encoder and the images."""
+        ...
+
     @property
-    def run(self) -> Run: ...
+    def run(self) -> Run:
+        """Return the settings of the program."""
+        ...
+
     @property
-    def settings(self) -> Any: ...
+    def settings(self) -> Any:
+        """Return the settings of the evaluation."""
+        ...
 
 
 def probe(
@@ -71,15 +79,21 @@ def probe(
     description: str | None,
     args: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Open an encoder, evaluate it frozen, and print and write the result.
+    """Evaluate a frozen encoder, and print and write the result.
 
     Args:
         evaluation: `linear`, `knn` or `nonlinear`.
-        presets: settings by name, as `config.parse` wants them.
-        name: of the recipe, and of the run unless `--name` says otherwise.
-        title: of the evaluation, for people.
-        description: on top of the help.
-        args: the command line; that of the process if none.
+        presets: settings by name, see `config.parse`.
+        name: name of the recipe, and of the run unless `--name` is given.
+        title: title of the evaluation in messages.
+        description: text shown at the top of the help.
+        args: command-line arguments; by default those of the process.
+
+    Returns:
+        The result of the evaluation.
+
+    Raises:
+        SystemExit: with a message, if a setting is invalid or the evaluation fails.
     """
     try:
         config: Config = parse(presets, args, name=name, description=description)

@@ -23,26 +23,32 @@ class Encoder(Protocol):
     @property
     def num_prefix(self) -> int:
         """Return the number of tokens before the patch tokens."""
+        ...
 
     @property
     def cls_token(self) -> Tensor | None:
         """Return the class token, or None if there is none."""
+        ...
 
     @property
     def pos_embed(self) -> Tensor | None:
         """Return the position table, or None if there is none."""
+        ...
 
     @property
     def positions(self) -> Tensor:
         """Return the positions of the whole grid in raster order, (n, dim)."""
+        ...
 
     @property
     def blocks(self) -> nn.ModuleList:
         """Return the transformer blocks."""
+        ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor: ...
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """Freeze or unfreeze all parameters."""
+        ...
 
 
 class TrainableEncoder(Encoder, Protocol):
@@ -51,7 +57,9 @@ class TrainableEncoder(Encoder, Protocol):
     @property
     def norm(self) -> nn.Module:
         """Return the final norm."""
+        ...
 
     @property
     def unnormalized(self) -> Callable[..., Tensor]:
         """Return the function that encodes patches without the final norm."""
+        ...

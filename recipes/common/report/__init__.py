@@ -1,4 +1,4 @@
-"""What a run tells its user: pictures, curves and tables."""
+"""Reports of a run: pictures, curves and tables."""
 
 from common.report.pictures import Pictures, draw_pictures, framed, gray_out, heat_maps, shown
 from common.report.reconstruction import pictures_of, reconstruction

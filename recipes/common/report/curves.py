@@ -1,4 +1,4 @@
-"""Curves over the epochs."""
+"""Training curves."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 
 
 def draw_curves(path: Path, metrics: dict[str, list[dict[str, Any]]]) -> None:
-    """Draw the loss and the learning rate of each training over its epochs."""
+    """Plot the losses and the learning rate of each training against its epochs."""
     figure, axes = plt.subplots(2, len(metrics), figsize=(4 * len(metrics), 5), squeeze=False, sharex="col")
     apart = {"step", "epoch", "lr", "images_per_second", "waiting"}
     for column, (title, records) in enumerate(metrics.items()):

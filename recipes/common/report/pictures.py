@@ -1,4 +1,4 @@
-"""Pictures of what was learned."""
+"""Pictures of images, predictions and maps."""
 
 import textwrap
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pictures:
-    """Images of each kind, one row of the drawing per sample.
+    """Columns of images to draw, with one row per sample.
 
     Args:
         columns: title → images (b, c, H, W) in [0, 1].
-        note: what one must know to read them.
-        rows: what stands in front of each row.
-        captions: a line under each row.
+        note: explanation below the figure.
+        rows: label at the left of each row.
+        captions: caption below each row.
     """
 
     columns: dict[str, Tensor]
@@ -30,14 +30,14 @@ class Pictures:
 
 
 def shown(normalized: Tensor) -> Tensor:
-    """Map normalized pixels to grays by one fixed rule, −2.5 … 2.5 to black … white: nothing is borrowed."""
+    """Map normalized pixels from [−2.5, 2.5] to [0, 1] for display; no statistics of the input are used."""
     return (normalized / 5 + 0.5).clamp(0, 1)
 
 
 def draw_pictures(path: Path, pictures: Pictures) -> None:
-    """Draw rows of samples and columns of kinds."""
+    """Draw the columns of images as a figure, and write it to a PNG file."""
     rows, columns = min(len(images) for images in pictures.columns.values()), len(pictures.columns)
-    side, gap, between = 1.5, 0.1, 0.22 if pictures.captions else 0.1  # in inches: whole pixels
+    side, gap, between = 1.5, 0.1, 0.22 if pictures.captions else 0.1  # in inches; multiples of a pixel
     tall = side * min(1.0, max(images.shape[-2] / images.shape[-1] for images in pictures.columns.values()))
     left = gap / 2 + (0.2 if pictures.rows else 0)
     width = left + columns * (side + gap) - gap / 2
@@ -73,7 +73,7 @@ def draw_pictures(path: Path, pictures: Pictures) -> None:
 def draw_grid(
     path: Path, grid: Tensor, *, rows: Sequence[float], columns: Sequence[float], x: str, y: str, title: str
 ) -> None:
-    """Draw per cents as a table of colored cells, the number in each."""
+    """Draw percentages as a grid of colored cells with their values, and write it to a PNG file."""
     figure, axis = plt.subplots(figsize=(1.1 * len(columns) + 1.5, 0.9 * len(rows) + 1.2))
     axis.imshow(grid.numpy(), cmap="viridis", vmin=0, vmax=100, aspect="auto")
     axis.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])
@@ -94,13 +94,13 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def gray_out(images: Tensor, mask: Tensor, *, height: int, width: int, patch: int) -> Tensor:
-    """Cover the masked patches of images in [0, 1] with gray: what the encoder does not see."""
+    """Replace the masked patches of images in [0, 1] by gray."""
     cover = mask.view(len(mask), 1, height, 1, width, 1).expand(-1, 1, -1, patch, -1, patch)
     return torch.where(cover.reshape(len(mask), 1, height * patch, width * patch), 0.5, images)
 
 
 def maps(values: Tensor, *, height: int, width: int) -> Tensor:
-    """Draw a value per patch as a color, dark for the least value of each picture, bright for the greatest."""
+    """Color one value per patch, from the minimum (dark) to the maximum (bright) of each map."""
     least, most = values.amin(dim=-1, keepdim=True), values.amax(dim=-1, keepdim=True)
     shares = ((values - least) / (most - least).clamp(min=1e-12)).float().cpu().numpy()
     colors = torch.from_numpy(matplotlib.colormaps["viridis"](shares)[..., :3]).float()  # (b, n, 3)
@@ -108,9 +108,9 @@ def maps(values: Tensor, *, height: int, width: int) -> Tensor:
 
 
 def framed(image: Tensor, row: int, column: int, *, patch: int, rows: int = 1, columns: int = 1) -> Tensor:
-    """Draw a frame, white around red, along the border of a patch of an image in [0, 1], or of several patches.
+    """Draw a white and red frame inside the border of a patch, or of a block of patches, of an image in [0, 1].
 
-    An image of few pixels is enlarged.
+    Small images are enlarged.
     """
     by = max(1, 224 // min(image.shape[-2:]))
     image = image.expand(3, -1, -1).repeat_interleave(by, dim=1).repeat_interleave(by, dim=2)
@@ -124,7 +124,7 @@ def framed(image: Tensor, row: int, column: int, *, patch: int, rows: int = 1, c
 
 
 def heat_maps(images: Tensor, values: Tensor, *, height: int, width: int, patch: int) -> Tensor:
-    """Lay a color per patch over images in [0, 1], blue for the least value of each image, red for the greatest."""
+    """Overlay images in [0, 1] with one value per patch, from the minimum (blue) to the maximum (red) of each image."""
     least, most = values.amin(dim=-1, keepdim=True), values.amax(dim=-1, keepdim=True)
     shares = ((values - least) / (most - least).clamp(min=1e-12)).float().cpu().numpy()
     colors = torch.from_numpy(matplotlib.colormaps["jet"](shares)[..., :3]).to(images)  # (b, n, 3)

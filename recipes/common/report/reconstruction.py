@@ -1,4 +1,4 @@
-"""Pictures of predicted patches, the same for all methods that predict some."""
+"""Pictures of predicted patches, for all methods that predict patches."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def pictures_of(method: Any, images: Any, noise: dict[str, Tensor]) -> Pictures:
-    """Draw what a method makes of images: by its own `pictures`, or of what its `reconstruct` predicts."""
+    """Return the pictures of a method, from its `pictures` or from the predictions of its `reconstruct`."""
     if hasattr(method, "pictures"):
         return method.pictures(images, noise)
     prediction, target, masked = method.reconstruct(images, noise)
@@ -30,15 +30,15 @@ def reconstruction(
     seen: Tensor | None = None,
     **sizes: int,
 ) -> Pictures:
-    """Draw predicted patches beside their targets, and in the image.
+    """Return pictures of predicted patches, of their targets, and of the reconstructed image.
 
     Args:
-        normalize: mean and std of the channels.
-        image: (b, c, H, W) in [0, 1], the original.
-        prediction, target: (b, k, values) of some patches, as the loss compares them.
-        indices: (b, k), which patches they are.
-        seen: what the encoder sees; by default the image without these patches.
-        sizes: `height` and `width` of the grid in patches, `patch`, the side of one in pixels.
+        normalize: normalization of the images.
+        image: original images (b, c, H, W) in [0, 1].
+        prediction, target: values of patches (b, k, values), as compared by the loss.
+        indices: indices of these patches (b, k).
+        seen: input of the encoder; by default the image without these patches.
+        sizes: `height` and `width` of the grid in patches, and `patch`, the side of a patch in pixels.
     """
     patches = patchify(normalize(image), patch=sizes["patch"]).float()
     pixels, prediction, target = take(patches, indices), prediction.float(), target.float()
@@ -59,9 +59,9 @@ def reconstruction(
 
 
 def as_pixels(prediction: Tensor, target: Tensor, pixels: Tensor, *, channels: int) -> Tensor:
-    """Give predictions of normalized patches the brightness and contrast that turn their targets into the pixels.
+    """Map predictions of normalized patches to pixels with the scale and shift that map their targets to pixels.
 
-    Per patch and channel, by least squares; predictions of pixels stay as they are.
+    They are fitted per patch and channel by least squares; predictions of pixels are unchanged.
     """
     p, t, x = (patches.unflatten(-1, (-1, channels)) for patches in (prediction, target, pixels))
     centered = t - t.mean(dim=-2, keepdim=True)

@@ -1,11 +1,11 @@
-"""Tables on the screen."""
+"""Text tables of results."""
 
 from pathlib import Path
 from typing import Any
 
 
 def table(name: str, result: dict[str, Any], titles: dict[str, str], folder: Path) -> str:
-    """Write what was trained, how well it does, how fast it was and where the files are."""
+    """Format the results of a pre-training and its evaluations: accuracy, time and files."""
     trained = result["pretraining"]
     lines = [
         "",
@@ -30,7 +30,7 @@ def table(name: str, result: dict[str, Any], titles: dict[str, str], folder: Pat
 
 
 def tuned_table(title: str, result: dict[str, Any], folder: Path) -> str:
-    """Write how well a classifier does, how fast it was trained and where the files are."""
+    """Format the results of training a classifier: accuracy, time and files."""
     return "\n".join(
         [
             "",
@@ -47,7 +47,7 @@ def _files(folder: Path, *names: str) -> list[str]:
 
 
 def probe_table(title: str, result: dict[str, Any], folder: Path) -> str:
-    """Write how well a frozen encoder does, by what it was chosen, and where the files are."""
+    """Format the results of a probe: accuracy, selection of the learning rate or of k, and files."""
     if "images_per_second" in result:
         return tuned_table(title, result, folder)
     of_class, of_mean = "the class token", "the mean of the patch tokens"

@@ -1,4 +1,4 @@
-"""Encoders as files: exported, and opened again for any image size."""
+"""Export encoders to files, and load them for any image size."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch import nn
 
 
 def export(path: Path, encoder: ViT, normalize: Normalize) -> None:
-    """Write an encoder under timm's names, with all that is needed to build it again: by timm, if it has this one."""
+    """Write an encoder under timm's parameter names, with the arguments to rebuild it (in timm, if possible)."""
     about = {
         "mimkit" if encoder.relative == "contextual" else "timm": timm_arguments(encoder),
         "mean": normalize.mean.flatten().tolist(),
@@ -37,28 +37,28 @@ def load_encoder(
     scratch: bool = False,
     seed: int = 0,
 ) -> tuple[ViT, Normalize]:
-    """Build an encoder from its file, for another image size if need be, and the normalization of its images.
+    """Build an encoder from its file, optionally for another image size, and the normalization of its images.
 
-    A table of relative positions that all blocks shared becomes one in each, as fine-tuning wants it: the same network.
-    Contextual ones (LoMaR) fit any size as they are.
+    A relative position table shared by all blocks is copied to each block, as is usual for fine-tuning, which does not
+    change the outputs. Contextual relative position encoding (LoMaR) applies to any image size.
 
     Args:
-        path: an exported encoder, or a published checkpoint of the MAE family, SimMIM, BEiT or LoMaR (of square
+        path: an exported encoder, or a published checkpoint of the MAE family, SimMIM, BEiT or LoMaR (for square
             ImageNet images).
-        image_size: height and width in pixels; positions are resampled where they differ.
-        class_token: add a new one (normal, std 0.02, position zero) if the encoder has none.
-        drop: drop path of the last block.
-        scratch: start from random weights instead; the position table stays.
-        seed: of newly initialized parameters.
+        image_size: height and width in pixels, for which positions are resampled; None: those of the file.
+        class_token: add a new class token (normal, std 0.02, position zero) if the encoder has none.
+        drop: drop path rate of the last block.
+        scratch: use random weights instead, except for the position table.
+        seed: seed of newly initialized parameters.
 
     Raises:
-        SettingsError: if the file holds no encoder, or the size is not made of its patches.
+        SettingsError: if the file does not contain an encoder, or the image size is not a multiple of the patch size.
     """
     content = read_foreign(path)
     about = read_tensors(path)[1] if path.suffix == ".safetensors" else {}
     written = about.get("timm", about.get("mimkit"))
     exported = written is not None
-    prefix = "encoder." if "encoder.patch_embed.proj.weight" in content else ""  # beside the head of its pre-training
+    prefix = "encoder." if "encoder.patch_embed.proj.weight" in content else ""  # beside a pre-training head
     weights = {name.removeprefix(prefix): tensor for name, tensor in content.items() if name.startswith(prefix)}
     arguments = written or timm_arguments_of(weights, path)
     patch, (H, W) = arguments["patch_size"], image_size or arguments["img_size"]
@@ -88,7 +88,7 @@ def load_encoder(
     (initialize_simmim if beit else initialize_mae)(vit)
     if vit.pos_embed is not None:
         table = resize_positions(weights["pos_embed"], **sizes)
-        # a class token that the file does not have is new, and its position is zero
+        # a newly added class token has position zero
         weights["pos_embed"] = nn.functional.pad(table, (0, 0, vit.pos_embed.shape[1] - table.shape[1], 0))
     if vit.relative == "each":
         weights = own_tables(weights, depth=vit.depth, **sizes)
@@ -108,14 +108,14 @@ def load_encoder(
 
 
 def open_encoder(encoder: str | Path, *, image_size: tuple[int, int] | None = None) -> tuple[Encoder, Normalize]:
-    """Open an encoder to evaluate it frozen: our files and published ones, or a vision transformer of timm.
+    """Open an encoder for evaluation: an exported encoder, a published checkpoint, or a vision transformer of timm.
 
     Args:
-        encoder: a file as for `load_encoder`, or `timm:NAME:FILE`, the weights of timm's model of this name.
-        image_size: height and width in pixels; positions are resampled where they differ.
+        encoder: a file as for `load_encoder`, or `timm:NAME:FILE`, timm's model name and a file of its weights.
+        image_size: height and width in pixels, for which positions are resampled; None: those of the encoder.
 
     Raises:
-        SettingsError: if the file holds no such encoder.
+        SettingsError: if the file does not contain such an encoder.
     """
     if not str(encoder).startswith("timm:"):
         return load_encoder(Path(encoder), image_size=image_size)

@@ -1,4 +1,4 @@
-"""From the names of published checkpoints to ours, as regular expressions for `load_weights`."""
+"""Regular expressions that map the names of published checkpoints to ours, for `load_weights`."""
 
 MAE_FAMILY = {
     r"mask_token": "decoder.mask_token",

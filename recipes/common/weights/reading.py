@@ -1,4 +1,4 @@
-"""Third-party checkpoints: read without running their code, and loaded with a report of every key."""
+"""Read third-party checkpoints without executing code, and load them with a report of every key."""
 
 import argparse
 import re
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 @dataclass
 class LoadReport:
-    """What became of each key of a foreign checkpoint."""
+    """The keys of a third-party checkpoint that were renamed, dropped or missing."""
 
     renamed: dict[str, str] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
@@ -28,19 +28,19 @@ class LoadReport:
 
 
 def read_foreign(path: Path) -> dict[str, Tensor]:
-    """Read the weights of a published checkpoint: safetensors, or a `.pth` file, of which no code is ever run.
+    """Read the weights of a published checkpoint, a safetensors or `.pth` file, without executing pickled code.
 
     Raises:
-        SettingsError: if the file holds anything but weights and plain settings, or no weights.
+        SettingsError: if the file contains objects other than weights and plain settings, or no weights.
     """
     if not path.is_file():
         raise SettingsError(f"{path} is not a file")
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # published checkpoints keep their settings so
+        with torch.serialization.safe_globals([argparse.Namespace]):  # published checkpoints contain their settings
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's own words fill many lines and advise to run what the file holds
+    except Exception as error:  # torch's message is long and suggests executing the file
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it asks for {found[1]}" if found else "it is damaged or no checkpoint of PyTorch"
         raise SettingsError(f"{path} cannot be read as plain weights: {reason}") from error
@@ -59,16 +59,16 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
 def load_weights(
     module: nn.Module, weights: Mapping[str, Tensor], *, renames: Mapping[str, str], optional: tuple[str, ...] = ()
 ) -> LoadReport:
-    """Load foreign weights and report every key that was renamed, dropped or is missing.
+    """Load third-party weights, and report every key that was renamed, dropped or missing.
 
     Args:
-        module: what to fill.
-        weights: by their foreign names.
-        renames: regular expressions → replacements; the first that matches at the start of a name is applied.
-        optional: regular expressions of names that may be missing, as a decoder that was not published.
+        module: the module to load into.
+        weights: tensors by their original names.
+        renames: regular expressions → replacements; the first match at the start of a name is applied.
+        optional: regular expressions for names that may be missing, such as those of an unpublished decoder.
 
     Raises:
-        SettingsError: if a key is missing that is not optional, or a shape differs.
+        SettingsError: if a required key is missing, or a shape differs.
     """
     report, own, found = LoadReport(), module.state_dict(), {}
     for name, tensor in weights.items():

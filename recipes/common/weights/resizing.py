@@ -1,4 +1,4 @@
-"""Position tables for another grid."""
+"""Resample position tables for another grid."""
 
 from common.config import SettingsError
 from common.weights.timm_names import OWN_TABLE, SHARED_TABLE
@@ -12,10 +12,10 @@ from torch import Tensor
 def resize_positions(
     pos_embed: Float[Tensor, "1 prefix+n d"], *, height: int, width: int, new_height: int, new_width: int
 ) -> Float[Tensor, "1 prefix+m d"]:
-    """Resample a table with or without the row of a class token for another grid; the class row stays.
+    """Resample a position table for another grid; the row of a class token, if there is one, is kept.
 
     Raises:
-        SettingsError: if the table has more or fewer rows, or a side is not positive.
+        SettingsError: if the number of rows does not match the grid.
     """
     prefix = pos_embed.shape[1] - height * width
     if prefix not in (0, 1):
@@ -27,13 +27,14 @@ def resize_positions(
 def own_tables(
     weights: dict[str, Tensor], *, depth: int, height: int, width: int, new_height: int, new_width: int
 ) -> dict[str, Tensor]:
-    """Give every block a table of relative positions of its own, a copy of the shared one if there is one.
+    """Return the weights with one relative position table per block, resampled for another grid.
 
-    For another grid they are resampled as pictures of all offsets are (bicubic, see `resize_table`; the published code
-    has a geometric grid of offsets instead); the three rows of the class token stay.
+    A shared table is copied to every block. Tables are resampled by bicubic interpolation over the offsets, see
+    `resize_table`; the published code uses a geometric grid of offsets instead. The three rows of the class token are
+    kept.
 
     Raises:
-        SettingsError: if a table has more or fewer rows than its grid.
+        ValueError: if the number of rows of a table does not match the grid.
     """
     old = {"height": 2 * height - 1, "width": 2 * width - 1}
     new = {"new_height": 2 * new_height - 1, "new_width": 2 * new_width - 1}

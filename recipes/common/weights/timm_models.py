@@ -1,4 +1,4 @@
-"""timm's vision transformers, unmodified, as encoders."""
+"""Unmodified vision transformers of timm as encoders."""
 
 import math
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class TimmViT(nn.Module):
-    """A vision transformer of timm, unmodified, as an `Encoder`; it adds its own positions."""
+    """An unmodified vision transformer of timm with the interface of an `Encoder`; it adds its own positions."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -27,39 +27,44 @@ class TimmViT(nn.Module):
 
     @property
     def num_prefix(self) -> int:
+        """Return the number of tokens before the patch tokens."""
         return self.model.num_prefix_tokens
 
     @property
     def cls_token(self) -> Tensor | None:
+        """Return the class token, or None if there is none."""
         return self.model.cls_token
 
     @property
     def blocks(self) -> nn.ModuleList:
+        """Return the transformer blocks."""
         return self.model.blocks
 
     @property
     def pos_embed(self) -> Tensor:
+        """Return the position table."""
         return self.model.pos_embed
 
     @property
     def positions(self) -> Tensor:
+        """Return the positions of the whole grid in raster order, (n, dim)."""
         return self.model.pos_embed[0, -self.height * self.width :]
 
     def forward(self, patches: Tensor, positions: Tensor, noise: None = None) -> Tensor:
-        """Encode all patches of an image, in raster order. `positions` is not looked at."""
+        """Encode all patches of images, in raster order; `positions` is ignored."""
         return self.model.forward_features(unpatchify(patches, height=self.height, width=self.width, patch=self.patch))
 
 
 def load_timm(path: Path, name: str, *, image_size: tuple[int, int] | None = None) -> tuple[TimmViT, Normalize]:
-    """Build a timm model from a weights file, and the normalization of its images.
+    """Build a timm model from a file of weights, and the normalization of its images.
 
     Args:
-        path: weights under timm's names, of square images or an export of ours; its head is left out.
-        name: timm's. Unless the file tells mean and std, as our exports do, they are those that timm has for this name.
-        image_size: height and width in pixels; positions are resampled where they differ.
+        path: weights under timm's names, for square images, or an exported encoder; the head is dropped.
+        name: timm's model name. It determines mean and std, unless the file contains them, as exported encoders do.
+        image_size: height and width in pixels, for which positions are resampled; None: those of the file.
 
     Raises:
-        SettingsError: if timm has no such vision transformer, or the weights are not its own.
+        SettingsError: if timm has no such vision transformer, or the weights do not match it.
     """
     import timm
     from timm.models.vision_transformer import VisionTransformer
@@ -79,7 +84,7 @@ def load_timm(path: Path, name: str, *, image_size: tuple[int, int] | None = Non
         raise SettingsError(f"images of {H} × {W} pixels are not made of patches of {patch} × {patch}")
     try:
         model = timm.create_model(name, pretrained=False, num_classes=0, in_chans=channels, img_size=(H, W))
-    except TypeError:  # a network that takes images of any size
+    except TypeError:  # a model without the argument img_size
         model = None
     if not isinstance(model, VisionTransformer):
         raise SettingsError(f"timm's {name} is not a vision transformer")

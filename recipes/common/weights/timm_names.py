@@ -1,4 +1,4 @@
-"""Encoders under timm's names and arguments."""
+"""Map encoders to timm's parameter names and model arguments."""
 
 import math
 from typing import Any, cast
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def in_beit(vit: ViT) -> bool:
-    """Whether timm has this network under `beit`, not under `vision_transformer`.
+    """Return whether timm implements this network in `beit`, not in `vision_transformer`.
 
     Raises:
-        SettingsError: if timm has it under neither.
+        SettingsError: if timm implements it in neither.
     """
     plain = vit.pos_embed is not None and vit.layer_scale is None and vit.relative is None
     if not plain and (vit.key_bias or vit.cls_token is None):
@@ -28,10 +28,10 @@ SHARED_TABLE, OWN_TABLE = "rel_pos_bias.relative_position_bias_table", "blocks.{
 
 
 def timm_state(vit: ViT) -> dict[str, Tensor]:
-    """Return the weights under timm's names; those of pre-training alone (the mask token) are left out.
+    """Return the weights under timm's names, without the mask token, which only pre-training uses.
 
-    A plain ViT has the biases of queries and values as one with a key bias of zero. An encoder with contextual relative
-    positions, which timm does not have, keeps its names.
+    The query and value biases of a plain ViT become a joint bias whose key part is zero. An encoder with contextual
+    relative position encoding, which timm does not implement, keeps its names.
     """
     state = {name: tensor.detach() for name, tensor in vit.state_dict().items() if name != "mask_token"}
     if vit.relative == "contextual" or in_beit(vit):
@@ -44,9 +44,9 @@ def timm_state(vit: ViT) -> dict[str, Tensor]:
 
 
 def timm_arguments(vit: ViT) -> dict[str, Any]:
-    """Return the arguments with which timm's `VisionTransformer`, or `Beit` (see `in_beit`), is the same network.
+    """Return the arguments with which timm's `VisionTransformer` or `Beit` (see `in_beit`) builds the same network.
 
-    It has none with contextual relative positions: then one argument more says that they are there.
+    For contextual relative position encoding, which timm does not implement, there is an additional key `relative`.
     """
     arguments = {
         "img_size": [vit.height * vit.patch, vit.width * vit.patch],
@@ -75,12 +75,12 @@ def timm_arguments(vit: ViT) -> dict[str, Any]:
 
 
 def timm_arguments_of(weights: dict[str, Tensor], source: object) -> dict[str, Any]:
-    """Read the same off the shapes of a published encoder of square images; its heads follow from its width.
+    """Infer the arguments of `timm_arguments` from the weights of a published encoder for square images.
 
-    Those of an encoder with relative positions (SimMIM, BEiT; LoMaR) follow from their table.
+    The number of heads follows from the width or, with relative positions (SimMIM, BEiT, LoMaR), from their table.
 
     Raises:
-        SettingsError: if the weights are not those of a plain ViT of a named size, nor of one with relative positions.
+        SettingsError: if the weights are not those of a plain ViT of a named size or of one with relative positions.
     """
     kernel, table = weights.get("patch_embed.proj.weight"), weights.get("pos_embed")
     blocks = [int(name.split(".")[1]) for name in weights if name.startswith("blocks.")]
