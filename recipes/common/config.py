@@ -263,8 +263,9 @@ def as_typed(value: Any) -> str:
 
 
 def _extras(hint: Any) -> tuple[Any, ...]:
-    """Return the annotations of a type, including those of nested `Annotated` types (which Python flattens)."""
+    """Return the annotations of a type, including those of nested `Annotated` types and of the members of a union."""
     parts = get_args(hint) if get_origin(hint) is Union else (hint,)
+    return tuple(extra for part in parts for extra in getattr(part, "__metadata__", ()))
 
 
 def to_json(config: Any) -> dict[str, Any]:
