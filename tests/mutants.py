@@ -4,8 +4,8 @@
 
 A mutant is mimkit with one expression of one function changed: a comparison, an operator, a constant, an argument, a
 call left out. It is killed if a test fails, crashes or hangs, and survives if all pass: those in test_THEME.py, the
-theme's rows in test_contract.py and the module's examples. Every survivor is printed. Some are equivalent programs,
-such as a faster path that is never taken; each of the others is a property that no test states.
+theme's rows in test_contract.py and test_promises.py, and the module's examples. Every survivor is printed. Some are
+equivalent programs, such as a faster path that is never taken; each of the others is a property that no test states.
 
 All happens in a copy of the repository in a temporary folder. Each mutant is tested in a fork of this process, which
 has imported torch already. The same seed gives the same mutants and the same examples.
@@ -165,15 +165,15 @@ def callers(function: str, source: bytes) -> set[str]:
 
 
 class Nearest:
-    """A plugin of pytest: of the contract only the theme's rows, and first of all the tests that name a function."""
+    """A plugin of pytest: of what all themes share only the theme's rows, and tests that name a function first."""
 
     def __init__(self, theme: str, names: set[str]) -> None:
         self.theme, self.names = theme, re.compile(rf"\b({'|'.join(sorted(names))})\b")
 
     def pytest_collection_modifyitems(self, items: list) -> None:
         assert Path(sys.modules["mimkit"].__path__[0]).resolve() == Path("mimkit").resolve()
-        rows = re.compile(rf"[\[-]{self.theme}\.")
-        items[:] = [item for item in items if item.path.stem != "test_contract" or rows.search(item.name)]
+        shared, row = ("test_contract", "test_promises"), re.compile(rf"[\[-]{self.theme}[.\]]")
+        items[:] = [item for item in items if item.path.stem not in shared or row.search(item.name)]
         items.sort(key=lambda item: not self.names.search(item.name + self.text(item)))
 
     @staticmethod
@@ -186,7 +186,7 @@ def status(theme: str, names: set[str]) -> int:
     """Run the tests of a theme on what is in the folder now; 0 if all pass."""
     import pytest
 
-    files = [f"mimkit/{theme}.py", f"tests/test_{theme}.py", "tests/test_contract.py"]
+    files = [f"mimkit/{theme}.py", f"tests/test_{theme}.py", "tests/test_contract.py", "tests/test_promises.py"]
     options = ["-x", "-q", "-n0", "-p", "no:cacheprovider", "--hypothesis-profile=mutants"]
     return int(pytest.main([*options, *files], plugins=[Nearest(theme, names)]))
 

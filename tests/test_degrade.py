@@ -916,3 +916,25 @@ def test_invalid_arguments_with_several_tensors_raise_one_clear_sentence(name, s
     block, tensors = getattr(copied("degrade"), name), [torch.zeros(shape) for shape in shapes]
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         block(*tensors, **numbers)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_dtype_of_centers_and_twists_does_not_matter(dtype):
+    pictures, centers, twists = seeded(6, 3, 5, 7), (2 * seeded(6, 2) - 1).bfloat16(), (seeded(6) / 4).bfloat16()
+    bent = fisheye_at(pictures, centers.to(dtype), twists.to(dtype))
+    torch.testing.assert_close(bent, fisheye_at(pictures, centers.float(), twists.float()), rtol=0, atol=0)
+
+
+def test_noise_of_0_and_of_1_gives_opposite_weights_of_5_3_standard_deviations():
+    least = NormalDist().inv_cdf(2**-24)
+    assert -5.3 < least < -5.29
+    weights = random_kernels(torch.tensor([[0.0, 1 - 2**-24], [0.0, 1.0]]), mean=0.0, std=1.0)
+    torch.testing.assert_close(weights, torch.tensor([[least, -least], [least, -least]]), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5, 7), (2, 3, 0, 7)])
+def test_convolve_each_returns_a_new_tensor_even_for_empty_images(shape):
+    pictures = torch.zeros(shape)
+    blurred = convolve_each(pictures, torch.zeros(shape[0], 3, 3, 3))
+    assert blurred.shape == pictures.shape
+    assert blurred is not pictures

@@ -1,9 +1,12 @@
 """Targets and losses against explicit sums, and the transformations they are invariant to."""
 
+import itertools
 import math
 import re
+from functools import partial
 
 from mimkit.losses import (
+    absolute_error,
     band_error,
     channel_normalized_patches,
     cosine_distance,
@@ -11,6 +14,7 @@ from mimkit.losses import (
     ranking_loss,
     soft_cross_entropy,
     squared_error,
+    window_normalized,
 )
 from mimkit.tokens import patchify
 
@@ -572,5 +576,91 @@ def zeros(*shape: int) -> Tensor:
     ],
 )
 def test_invalid_arguments_raise_one_clear_sentence(name, tensors, numbers, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        getattr(copied("losses"), name)(*tensors, **numbers)
+
+
+@pytest.mark.parametrize("target_dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        absolute_error,
+        partial(band_error, inner_H=2, inner_W=4),
+        cosine_distance,
+        ranking_loss,
+        soft_cross_entropy,
+        squared_error,
+    ],
+    ids=["absolute_error", "band_error", "cosine_distance", "ranking_loss", "soft_cross_entropy", "squared_error"],
+)
+def test_a_loss_is_computed_in_float32_for_any_dtypes_of_prediction_and_target(loss, dtype, target_dtype):
+    prediction, target = (seeded(2, 3, 6, 6, seed=seed).bfloat16() for seed in (0, 1))
+    errors = loss(prediction.to(dtype), target.to(target_dtype))
+    torch.testing.assert_close(errors, loss(prediction.float(), target.float()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("length", [1.0, 1.5e-12, 1e-13])
+def test_features_shorter_than_1e_12_count_in_proportion_to_their_length(length):
+    prediction, target = F.normalize(seeded(2, 5, 6), dim=-1), F.normalize(seeded(2, 5, 6, seed=1) - 0.5, dim=-1)
+    cosine = (2 - cosine_distance(prediction, target)) / 2
+    expected = 2 - 2 * min(1, length / 1e-12) * cosine
+    torch.testing.assert_close(cosine_distance(length * prediction, target), expected)
+    torch.testing.assert_close(cosine_distance(prediction, length * target), expected)
+
+
+@fast
+@given(pairs())
+def test_absolute_error_is_the_mean_over_the_values_of_each_token(arguments):
+    prediction, target = arguments
+    d = prediction.shape[-1]
+    expected = sum((prediction[..., i].double() - target[..., i].double()).abs() for i in range(d)) / d
+    torch.testing.assert_close(absolute_error(prediction, target).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def normalized_in_windows(pictures: Tensor, window: int) -> Tensor:
+    """Normalize pixel by pixel, in double precision."""
+    result, reach = torch.zeros_like(pictures, dtype=torch.float64), window // 2
+    for i, j in itertools.product(*map(range, pictures.shape[-2:])):
+        rows, columns = (slice(max(0, place - reach), place + reach + 1) for place in (i, j))
+        around = pictures[..., rows, columns].double().flatten(-2)
+        deviation = (around.var(dim=-1) + 1e-6).sqrt()
+        result[..., i, j] = (pictures[..., i, j].double() - around.mean(dim=-1)) / deviation
+    return result
+
+
+@fast
+@given(
+    images().filter(lambda pictures: pictures.shape[-2:].numel() > 1),
+    st.sampled_from([3, 5, 7, 47]),
+    st.sampled_from([(1e-3, 0), (1, 0), (3, 300)]),
+)
+def test_window_normalized_subtracts_the_mean_and_divides_by_the_deviation_of_each_window(pictures, window, linear):
+    contrast, brightness = linear
+    pictures = contrast * pictures + brightness
+    target = window_normalized(pictures, window=window)
+    torch.testing.assert_close(target.double(), normalized_in_windows(pictures, window), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "numbers", "message"),
+    [
+        ("absolute_error", [zeros(4, 3), zeros(4, 1)], {}, "prediction (4, 3) and target (4, 1) differ in shape"),
+        *(
+            (
+                "window_normalized",
+                [zeros(1, 4, 4)],
+                {"window": window},
+                f"window={window} is not an odd number of pixels of at least 3",
+            )
+            for window in (-3, 1, 2, 4)
+        ),
+        *(
+            ("window_normalized", [zeros(1, H, W)], {"window": 3}, f"images of {H} × {W} pixels have no variance")
+            for H, W in [(1, 1), (0, 4), (4, 0)]
+        ),
+    ],
+)
+def test_invalid_arguments_of_the_losses_of_simmim_raise_one_clear_sentence(name, tensors, numbers, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         getattr(copied("losses"), name)(*tensors, **numbers)

@@ -1,8 +1,9 @@
 """Mask samplers: the exact number of masked tokens, the role of the noise, and the frequency of each token."""
 
+import itertools
 import re
 
-from mimkit.masking import all_but_block, easy_to_hard, random_tokens
+from mimkit.masking import all_but_block, disjoint_views, easy_to_hard, random_cells, random_tokens
 
 import pytest
 import torch
@@ -296,3 +297,85 @@ GRID = {"height": 2, "width": 3, "block_height": 1, "block_width": 1}
 def test_invalid_arguments_raise_one_clear_sentence(name, shapes, numbers, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         getattr(copied("masking"), name)(*map(torch.zeros, shapes), **numbers)
+
+
+@st.composite
+def cells(draw: st.DrawFn) -> tuple[Tensor, dict[str, int]]:
+    """Draw noise for up to 3 × 3 cells of up to 3 × 3 patches, the sizes, and how many tokens to mask."""
+    (rows, columns), (cell_height, cell_width) = ((draw(st.integers(i, 3)), draw(st.integers(i, 3))) for i in (0, 1))
+    grid = {"height": rows * cell_height, "width": columns * cell_width}
+    grid |= {"cell_height": cell_height, "cell_width": cell_width}
+    num_masked = draw(st.integers(0, rows * columns)) * cell_height * cell_width
+    return draw(uniforms(rows * columns)), grid | {"num_masked": num_masked}
+
+
+@fast
+@given(cells())
+def test_random_cells_masks_all_tokens_of_the_cells_that_random_tokens_would_mask(arguments):
+    noise, grid = arguments
+    height, width, cell_height, cell_width, num_masked = grid.values()
+    mask = random_cells(noise, **grid)
+    assert mask.shape == (*noise.shape[:-1], height * width)
+    chosen = random_tokens(noise, num_masked=num_masked // (cell_height * cell_width))
+    for place, (i, j) in enumerate(itertools.product(range(height), range(width))):
+        cell = i // cell_height * (width // cell_width) + j // cell_width
+        assert mask[..., place].equal(chosen[..., cell])
+
+
+@fast
+@given(noise_and_count())
+def test_disjoint_views_show_the_smallest_noise_the_first_view_before_the_second(arguments):
+    noise, num_visible = arguments
+    n = noise.shape[-1]
+    first, second = disjoint_views(noise, num_visible=num_visible)
+    assert first.equal(random_tokens(noise, num_masked=n - num_visible))
+    assert (first & second).equal(random_tokens(noise, num_masked=max(0, n - 2 * num_visible)))
+    assert (first | second).all()
+
+
+CELLS = {"height": 4, "width": 6, "cell_height": 2, "cell_width": 3, "num_masked": 12}
+TOKENS = CELLS | {"cell_height": 1, "cell_width": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "numbers", "message"),
+    [
+        *(
+            (
+                "random_cells",
+                n,
+                CELLS | change,
+                "a grid of {height} × {width} is not made of cells of {cell_height} × {cell_width}".format(
+                    **CELLS | change
+                ),
+            )
+            for n, change in [
+                (4, {"height": 5}),
+                (4, {"width": 7}),
+                (4, {"cell_height": 0}),
+                (4, {"cell_width": 0}),
+                (4, {"cell_height": -2}),
+                (4, {"cell_width": -3}),
+                (4, {"height": -4, "width": -6}),
+                (0, {"height": -2, "width": 0, "num_masked": 0}),
+                (0, {"height": 0, "width": -3, "num_masked": 0}),
+            ]
+        ),
+        *(
+            ("random_cells", n, CELLS, f"noise of shape ({n},) has not one value for each of 2 × 2 cells")
+            for n in (1, 3, 5)
+        ),
+        *(
+            ("random_cells", 4, CELLS | {"num_masked": k}, f"num_masked={k} of 24 tokens are not whole cells of 6")
+            for k in (-6, 7, 30)
+        ),
+        *(
+            ("random_cells", 24, TOKENS | {"num_masked": k}, f"num_masked={k} of 24 tokens are not whole cells of 1")
+            for k in (-1, 25)
+        ),
+        *(("disjoint_views", 4, {"num_visible": k}, f"num_visible={k} of 4 tokens cannot be visible") for k in (-1, 5)),
+    ],
+)
+def test_invalid_cells_and_views_raise_one_clear_sentence(name, n, numbers, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        getattr(copied("masking"), name)(torch.zeros(n), **numbers)

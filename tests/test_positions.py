@@ -17,6 +17,7 @@ from mimkit.tokens import take
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import copied, fast, rows, seeded, uniforms, uniforms_like
@@ -518,3 +519,12 @@ DROPPED = torch.zeros(4, dtype=torch.bool)
 def test_invalid_arguments_raise_one_clear_sentence(name, tensors, numbers, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         getattr(copied("positions"), name)(*tensors, **numbers)
+
+
+@pytest.mark.parametrize("length", [1.0, 1.5e-8, 1e-9])
+def test_features_shorter_than_1e_8_count_in_proportion_to_their_length(length):
+    tokens, guide = F.normalize(seeded(3, 5, 6) - 0.5, dim=-1), F.normalize(seeded(3, 6, seed=1) - 0.5, dim=-1)
+    cosine = (tokens * guide.unsqueeze(-2)).sum(dim=-1)
+    expected = (10 * min(1, length / 1e-8) * cosine).softmax(dim=-1)
+    torch.testing.assert_close(attentive_weights(length * tokens, guide, temperature=0.1), expected)
+    torch.testing.assert_close(attentive_weights(tokens, length * guide, temperature=0.1), expected)

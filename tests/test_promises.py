@@ -75,3 +75,11 @@ def test_tensors_are_positional_and_numbers_are_keywords(function):
     assert all(re.match(r"(Float|Int|Bool|Shaped)\[Tensor, ", annotation) for annotation in by_place)
     assert function.args.kwonlyargs or by_place
     assert function.decorator_list == []
+
+
+@every_file
+def test_equal_values_are_sorted_in_the_same_order_on_every_device(path):
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    sorting = [call for call in calls if re.search(r"\b(arg|m)?sort$", ast.unparse(call.func))]
+    unstable = [ast.unparse(call) for call in sorting if "stable=True" not in map(ast.unparse, call.keywords)]
+    assert unstable == []

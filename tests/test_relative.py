@@ -544,3 +544,21 @@ def zeros(*shape: int) -> Tensor:
 def test_invalid_arguments_raise_one_clear_sentence(name, tensors, numbers, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         getattr(copied("relative"), name)(*tensors, **numbers)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_numbers_are_computed_in_float64_for_distances_of_float32(ratio):
+    alpha, beta, gamma = of_ratio(ratio).values()
+    numbers = range(math.ceil(alpha), int(beta))
+    steps = [alpha * (gamma / alpha) ** ((number + 0.5 - alpha) / (beta - alpha)) for number in numbers]
+    below = above = torch.tensor(steps, dtype=torch.float32)
+    for _ in range(3):  # the distances closest to where the number changes
+        for distance in (below, above):
+            expected = [numbered(x, **of_ratio(ratio)) for x in distance.tolist()]
+            assert piecewise_index(distance, **of_ratio(ratio)).tolist() == expected
+        below, above = below.nextafter(torch.tensor(0.0)), above.nextafter(torch.tensor(torch.inf))
+
+
+def test_the_distance_alpha_itself_is_rounded_and_not_limited():
+    distance = torch.tensor([-1.7, -1.6, 1.6, 1.7], dtype=torch.float64)
+    assert piecewise_index(distance, alpha=1.6, beta=1.7, gamma=9.0).tolist() == [-1, -2, 2, 1]

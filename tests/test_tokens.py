@@ -284,3 +284,9 @@ def places(*shape: int) -> Tensor:
 def test_invalid_arguments_raise_one_clear_sentence(name, tensors, numbers, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         getattr(copied("tokens"), name)(*tensors, **numbers)
+
+
+@pytest.mark.parametrize(("height", "width"), [(-1, 0), (0, -1), (-2, 0)])
+def test_an_empty_grid_with_a_negative_side_raises_one_clear_sentence(height, width):
+    with pytest.raises(ValueError, match=f"^0 patches do not fill a grid of {height} × {width}$"):
+        copied("tokens").unpatchify(zeros(0, 4), height=height, width=width, patch=2)
