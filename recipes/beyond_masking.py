@@ -9,10 +9,10 @@ Paper: Beyond Masking: Demystifying Token-Based Pre-Training for Vision Transfor
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from common import recipe
-from common.config import Network, Optimization
+from common.config import Must, Network, Optimization, PositiveShare, SettingsError, Share
 from common.data.normalize import Normalize
 from common.evaluation import finetuning
 from common.networks.building import count_masked, encoder_and_decoder
@@ -57,9 +57,11 @@ class Config(recipe.Config):
     zoom: Literal["center", "anywhere", "view", "inner"] = "center"
     """zoom_in: enlarge the central window; one at a random place; see the center of a larger view as it is and predict
     the view; see the central window as it is and predict what lies outside"""
-    window: float = 160 / 224
+    window: PositiveShare = 160 / 224
     """zoom_in: side of the window, as a share of the image's"""
-    shrunken: tuple[float, ...] = (160 / 224,)
+    shrunken: Annotated[
+        tuple[float, ...], Must("above 0 and at most 1", lambda x: x and all(0 < s <= 1 for s in x))
+    ] = (160 / 224,)
     """zoom_out: side of the shrunken image, as a share; one of several at random for each image"""
     fill: Literal["mirror", "black", "foreign", "none"] = "mirror"
     """zoom_out: what surrounds it: mirror images, black, the next image of the batch, or nothing"""
@@ -69,11 +71,11 @@ class Config(recipe.Config):
     """distorted: strength of the fisheye, least and most"""
     wave: tuple[float, float] = (0.1, 10.0)
     """distorted: amplitude and frequency of the wave"""
-    kernels: tuple[int, ...] = (9,)
+    kernels: Annotated[tuple[int, ...], Must("odd numbers", lambda x: x and all(k > 0 and k % 2 for k in x))] = (9,)
     """blurred: side of the random kernel; one of several at random for each image"""
     mix: bool = False
     """blurred: kernels that mix the channels"""
-    saturation: float = 0.3
+    saturation: Share = 0.3
     """decolorized: share of the saturation that stays"""
 
 
@@ -90,8 +92,13 @@ class Task(nn.Module):
         H, W = (side + 2 * round(side * (1 / part - 1) / 2) for side in self.image_size)
         self.view_size = (H, W)
         # The part of the grid that the encoder sees, where it does not see all of it
-        part = {"block": (1 - config.mask_ratio) ** 0.5, "inner": config.window, "none": min(config.shrunken)}
+        part = {"block": max(0.0, 1 - config.mask_ratio) ** 0.5, "inner": config.window, "none": min(config.shrunken)}
         self.inner = [round(part.get(self.variant, 1) * side) for side in (self.height, self.width)]
+        seen = {"zoom_in": config.window, "zoom_out": min(config.shrunken)}.get(config.task, 1)
+        if min(*self.inner, *(_window(side, seen) for side in self.image_size)) < 1:
+            raise SettingsError(
+                f"--task {config.task}: nothing would be left of images of {' × '.join(map(str, self.image_size))}"
+            )
         tokens = self.height * self.width
         self.num_masked = tokens - self.inner[0] * self.inner[1]
         if self.variant == "random":

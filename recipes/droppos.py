@@ -10,10 +10,10 @@ Paper: DropPos: Pre-Training Vision Transformers by Reconstructing Dropped Posit
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from common import recipe
-from common.config import Network, Optimization, SettingsError
+from common.config import Must, Network, NonNegatives, Optimization, SettingsError
 from common.data.normalize import Normalize
 from common.evaluation import finetuning
 from common.networks.building import grid
@@ -43,9 +43,9 @@ class Config(recipe.Config):
     """share of the visible patches that lose their position, up to 1; the others are anchors"""
     dropped: Literal["learned", "zero", "permuted"] = "learned"
     """what stands for a dropped position: a learned vector, zeros, or the position of another one"""
-    sigma: tuple[float, float] = (1.0, 0.0)
+    sigma: NonNegatives = (1.0, 0.0)
     """width of the smoothed targets in patches, at the start and (were there one epoch more) at the end"""
-    temperature: float = 0.1
+    temperature: Annotated[float, Must("above 0", lambda x: x > 0)] = 0.1
     """patches that resemble the class token weigh more, the more so the lower this is; inf: all weigh alike"""
     confident: bool = True
     """whether patches count whose true position is already as probable as in the target"""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from common import recipe
-from common.config import Optimization, Positive
+from common.config import Optimization, Positive, SettingsError, Shares
 from common.data.normalize import Normalize
 from common.evaluation import finetuning
 from common.networks.building import count_masked, encoder_and_decoder
@@ -39,7 +39,7 @@ class Config(recipe.Config):
 
     mask_ratio: float = 0.75
     """share of the patches that is masked"""
-    hard: tuple[float, float] = (0.0, 0.5)
+    hard: Shares = (0.0, 0.5)
     """share of the masked patches that the teacher chooses, at the start and at the end. 0 0: all at random; 1 1: the
     hardest only; 0.5 0: hard to easy"""
     choose: Literal["hardest", "easiest"] = "hardest"
@@ -48,7 +48,7 @@ class Config(recipe.Config):
     """what the predictor learns: which of two patches is harder, or how hard each is"""
     target: Literal["pixels", "normalized", "features"] = "pixels"
     """what is reconstructed: pixels, as in all published commands; normalized per patch; the teacher's features"""
-    momentum: tuple[float, float] = (0.999, 0.9999)
+    momentum: Shares = (0.999, 0.9999)
     """of the teacher, in the first epoch and after --momentum-epochs"""
     momentum_epochs: Positive = 100.0
     """epochs in which the momentum rises, whatever the length of the training"""
@@ -66,6 +66,10 @@ class HPM(nn.Module):
         self.predictor = Predictor(network.decoder_dim, network.decoder_depth, network.decoder_heads, outputs)
         self.config, self.normalize, self.view_size = config, normalize, config.data.image_size
         self.num_masked = count_masked(self.height * self.width, config.mask_ratio)
+        if config.objective == "absolute" and self.num_masked < 2:
+            raise SettingsError(
+                f"--mask-ratio {config.mask_ratio} masks 1 patch, whose error is compared with no other"
+            )
         initialize_mae(self)
         self.teacher = ema_copy(self.student())
 

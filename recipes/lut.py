@@ -9,10 +9,10 @@ Paper: Learning with Unmasked Tokens Drives Stronger Vision Learners, ECCV 2024.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from common import recipe
-from common.config import Count, NonNegative, Optimization, Share
+from common.config import Count, Must, NonNegative, Optimization, Share
 from common.data.normalize import Normalize
 from common.data.views import WeakStrong
 from common.evaluation import finetuning
@@ -45,7 +45,7 @@ class ContextConfig(recipe.Config):
     """weight of the context loss beside that of the pixels; 0: pixels alone, on the first views"""
     momentum: Share = 0.996
     """momentum of the teacher's moving average in the first step; it rises to 1 as half a cosine"""
-    head_depth: tuple[int, int] = (2, 2)
+    head_depth: Annotated[tuple[int, int], Must("0 or more", lambda x: min(x) >= 0)] = (2, 2)
     """linear layers of the projector and of the predictor; 0: none"""
     head_width: Count = 4096
     """width between the layers of a head"""
@@ -198,7 +198,7 @@ PRESETS = {
     "folder": folder(IMAGENET, head_width=2048, **LINEAR),
     "imagenet": IMAGENET,
 }
-RECIPE = Recipe(LUT, PRESETS, NAMES)
+RECIPE = Recipe(LUT, PRESETS, NAMES, optional=(r"decoder\.", r"projector\.", r"predictor\."))
 
 if __name__ == "__main__":
     pretrain(RECIPE, name="lut", description=__doc__)

@@ -2,6 +2,8 @@
 
 from typing import Any, Literal
 
+from common.config import SettingsError
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -68,11 +70,11 @@ def refuse_single_images(head: nn.Module, batch: int) -> None:
         batch: images on one device at a time.
 
     Raises:
-        ValueError: if a batch norm that is in training would see one image.
+        SettingsError: if a batch norm that is in training would see one image.
     """
     for part in head.modules():
         if isinstance(part, BatchNorm) and part.training and batch * (_devices() if part.together else 1) < 2:
-            raise ValueError(
+            raise SettingsError(
                 "batch norm cannot compare a single image: change --batch-size, --device-batch or --head-norm"
             )
 
