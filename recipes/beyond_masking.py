@@ -8,9 +8,9 @@ Paper: Beyond Masking: Demystifying Token-Based Pre-Training for Vision Transfor
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from common.config import Network, Optimization
+from common.config import Must, Network, Optimization, PositiveShare, SettingsError, Share
 from common.networks import count_masked, encoder_and_decoder, initialize_truncated
 from common.pretraining import pretrain
 from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, digits, finetuning, folder
@@ -37,9 +37,11 @@ class Config(BaseConfig):
     """masked: random patches, or all patches outside a block at a random position"""
     zoom: Literal["center", "anywhere", "view", "inner"] = "center"
     """zoom_in: enlarge the central or a random window; or predict a larger view or the border from the center"""
-    window: float = 160 / 224
+    window: PositiveShare = 160 / 224
     """zoom_in: side of the window, as a fraction of the image"""
-    shrunken: tuple[float, ...] = (160 / 224,)
+    shrunken: Annotated[
+        tuple[float, ...], Must("above 0 and at most 1", lambda x: x and all(0 < s <= 1 for s in x))
+    ] = (160 / 224,)
     """zoom_out: side of the shrunken image, as a fraction; one of several is drawn at random for each image"""
     fill: Literal["mirror", "black", "foreign", "none"] = "mirror"
     """zoom_out: surroundings of the shrunken image: reflections, black, the next image of the batch, or none"""
@@ -49,11 +51,11 @@ class Config(BaseConfig):
     """distorted: range of the strength of the fisheye"""
     wave: tuple[float, float] = (0.1, 10.0)
     """distorted: amplitude and frequency of the wave"""
-    kernels: tuple[int, ...] = (9,)
+    kernels: Annotated[tuple[int, ...], Must("odd numbers", lambda x: x and all(k > 0 and k % 2 for k in x))] = (9,)
     """blurred: side of the random kernel in pixels; one of several is drawn at random for each image"""
     mix: bool = False
     """blurred: kernels that mix the channels"""
-    saturation: float = 0.3
+    saturation: Share = 0.3
     """decolorized: factor of the saturation"""
 
 
@@ -70,8 +72,11 @@ class Task(nn.Module):
         H, W = (side + 2 * round(side * (1 / part - 1) / 2) for side in self.image_size)
         self.view_size = (H, W)
         # Rows and columns of the visible block of the grid, for the variants that have one
-        part = {"block": (1 - config.mask_ratio) ** 0.5, "inner": config.window, "none": min(config.shrunken)}
+        part = {"block": max(0.0, 1 - config.mask_ratio) ** 0.5, "inner": config.window, "none": min(config.shrunken)}
         self.inner = [round(part.get(self.variant, 1) * side) for side in (self.height, self.width)]
+        seen = {"zoom_in": config.window, "zoom_out": min(config.shrunken)}.get(config.task, 1)
+        if min(*self.inner, *(round(side * seen) for side in self.image_size)) < 1:
+            raise SettingsError(f"--task {config.task}: nothing would be left of images of {H} × {W}")
         tokens = self.height * self.width
         self.num_masked = tokens - self.inner[0] * self.inner[1]
         if self.variant == "random":

@@ -9,9 +9,9 @@ Paper: DropPos: Pre-Training Vision Transformers by Reconstructing Dropped Posit
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from common.config import Network, Optimization, SettingsError
+from common.config import Must, Network, NonNegatives, Optimization, SettingsError
 from common.networks import Predictor, build_vit, initialize_mae
 from common.pretraining import pretrain
 from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, digits, finetuning, folder
@@ -37,9 +37,9 @@ class Config(BaseConfig):
     """share of the visible patches whose position is dropped, at most 1; the others are anchors"""
     dropped: Literal["learned", "zero", "permuted"] = "learned"
     """replacement of dropped positions: a learned vector, zeros, or a permutation of them"""
-    sigma: tuple[float, float] = (1.0, 0.0)
+    sigma: NonNegatives = (1.0, 0.0)
     """standard deviation of the smoothed targets in patches: in the first epoch, and in the limit at the end"""
-    temperature: float = 0.1
+    temperature: Annotated[float, Must("above 0", lambda x: x > 0)] = 0.1
     """temperature of attentive weights, which favor patches similar to the class token; inf: equal weights"""
     confident: bool = True
     """whether to include patches whose true position is already as probable as in the target"""

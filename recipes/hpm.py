@@ -10,7 +10,7 @@ Paper: Hard Patches Mining for Masked Image Modeling, arXiv 2304.05919.
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from common.config import Optimization, Positive
+from common.config import Optimization, Positive, SettingsError, Shares
 from common.networks import Predictor, count_masked, ema_copy, ema_update, encoder_and_decoder, initialize_mae
 from common.pretraining import pretrain
 from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, digits, finetuning, folder
@@ -32,7 +32,7 @@ class Config(BaseConfig):
 
     mask_ratio: float = 0.75
     """share of the patches that is masked"""
-    hard: tuple[float, float] = (0.0, 0.5)
+    hard: Shares = (0.0, 0.5)
     """initial and final share of masked patches chosen by difficulty; 0 0: all random; 0.5 0: hard to easy"""
     choose: Literal["hardest", "easiest"] = "hardest"
     """whether to choose the hardest or the easiest patches"""
@@ -40,7 +40,7 @@ class Config(BaseConfig):
     """objective of the predictor: which of two patches is harder, or the difficulty of each patch"""
     target: Literal["pixels", "normalized", "features"] = "pixels"
     """reconstruction target: pixels, as in all published commands; normalized pixels; or the teacher's features"""
-    momentum: tuple[float, float] = (0.999, 0.9999)
+    momentum: Shares = (0.999, 0.9999)
     """EMA momentum of the teacher in the first epoch and after --momentum-epochs"""
     momentum_epochs: Positive = 100.0
     """epochs over which the momentum rises, independent of the length of the training"""
@@ -58,6 +58,10 @@ class HPM(nn.Module):
         self.predictor = Predictor(network.decoder_dim, network.decoder_depth, network.decoder_heads, outputs)
         self.config, self.normalize, self.view_size = config, normalize, config.data.image_size
         self.num_masked = count_masked(self.height * self.width, config.mask_ratio)
+        if config.objective == "absolute" and self.num_masked < 2:
+            raise SettingsError(
+                f"--mask-ratio {config.mask_ratio} masks 1 patch, whose error is compared with no other"
+            )
         initialize_mae(self)
         self.teacher = ema_copy(self.student())
 

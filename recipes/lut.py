@@ -8,9 +8,9 @@ Paper: Learning with Unmasked Tokens Drives Stronger Vision Learners, ECCV 2024.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from common.config import Count, NonNegative, Optimization, Share
+from common.config import Count, Must, NonNegative, Optimization, Share
 from common.data.views import WeakStrong
 from common.networks import (
     HeadNorm,
@@ -49,7 +49,7 @@ class ContextConfig(BaseConfig):
     """weight of the context loss, relative to the pixel loss; 0: pixel loss of the first views only"""
     momentum: Share = 0.996
     """initial EMA momentum of the teacher, which rises to 1 by half a cosine"""
-    head_depth: tuple[int, int] = (2, 2)
+    head_depth: Annotated[tuple[int, int], Must("0 or more", lambda x: min(x) >= 0)] = (2, 2)
     """number of linear layers of the projector and of the predictor; 0: identity"""
     head_width: Count = 4096
     """width of the hidden layers of projector and predictor"""
@@ -184,7 +184,7 @@ PRESETS = {
     "imagenet": IMAGENET,
 }
 NAMES = {r"head\.": "projector.", **MAE_FAMILY}
-RECIPE = Recipe(LUT, PRESETS, NAMES)
+RECIPE = Recipe(LUT, PRESETS, NAMES, optional=(r"decoder\.", r"projector\.", r"predictor\."))
 
 if __name__ == "__main__":
     pretrain(RECIPE, name="lut", description=__doc__)

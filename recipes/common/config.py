@@ -40,7 +40,9 @@ Count = Annotated[int, Must("at least 1", lambda x: x >= 1)]
 Counts = Annotated[tuple[int, int], Must("two numbers of at least 1", lambda x: min(x) >= 1)]
 Positive = Annotated[float, Must("above 0", lambda x: 0 < x < math.inf)]
 NonNegative = Annotated[float, Must("0 or more", lambda x: 0 <= x < math.inf)]
+NonNegatives = Annotated[tuple[float, float], Must("0 or more", lambda x: all(0 <= v < math.inf for v in x))]
 Share = Annotated[float, Must("between 0 and 1", lambda x: 0 <= x <= 1)]
+Shares = Annotated[tuple[float, float], Must("between 0 and 1", lambda x: all(0 <= v <= 1 for v in x))]
 PositiveShare = Annotated[float, Must("above 0 and at most 1", lambda x: 0 < x <= 1)]
 BelowOne = Annotated[float, Must("at least 0 and below 1", lambda x: 0 <= x < 1)]
 Area = Annotated[tuple[float, float], Must("two shares, the smaller one first", lambda x: 0 < x[0] <= x[1] <= 1)]
@@ -102,8 +104,8 @@ class Network:
     """size of the encoder: width, depth and number of heads"""
     patch: Count = 16
     """side of a patch in pixels"""
-    decoder_dim: Count = 512
-    """width of the decoder"""
+    decoder_dim: Annotated[int, Must("a multiple of 4", lambda x: x > 0 and x % 4 == 0)] = 512
+    """width of the decoder; a quarter each holds sine and cosine of row and column"""
     decoder_depth: Count = 8
     """number of blocks of the decoder"""
     decoder_heads: Count = 16

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from common.config import SettingsError
 from mimkit.relative import buckets_of, contextual_bias
 
 import torch
@@ -117,7 +118,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         if dim % heads:
-            raise ValueError(f"width {dim} cannot be shared by {heads} heads")
+            raise SettingsError(f"width {dim} cannot be shared by {heads} heads")
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=key_bias)
         if not key_bias:

@@ -2,6 +2,8 @@
 
 from typing import Any, Literal
 
+from common.config import SettingsError
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -72,11 +74,11 @@ def refuse_single_images(head: nn.Module, batch: int) -> None:
         batch: images per device and micro-batch.
 
     Raises:
-        ValueError: if the batch of a batch norm in training mode is a single image.
+        SettingsError: if the batch of a batch norm in training mode is a single image.
     """
     for part in head.modules():
         if isinstance(part, BatchNorm) and part.training and batch * (_devices() if part.together else 1) < 2:
-            raise ValueError(
+            raise SettingsError(
                 "batch norm cannot compare a single image: change --batch-size, --device-batch or --head-norm"
             )
 
