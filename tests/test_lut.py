@@ -1,6 +1,7 @@
-"""LUT: disjoint views of the tokens, two views of an image, heads with batch norm, a teacher that follows."""
+"""LUT: disjoint views of the tokens, two views of an image, heads with batch norm, a teacher by moving average."""
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -8,14 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.data.loading import Views
+from common.data.loading import ViewDataset
 from common.data.normalize import Normalize
 from common.data.sources import Digits
 from common.data.views import WeakStrong, padded_crop, recolor
 from common.files import read_tensors
-from common.networks.ema import teacher_of
+from common.networks.ema import ema_copy
 from common.networks.projectors import BatchNorm, mlp, refuse_single_images, share_statistics
 from common.pretraining import pretrain
+from common.training.log import read_metrics
 from mimkit.masking import disjoint_views, random_tokens
 
 import finetune
@@ -27,10 +29,12 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import copied, fast, noise_and_count, rows, seeded
-from test_recipes import SMALL, metrics, recipe
 from torch import Generator, Tensor, nn
 
 FEW = ["--head-width", "32", "--size", "nano", "--decoder-dim", "24", "--decoder-depth", "1", "--decoder-heads", "2"]
+SMALL = shlex.split(
+    "--image-size 16 16 --patch 4 --epochs 2 --batch-size 260 --warmup-epochs 1 --workers 0 --log-every 2"
+)
 
 
 # Masks
@@ -119,7 +123,7 @@ def test_the_first_view_is_the_image_shifted_and_flipped_and_nothing_else():
 
 def test_the_second_view_is_gray_solarized_or_blurred_and_its_place_is_its_own(monkeypatch):
     calls = []
-    monkeypatch.setattr("common.images.recolor", lambda view, *args, **more: calls.append((*args, more)) or view)
+    monkeypatch.setattr("common.data.views.recolor", lambda view, *args, **more: calls.append((*args, more)) or view)
     views, image = WeakStrong((8, 8)), picture(3, 8, 8)
     pairs = [views(image, Generator().manual_seed(seed)) for seed in range(1000)]
     effects = [effect for _, effect, _ in calls]
@@ -159,7 +163,7 @@ def test_views_depend_on_seed_epoch_and_image_and_decode_it_once(monkeypatch):
     source, decoded = Digits("train"), []
     image = source.image
     monkeypatch.setattr(source, "image", lambda index: decoded.append(index) or image(index))
-    views = Views(source, WeakStrong((16, 16), flip=0.0), seed=3)
+    views = ViewDataset(source, WeakStrong((16, 16), flip=0.0), seed=3)
     first, again, later = views[0, 5], views[0, 5], views[1, 5]
     assert decoded == [5, 5, 5]
     assert all(one.equal(other) for one, other in zip(first, again, strict=True))
@@ -234,9 +238,9 @@ def test_batch_norm_over_two_devices_is_that_of_all_images_and_else_statistics_a
 
 
 def small(**more: Any) -> lut.Config:
-    images = replace(lut.PRESETS["digits"].images, image_size=(16, 16))
-    network = replace(lut.PRESETS["digits"].network, decoder_dim=24, decoder_heads=2)
-    return replace(lut.PRESETS["digits"], data=data, network=network, head_width=32, **more)
+    digits = lut.PRESETS["digits"]
+    data, network = replace(digits.data, image_size=(16, 16)), replace(digits.network, decoder_dim=24, decoder_heads=2)
+    return replace(digits, data=data, network=network, head_width=32, **more)
 
 
 def method_of(config: lut.Config | mae.Config) -> Any:
@@ -251,8 +255,7 @@ def batch() -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
 
 def test_the_pixels_are_maes_on_the_first_view():
     method, (images, noise) = method_of(small()), batch()
-    config = mae.Config(images=small().images, network=small().network)
-    other = method_of(config)
+    other = method_of(mae.Config(data=small().data, network=small().network))
     other.load_state_dict({name: tensor for name, tensor in method.state_dict().items() if name in other.state_dict()})
     losses = method(images, noise, torch.tensor(0.0))
     torch.testing.assert_close(losses["pixels"], other(images[0], noise, torch.tensor(0.0))["loss"])
@@ -279,13 +282,13 @@ def test_the_student_sees_a_quarter_of_each_view_and_the_teacher_all_of_both():
     assert seen == [(5, 4, 16), (5, 4, 16), (10, 16, 16)]
 
 
-def test_the_teacher_starts_as_the_student_stays_in_evaluation_and_follows_with_its_statistics():
+def test_the_teacher_starts_as_the_student_stays_in_evaluation_mode_and_averages_statistics_too():
     method, (images, noise) = method_of(small(momentum=0.75)), batch()
     student = dict(method.student().state_dict())
     assert all(tensor.equal(student[name]) for name, tensor in method.teacher.state_dict().items())
     assert not any(part.training for part in method.teacher.modules())
     assert method.projector[1].training
-    before = teacher_of(method.teacher).state_dict()
+    before = ema_copy(method.teacher).state_dict()
     method(images, noise, torch.tensor(0.0))
     assert all(tensor.equal(before[name]) for name, tensor in method.teacher.state_dict().items())
     method.after_step(torch.tensor(0.0, dtype=torch.float64))
@@ -294,7 +297,7 @@ def test_the_teacher_starts_as_the_student_stays_in_evaluation_and_follows_with_
         torch.testing.assert_close(after[name], 0.75 * before[name] + 0.25 * student[name])
         assert not after[name].equal(before[name])
     assert method.projector[1].num_batches_tracked == 2  # one for each view
-    kept = teacher_of(method.teacher).state_dict()
+    kept = ema_copy(method.teacher).state_dict()
     method.after_step(torch.tensor(1.0, dtype=torch.float64))  # momentum has risen to 1
     torch.testing.assert_close(method.teacher.state_dict(), kept)
 
@@ -302,24 +305,17 @@ def test_the_teacher_starts_as_the_student_stays_in_evaluation_and_follows_with_
 def test_the_spread_is_one_for_directions_all_over_and_zero_for_one_direction(monkeypatch):
     method, (images, _) = method_of(small()), batch()
     for targets, spread in ((torch.eye(96).repeat(2, 1), 0.99), (torch.ones(10, 96), 0.0)):
-        monkeypatch.setattr(method, "ask_teacher", lambda _, targets=targets: targets)
+        monkeypatch.setattr(method.teacher[1], "forward", lambda _, targets=targets: targets)
         many = tuple(view.repeat(20, 1, 1, 1)[: len(targets) // 2] for view in images)
         losses = method(many, {"mask": seeded(len(targets) // 2, 16)}, torch.tensor(0.0))
         assert float(losses["spread"]) == pytest.approx(spread, abs=0.01)
-
-
-def test_every_form_is_one_graph_that_waits_for_nothing():
-    script = Path(__file__).parent / "forms_of_lut.py"
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 7
 
 
 @pytest.mark.parametrize("args", [["--batch-size", "1"], ["--batch-size", "4", "--device-batch", "1"]])
 def test_a_single_image_at_a_time_is_one_sentence(args, tmp_path):
     args = [*FEW, "--image-size", "16", "16", "--evaluate", *args, "--device", "cpu", "--runs", str(tmp_path)]
     with pytest.raises(SystemExit) as ended:
-        pretrain(lut.METHOD, lut.PRESETS, name="lut", description=None, args=[*args, "--workers", "0"])
+        pretrain(lut.RECIPE, name="lut", args=[*args, "--workers", "0"])
     assert "batch norm cannot compare a single image: change --batch-size, --device-batch or --head-norm" in str(
         ended.value
     )
@@ -332,15 +328,14 @@ def final(folder: Path) -> dict[str, Tensor]:
 
 def test_a_resumed_run_has_the_same_teacher_and_statistics_bit_for_bit(tmp_path):
     args = [*SMALL, *FEW, "--evaluate", "--device", "cpu", "--checkpoint-minutes", "0", "--keep", "99"]
-    run = {"name": "lut", "description": None, "args": [*args, "--runs", str(tmp_path)]}
-    pretrain(lut.METHOD, lut.PRESETS, **run)
+    args += ["--runs", str(tmp_path)]
+    pretrain(lut.RECIPE, name="lut", args=args)
     whole, folder = final(tmp_path / "lut"), tmp_path / "lut"
     steps = sorted((folder / "checkpoint").glob("step_*"))
     assert len(steps) == 5
     for step in steps[2:]:
         shutil.rmtree(step)
-    run["args"].append("--resume")
-    pretrain(lut.METHOD, lut.PRESETS, **run)
+    pretrain(lut.RECIPE, name="lut", args=[*args, "--resume"])
     resumed = final(folder)
     assert {"method.teacher.1.1.running_var", "method.predictor.1.running_mean"} < set(whole)
     assert not whole["method.teacher.0.blocks.0.mlp.fc1.weight"].equal(whole["method.encoder.blocks.0.mlp.fc1.weight"])
@@ -348,20 +343,51 @@ def test_a_resumed_run_has_the_same_teacher_and_statistics_bit_for_bit(tmp_path)
     assert [name for name in whole if not whole[name].equal(resumed[name])] == []
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """The steps are small: batch norm enlarges what the order of a sum changes. It sees whole batches, in one piece."""
-    args = [*SMALL, *FEW, "--evaluate", "--device", "cpu", "--runs", tmp_path, "--base-lr", "1e-4"]
-    args += ["--device-batch", "260"]
-    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone")
-    recipe("lut", *args, "--name", "one")
-    recipe("lut", *args, "--name", "two", before=torchrun)
+def test_two_processes_equal_one(tmp_path: Path):
+    """The steps are small: batch norm amplifies what the order of a sum changes. Its batches are not accumulated."""
+    args = [*SMALL, *FEW, *shlex.split("--evaluate --device cpu --base-lr 1e-4 --device-batch 260")]
+    args += ["--runs", str(tmp_path)]
+    pretrain(lut.RECIPE, name="lut", args=[*args, "--name", "one"])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
+    done = subprocess.run([*torchrun, lut.__file__, *args, "--name", "two"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     one, two = final(tmp_path / "one"), final(tmp_path / "two")
     for name in one:
         if "running" in name or "teacher" in name:
             torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-    for record, other in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+    metrics = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
+    assert len(metrics[0]) == 5
+    for record, other in zip(*metrics, strict=True):
         assert record["pixels"] == pytest.approx(other["pixels"], rel=1e-4)
         assert record["context"] == pytest.approx(other["context"], rel=1e-3)
+
+
+def test_a_published_checkpoint_has_neither_predictor_nor_teacher(tmp_path: Path):
+    original, fresh = method_of(small()), method_of(small(momentum=0.5))
+    with torch.no_grad():
+        for i, parameter in enumerate(original.parameters()):
+            parameter.add_(seeded(*parameter.shape, seed=i), alpha=0.1)
+    published = {}
+    for name, tensor in original.state_dict().items():
+        if not name.startswith(("predictor.", "teacher.", "normalize.")):
+            name = (
+                name.removeprefix("encoder.").replace("projector.", "head.").replace("decoder.head.", "decoder_pred.")
+            )
+            published[name.replace("decoder.mask_token", "mask_token").replace("decoder.", "decoder_")] = tensor
+    torch.save({"model": published}, tmp_path / "lut.pth")
+    report = lut.RECIPE.load(fresh, tmp_path / "lut.pth")
+    assert report.dropped == []
+    assert all(name.startswith(("predictor.", "teacher.", "normalize.")) for name in report.missing)
+    own = original.state_dict()
+    for name, tensor in fresh.state_dict().items():
+        if name.startswith("teacher."):  # starts as a copy of the student that was loaded
+            name = name.replace("teacher.0.", "encoder.").replace("teacher.1.", "projector.")
+        assert name.startswith("predictor.") or tensor.equal(own[name]), name
+
+    encoder = {name: tensor for name, tensor in published.items() if not name.startswith(("head", "decoder", "mask"))}
+    torch.save({"model": encoder}, tmp_path / "encoder.pth")
+    report = lut.RECIPE.load(fresh, tmp_path / "encoder.pth")
+    assert not any(name.startswith("encoder.") for name in report.missing)
 
 
 def test_fine_tuning_presets_are_those_of_table_d():

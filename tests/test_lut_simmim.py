@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from common.data.normalize import Normalize
+from mimkit.tokens import patchify
 
 import lut_simmim
 import pytest
@@ -73,9 +74,15 @@ def test_with_the_context_alone_there_is_no_head_and_every_other_weight_learns()
 
 def test_the_teacher_sees_every_patch_of_both_views_and_no_mask_token() -> None:
     method, views, noise = build(drop_path=0.0)
-    before = method.ask_teacher(torch.zeros(2, 64, 16))
+    seen: list[Tensor] = []
+    projected: list[Tensor] = []
+    method.teacher[0].register_forward_hook(lambda _, given, __: seen.append(given[0]))
+    method.teacher[1].register_forward_hook(lambda *args: projected.append(args[-1]))
+    assert method(views, noise, START)["context"].isfinite()
+    patches = [patchify(method.normalize(view), patch=method.patch) for view in views]
+    assert seen[0].equal(torch.cat(patches))
     with torch.no_grad():
         method.teacher.get_parameter("0.mask_token").add_(1.0)
-    torch.testing.assert_close(method.ask_teacher(torch.zeros(2, 64, 16)), before)
+    method(views, noise, START)
+    torch.testing.assert_close(projected[1], projected[0])
     assert not method.teacher.training
-    assert method(views, noise, START)["context"].isfinite()

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.config import DataSettings, Network, Optimization
+from common.config import DataSettings, Network, Optimization, SettingsError
 from common.data.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from common.evaluation.finetuning import Classifier
 from common.networks import attention
@@ -16,6 +16,7 @@ from common.networks.building import masking_encoder, whole_cells
 from common.networks.decoder import PixelHead
 from common.networks.initialization import initialize_simmim
 from common.networks.vit import Block, ViT
+from common.report.reconstruction import pictures_of
 from common.training.optimizer import parameter_groups
 from common.training.schedules import by_last_step, learning_rate
 from common.weights.encoders import export, load_encoder
@@ -455,7 +456,7 @@ def test_the_presets_are_the_published_ones():
 def method(**changes: Any) -> simmim.SimMIM:
     data = DataSettings(image_size=(16, 32), channels=changes.pop("channels", 3))
     config = replace(simmim.PRESETS["digits"], data=data, network=Network(size="nano", patch=4), **changes)
-    return shaken(simmim.SimMIM(config, Normalize([0.4] * images.channels, [0.2] * images.channels)))
+    return shaken(simmim.SimMIM(config, Normalize([0.4] * data.channels, [0.2] * data.channels)))
 
 
 def views(channels: int = 3) -> Tensor:
@@ -489,15 +490,33 @@ def test_masked_pixels_are_a_target_and_never_an_input():
     made, images = method(), views()
     noise = chance(made)
     masked = pixel_mask(made, noise)
-    before = made.pictures(images, noise).columns
-    after = made.pictures(torch.where(masked, 255 - images, images), noise).columns
-    assert before["prediction"].equal(after["prediction"])
-    assert before["seen"].equal(after["seen"])
-    assert not before["target"].equal(after["target"])
-    difference = (before["prediction"] - before["input"]).abs() * ~masked
-    assert difference.max() < 1e-5
-    changed = made.pictures(torch.where(masked, images, 255 - images), noise).columns
-    assert not torch.allclose(changed["prediction"] * masked, before["prediction"] * masked, atol=1e-3)
+    hidden_changed, visible_changed = (
+        torch.where(masked, 255 - images, images),
+        torch.where(masked, images, 255 - images),
+    )
+    prediction, target, _ = made.reconstruct(images, noise)
+    after, after_target, _ = made.reconstruct(hidden_changed, noise)
+    assert prediction.equal(after)
+    assert not target.equal(after_target)
+    assert not torch.allclose(made.reconstruct(visible_changed, noise)[0], prediction, atol=1e-3)
+    drawn, other = (pictures_of(made, some, noise).columns for some in (images, hidden_changed))
+    assert list(drawn) == ["input", "seen", "reconstruction"]
+    assert drawn["seen"].equal(other["seen"])
+    close(drawn["reconstruction"], other["reconstruction"])
+    difference = (drawn["reconstruction"] - drawn["input"]).abs()
+    assert (difference * ~masked).max() < 1e-5
+    assert (difference * masked).max() > 0.1
+
+
+def test_a_windowed_target_is_drawn_beside_its_prediction():
+    made, images = method(target="window", window=5), views()
+    noise = chance(made)
+    columns, masked = pictures_of(made, images, noise).columns, pixel_mask(made, noise)
+    assert list(columns) == ["input", "seen", "prediction", "target", "reconstruction"]
+    for title in ("prediction", "target"):  # of the masked patches alone
+        outside = columns[title].masked_select(~masked)
+        assert (outside == outside[0]).all()
+        assert columns[title].masked_select(masked).std() > 0.01
 
 
 def test_cells_are_masked_whole_and_their_count_is_rounded_up():
@@ -520,7 +539,7 @@ def test_cells_are_masked_whole_and_their_count_is_rounded_up():
     ],
 )
 def test_cells_that_do_not_fit_are_one_sentence(cell: int, ratio: float, sentence: str):
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
+    with pytest.raises(SettingsError) as caught:
         method(cell=cell, mask_ratio=ratio)
     assert str(caught.value) == sentence
 
@@ -569,12 +588,11 @@ def published(made: simmim.SimMIM, path: Path) -> Path:
     return path
 
 
-def test_a_published_checkpoint_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_published_checkpoint_goes_on_where_it_was(tmp_path: Path):
     original = shaken(square())
     path = published(original, tmp_path / "simmim.pth")
-    loaded = square(weights=path)
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == f"{path}:"
+    loaded = square()
+    printed = str(simmim.RECIPE.load(loaded, path)).splitlines()
     assert "renamed  decoder.0.weight → head.proj.weight" in printed
     assert "dropped  encoder.rel_pos_bias.relative_position_index" in printed
     images, noise = views()[..., :16], {"mask": seeded(2, 4)}
