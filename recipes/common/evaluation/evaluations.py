@@ -98,7 +98,7 @@ EVALUATIONS = {
     "budget": Evaluation("from scratch, same wall-clock time", _budget),
     "linear": Evaluation("linear probe of the frozen encoder", _linear, trains=False),
     "knn": Evaluation("k-NN on the frozen encoder", _knn, trains=False),
-    "nonlinear": Evaluation("new blocks behind the frozen encoder", _nonlinear),
+    "nonlinear": Evaluation("non-linear probe of the frozen encoder", _nonlinear),
 }
 
 
