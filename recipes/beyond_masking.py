@@ -77,10 +77,8 @@ class Task(nn.Module):
         seen = {"zoom_in": config.window, "zoom_out": min(config.shrunken)}.get(config.task, 1)
         if min(*self.inner, *(round(side * seen) for side in self.image_size)) < 1:
             raise SettingsError(f"--task {config.task}: nothing would be left of images of {H} × {W}")
-        tokens = self.height * self.width
-        self.num_masked = tokens - self.inner[0] * self.inner[1]
-        if self.variant == "random":
-            self.num_masked = count_masked(tokens, config.mask_ratio)
+        tokens, random = self.height * self.width, self.variant == "random"
+        self.num_masked = count_masked(tokens, config.mask_ratio) if random else tokens - self.inner[0] * self.inner[1]
         initialize_truncated(self)
 
     @property

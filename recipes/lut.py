@@ -10,20 +10,9 @@ Paper: Learning with Unmasked Tokens Drives Stronger Vision Learners, ECCV 2024.
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from common import networks
 from common.config import Count, Must, NonNegative, Optimization, Share
 from common.data.views import WeakStrong
-from common.networks import (
-    HeadNorm,
-    Teacher,
-    cosine_momentum,
-    count_masked,
-    ema_update,
-    encoder_and_decoder,
-    initialize_mae,
-    mlp,
-    refuse_single_images,
-    share_statistics,
-)
 from common.pretraining import pretrain
 from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, digits, finetuning, folder
 from common.report import Pictures, gray_out, reconstruction
@@ -53,7 +42,7 @@ class ContextConfig(BaseConfig):
     """number of linear layers of the projector and of the predictor; 0: identity"""
     head_width: Count = 4096
     """width of the hidden layers of projector and predictor"""
-    head_norm: HeadNorm = "batch"
+    head_norm: networks.HeadNorm = "batch"
     """norm of the hidden layers; batch norm needs about 64 images per micro-batch"""
     sync_norm: bool = True
     """synchronize batch norm over all devices; without, only running statistics are averaged"""
@@ -72,23 +61,23 @@ class Config(ContextConfig):
 class LUT(nn.Module):
     def __init__(self, config: Config, normalize: Normalize) -> None:
         super().__init__()
-        self.encoder, decoder = encoder_and_decoder(config.data, config.network)
+        self.encoder, decoder = networks.encoder_and_decoder(config.data, config.network)
         self.decoder = decoder if config.loss == "both" else None
         self.height, self.width, self.patch = self.encoder.height, self.encoder.width, self.encoder.patch
         self.projector, self.predictor = heads(self.encoder.dim, config)
         self.config, self.normalize, self.view_size = config, normalize, config.data.image_size
         self.views = WeakStrong(self.view_size, flip=config.data.flip)
-        self.num_masked = count_masked(self.height * self.width, config.mask_ratio)
+        self.num_masked = networks.count_masked(self.height * self.width, config.mask_ratio)
         self.num_visible = self.height * self.width - self.num_masked
-        initialize_mae(self)
-        self.teacher = Teacher(self.student())
+        networks.initialize_mae(self)
+        self.teacher = networks.Teacher(self.student())
 
     def student(self) -> nn.ModuleList:
         """Return the networks of which the teacher is an exponential moving average."""
         return nn.ModuleList([self.encoder, self.projector])
 
     def noise(self, rand: Rand, batch: int) -> dict[str, Tensor]:
-        refuse_single_images(self, batch)
+        networks.refuse_single_images(self, batch)
         return {"mask": rand(batch, self.height * self.width)}
 
     def forward(self, images: ViewPair, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
@@ -138,7 +127,7 @@ class LUT(nn.Module):
 def heads(dim: int, config: ContextConfig) -> tuple[nn.Module, nn.Module]:
     """Build the projector and the predictor."""
     how = {"width": config.head_width, "norm": config.head_norm, "together": config.sync_norm}
-    return mlp(dim, depth=config.head_depth[0], **how), mlp(dim, depth=config.head_depth[1], **how)
+    return networks.mlp(dim, depth=config.head_depth[0], **how), networks.mlp(dim, depth=config.head_depth[1], **how)
 
 
 def context_losses(method: Any, means: ViewPair, patches: Tensor) -> dict[str, Tensor]:
@@ -158,8 +147,8 @@ def context_losses(method: Any, means: ViewPair, patches: Tensor) -> dict[str, T
 
 def update_teacher(method: Any, progress: Tensor) -> None:
     """Update the moving average, including the running statistics of batch norm."""
-    share_statistics(method)
-    ema_update(method.teacher, method.student(), cosine_momentum(progress, method.config.momentum))
+    networks.share_statistics(method)
+    networks.ema_update(method.teacher, method.student(), networks.cosine_momentum(progress, method.config.momentum))
 
 
 def view_pictures(
