@@ -86,7 +86,7 @@ def test_measured_difficulty_is_the_mean_error_over_the_masks_that_hide_a_patch(
 def test_half_of_the_patches_are_seen_the_hardest_or_the_easiest(part: half_patches.Part, seen: list[int]) -> None:
     method = hpm.HPM(hpm.PRESETS["digits"], Normalize([0.5], [0.5]))
     method.height, method.width = 1, 4
-    method.ask_teacher = lambda patches: (torch.tensor([[0.1, 0.4, 0.2, 0.3]]), patches)
+    method.predict_difficulty = lambda patches: (torch.tensor([[0.1, 0.4, 0.2, 0.3]]), patches)  # pyright: ignore
     chosen = half_patches.Half(method, part, 0.5)(torch.zeros(1, 4, 16), torch.rand(1, 4))
     assert chosen.tolist() == [seen]
     by_chance = half_patches.Half(method, "random", 0.5)

@@ -50,7 +50,7 @@ def test_an_upward_import_a_hidden_one_and_a_circle_are_found(tmp_path: Path, mo
 
 
 def test_lines_of_code_leave_out_docstring_comments_and_empty_lines() -> None:
-    text = 'def f(x):\n    """One.\n\n    Two.\n    """\n    # why\n\n    return x\n'
+    text: str = 'def f(x):\n    """One.\n\n    Two.\n    """\n    # why\n\n    return x\n'
     function = ast.parse(text).body[0]
     assert isinstance(function, ast.FunctionDef)
-    assert house.code_lines(function, text.splitlines()) == 2
+    assert house.code_lines(function, [*text.splitlines()]) == 2

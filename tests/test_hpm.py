@@ -7,8 +7,10 @@ from typing import Any
 
 from common.config import Optimization, Run
 from common.data.normalize import Normalize
+from common.data.sources import open_data
 from common.networks.vit import SIZES
 from common.pretraining import pretrain
+from common.runs import Stage
 from common.training.distributed import Processes
 from common.training.engine import train
 from common.training.optimizer import parameter_groups
@@ -23,7 +25,10 @@ import torch
 from strategies import seeded
 from torch import Tensor, nn
 
-RECIPES: dict[str, Any] = {"hpm": (hpm.HPM, hpm.DIGITS), "droppos": (droppos.DropPos, droppos.DIGITS)}
+RECIPES: dict[str, Any] = {
+    "hpm": (hpm.HPM, hpm.PRESETS["digits"]),
+    "droppos": (droppos.DropPos, droppos.PRESETS["digits"]),
+}
 BOTH = pytest.mark.parametrize("name", RECIPES)
 
 
@@ -120,14 +125,14 @@ def test_only_the_tables_are_frozen_and_stay_as_they_are(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "settings"), [("hpm", {}), ("droppos", {"temperature": torch.inf}), ("droppos", {"temperature": 0.1})]
 )
-def test_the_loss_of_a_batch_is_the_mean_of_its_pieces(name: str, settings: dict[str, Any]) -> None:
+def test_the_loss_of_a_batch_is_the_mean_of_its_micro_batches(name: str, settings: dict[str, Any]) -> None:
     """So two devices equal one. Where DropPos weighs patches by attention, it divides by the sum of the weights of what
-    is on a device at a time: there a batch in pieces is only nearly the same, as in the published code."""
+    is on a device at a time: there a batch in micro-batches is only nearly the same, as in the published code."""
     method = method_of(name, **settings)
     views, noise, now = views_of(method), noise_of(method), at(7, method)
-    pieces = [method(views[i::2], {k: n[i::2] for k, n in noise.items()}, now) for i in range(2)]
+    micro_batches = [method(views[i::2], {k: n[i::2] for k, n in noise.items()}, now) for i in range(2)]
     for key, value in method(views, noise, now).items():
-        mean = (pieces[0][key] + pieces[1][key]) / 2
+        mean = (micro_batches[0][key] + micro_batches[1][key]) / 2
         exact = not key.startswith(("loss", "weighted")) or settings.get("temperature") != 0.1
         torch.testing.assert_close(mean, value, rtol=1e-5 if exact else 0.02, atol=0.0 if exact else 0.02)
         assert exact or key != "loss" or mean != value
@@ -150,16 +155,17 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(name: str, tmp_path: Path) -
                     raise InterruptedError
                 yield torch.cat([seeded(1, 1, 32, 32, seed=epoch + 10 * index) for epoch, index in samples])
 
+    data = open_data(RECIPES[name][1].data, seed=0)
+
     def trained(folder: str, *, resume: bool = False, last: int = 99) -> dict[str, Tensor]:
         method = method_of(name, optimization=settings)
+        run = Run(precision="fp32", compile="off", log_every=1, checkpoint_minutes=0.0, resume=resume)
         train(
             method,
             lambda batches: Images(batches, last),
-            images=8,
+            num_images=8,
             settings=settings,
-            run=Run(precision="fp32", compile="off", log_every=1, checkpoint_minutes=0.0, resume=resume),
-            folder=tmp_path / folder,
-            place=Processes(0, 1, torch.device("cpu")),
+            stage=Stage(Processes(0, 1, torch.device("cpu")), data, run, tmp_path / folder, "pre-training"),
         )
         return method.state_dict()
 
@@ -176,16 +182,16 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(name: str, tmp_path: Path) -
     [
         ("hpm", ["--mask-ratio", "1"], "--mask-ratio 1.0 of 64 patches does not leave both masked and visible ones"),
         ("hpm", ["--mask-ratio", "0"], "--mask-ratio 0.0 of 64 patches does not leave both masked and visible ones"),
-        ("hpm", ["--momentum-epochs", "0"], "--momentum-epochs 0.0 is not above 0"),
+        ("hpm", ["--momentum-epochs", "0"], "--momentum-epochs 0.0: must be above 0"),
         ("droppos", ["--mask-ratio", "1"], "--mask-ratio 1.0 and --drop-ratio 0.75 of 64 leave nothing to locate"),
         ("droppos", ["--mask-ratio", "nan"], "--mask-ratio nan and --drop-ratio 0.75 of 64 leave nothing to locate"),
         ("droppos", ["--drop-ratio", "0"], "--mask-ratio 0.75 and --drop-ratio 0.0 of 64 leave nothing to locate"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence(name: str, args: list[str], sentence: str, tmp_path: Path) -> None:
-    method, digits = RECIPES[name]
+    recipe = {"hpm": hpm.RECIPE, "droppos": droppos.RECIPE}[name]
     with pytest.raises(SystemExit) as ended:
-        pretrain(method, {"digits": digits}, name=name, description=None, args=[*args, "--runs", str(tmp_path)])
+        pretrain(recipe, name=name, args=[*args, "--runs", str(tmp_path)])
     assert ended.value.code == f"{name}: {sentence}"
 
 
@@ -243,7 +249,7 @@ def test_no_gradient_reaches_the_teacher() -> None:
     ("epoch", "momentum"), [(0, 0.9), (0.99, 0.9), (1, 0.91), (5.5, 0.95), (9, 0.99), (10, 1), (15, 1)]
 )
 def test_the_teacher_moves_by_exactly_one_minus_its_momentum(epoch: float, momentum: float) -> None:
-    optimization = replace(hpm.DIGITS.optimization, epochs=20)
+    optimization = replace(hpm.PRESETS["digits"].optimization, epochs=20)
     method = method_of("hpm", momentum=(0.9, 1.0), momentum_epochs=10.0, optimization=optimization)
     with torch.no_grad():
         for parameter in method.parameters():
@@ -260,7 +266,7 @@ def test_the_teacher_moves_by_exactly_one_minus_its_momentum(epoch: float, momen
 def test_the_teacher_starts_with_what_the_student_predicts_of_the_whole_image() -> None:
     method = method_of("hpm")
     patches = patchify(method.normalize(views_of(method)), patch=method.patch)
-    difficulty, features = method.ask_teacher(patches)
+    difficulty, features = method.predict_difficulty(patches)
     every = torch.arange(64).expand(len(patches), -1)
     latent = method.encoder(patches, method.encoder.positions[every])
     sequence = method.decoder.sequence(latent, every, every[:, :0])
@@ -273,7 +279,7 @@ def test_the_target_is_that_of_the_masked_patches(target: str) -> None:
     method = method_of("hpm", target=target)
     views, noise, now = views_of(method), noise_of(method), at(20, method)
     patches = patchify(method.normalize(views), patch=method.patch)
-    difficulty, features = method.ask_teacher(patches)
+    difficulty, features = method.predict_difficulty(patches)
     _, masked = split(method.mask(difficulty, noise, now), num_masked=method.num_masked)
     right = {"pixels": patches, "normalized": normalized_patches(patches), "features": 3 * features}[target]
     method.decoder.predict = lambda *_: take(right, masked)

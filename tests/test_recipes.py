@@ -154,19 +154,21 @@ def test_without_a_test_split_it_says_so_and_pre_trains(pictures: Path, tmp_path
         (["--mask-ratio", "1"], "--mask-ratio 1.0 of 64 patches does not leave both masked and visible ones"),
         (["--view-size", "47", "46"], "--view-size 47 is not an even number more than --image-size 32"),
         (["--statistics", "imagenet"], "ImageNet's mean and std have 3 channels, not 1: use --statistics data"),
-        (["--finetune.batch-size", "101"], "100 labeled images do not fill a batch of 101: --finetune.batch-size"),
+        (
+            ["--finetune.batch-size", "101"],
+            "do not fill a batch of 101: use a smaller --finetune.batch-size",
+        ),
         (["--data", "nowhere"], "nowhere"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence(args: list[str], sentence: str, tmp_path: Path) -> None:
     args = [*args, "--preset", "digits", "--runs", str(tmp_path)]
-    presets = {"digits": beyond_masking_integrated.DIGITS}
     with pytest.raises(SystemExit) as ended:
-        pretrain(beyond_masking_integrated.Integrated, presets, name="integrated", description=None, args=args)
+        pretrain(beyond_masking_integrated.RECIPE, name="integrated", args=args)
     assert sentence in str(ended.value.code)
     assert not list(tmp_path.glob("*/checkpoint"))
     with pytest.raises(SystemExit) as again:  # and does not stand in the way of the next try
-        pretrain(beyond_masking_integrated.Integrated, presets, name="integrated", description=None, args=args)
+        pretrain(beyond_masking_integrated.RECIPE, name="integrated", args=args)
     assert str(again.value.code) == str(ended.value.code)
 
 
@@ -233,21 +235,15 @@ def test_a_gpu_compiles_the_whole_training(name: str, tmp_path: Path) -> None:
     assert all(np.isfinite(record["loss"]) for record in metrics(tmp_path / name))
 
 
-def test_every_form_of_a_task_is_one_graph_that_waits_for_nothing() -> None:
-    done = subprocess.run([sys.executable, ROOT / "tests" / "forms_of_tasks.py"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 25
-
-
 @pytest.mark.parametrize(
     ("make", "digits"),
     [
-        (mae.MAE, mae.DIGITS),
-        (beyond_masking_integrated.Integrated, beyond_masking_integrated.DIGITS),
-        (hpm.HPM, hpm.DIGITS),
-        (droppos.DropPos, droppos.DIGITS),
-        (lomar.LoMaR, lomar.DIGITS),
-        (mae.MAE, replace(mae.DIGITS, positions="relative")),
+        (mae.MAE, mae.PRESETS["digits"]),
+        (beyond_masking_integrated.Integrated, beyond_masking_integrated.PRESETS["digits"]),
+        (hpm.HPM, hpm.PRESETS["digits"]),
+        (droppos.DropPos, droppos.PRESETS["digits"]),
+        (lomar.LoMaR, lomar.PRESETS["digits"]),
+        (mae.MAE, replace(mae.PRESETS["digits"], positions="relative")),
     ],
 )
 def test_a_step_never_waits_for_the_device(make: Any, digits: Any) -> None:
@@ -273,7 +269,7 @@ def test_weights_that_are_not_finite_are_neither_kept_nor_exported(
     with pytest.raises(
         SystemExit, match=f"weights after step {last + 1} are not finite; the checkpoint of step {last}"
     ):
-        pretrain(mae.MAE, mae.PRESETS, name="mae", description=None, args=[*args, "--checkpoint-minutes", "0"])
+        pretrain(mae.RECIPE, name="mae", args=[*args, "--checkpoint-minutes", "0"])
     assert not (tmp_path / "mae" / "encoder.safetensors").exists()
     for tensor in kept(tmp_path / "mae").values():
         assert not tensor.is_floating_point() or tensor.isfinite().all()

@@ -23,7 +23,7 @@ from reconstruct import Config
 from test_config import MODULES
 from test_recipes import RECIPES, SMALL, recipe
 
-METHODS: dict[str, Any] = {module.__name__: module for module in MODULES if hasattr(module, "METHOD")}
+METHODS: dict[str, Any] = {module.__name__: module for module in MODULES if hasattr(module, "RECIPE")}
 ALONE = ("mae", "beyond_masking", "beyond_masking_integrated")  # whose loss is the mean of those of the images
 
 
@@ -35,7 +35,7 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     @functools.cache
     def run(name: str) -> Path:
         args = [*RECIPES.get(name, []), *SMALL, "--evaluate", "--runs", str(folder)]
-        pretrain(METHODS[name].METHOD, METHODS[name].PRESETS, name=name, description=None, args=args)
+        pretrain(METHODS[name].RECIPE, name=name, args=args)
         return folder / name
 
     return run
@@ -138,7 +138,7 @@ def test_a_folder_that_is_no_run_is_told_in_one_sentence(how: str, sentence: str
 def test_a_run_is_not_resumed_by_another_recipe(run: Path):
     args = [*SMALL, "--evaluate", "--runs", str(run.parent), "--name", run.name, "--resume"]
     with pytest.raises(SystemExit) as ended:
-        pretrain(METHODS["simmim"].METHOD, METHODS["simmim"].PRESETS, name="simmim", description=None, args=args)
+        pretrain(METHODS["simmim"].RECIPE, name="simmim", args=args)
     assert ended.value.code == f"simmim: {run} holds a run of mae, which simmim cannot resume: give another --name"
 
 

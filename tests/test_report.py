@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from common.evaluation.evaluations import EVALUATIONS
 from common.files import read_json
 from common.report.curves import draw_curves
 from common.report.pictures import Pictures, draw_pictures, gray_out, shown
@@ -157,6 +158,7 @@ def test_the_drawing_shows_the_records(tmp_path: Path):
 
 # The table
 
+TITLES = {key: evaluation.title for key, evaluation in EVALUATIONS.items()}
 TRAINED = {"epoch": 120.0, "seconds": 71.6, "loss": 0.43218, "images_per_second": 2187.4, "waiting": 0.0431}
 
 
@@ -168,7 +170,7 @@ def test_the_table_holds_the_numbers_of_the_run(tmp_path: Path):
     rows = {"finetune": row(93.25, 101, 12.3), "scratch": row(51.04, 102, 11.8), "budget": row(70.9, 703, 84.6)}
     for file in ("encoder.safetensors", "result.json"):
         (tmp_path / file).touch()
-    lines = table("mae", {"pretraining": TRAINED, **rows}, tmp_path).splitlines()
+    lines = table("mae", {"pretraining": TRAINED, **rows}, TITLES, tmp_path).splitlines()
     assert (
         "mae: pre-trained for 120 epochs in 72 s, loss 0.4322, 2187 images/s, 4.3% of the time waiting for data"
         in lines
@@ -177,7 +179,7 @@ def test_the_table_holds_the_numbers_of_the_run(tmp_path: Path):
     assert numbers["accuracy on 397 test images"] == ["accuracy", "epochs", "seconds"]
     assert numbers["pre-trained, then fine-tuned"] == ["93.2", "%", "101", "12"]
     assert numbers["from scratch, same epochs"] == ["51.0", "%", "102", "12"]
-    assert numbers["from scratch, same time"] == ["70.9", "%", "703", "85"]
+    assert numbers["from scratch, same wall-clock time"] == ["70.9", "%", "703", "85"]
     assert "100 labeled images" in lines
     assert lines[lines.index("files:") + 1 :] == [
         f"  {tmp_path / 'encoder.safetensors'}",
@@ -187,7 +189,7 @@ def test_the_table_holds_the_numbers_of_the_run(tmp_path: Path):
 
 @pytest.mark.parametrize("kept", [(), ("finetune",), ("scratch",)])
 def test_the_table_holds_only_the_evaluations_that_were_made(kept: tuple[str, ...], tmp_path: Path):
-    text = table("mae", {"pretraining": TRAINED, **{key: row(51.04, 100, 12) for key in kept}}, tmp_path)
+    text = table("mae", {"pretraining": TRAINED, **{key: row(51.04, 100, 12) for key in kept}}, TITLES, tmp_path)
     assert text.count("51.0 %") == len(kept)
     assert ("accuracy" in text) == bool(kept)
 

@@ -73,7 +73,7 @@ def load_method(folder: Path, *, needs: str = "", of: str = "") -> tuple[Any, An
     channels = config.data.channels
     method = recipe.method(replace(config, weights=None), Normalize([0.0] * channels, [1.0] * channels))
     if not hasattr(method, needs or "encoder"):
-        raise SettingsError(f"{folder} is no run of {of}: it has no {needs}")
+        raise SettingsError(f"{folder} is no run of {of}")
     prefix = "method."
     method.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     print(f"{folder}: {name} after {step} steps")

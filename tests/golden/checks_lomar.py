@@ -290,7 +290,7 @@ def mae_with_relative_positions(golden: Golden, monkeypatch: pytest.MonkeyPatch)
     sizes |= {"p": params["patch"], "img": params["img_size"], "mask_ratio": ratio}
     config = mae.Config(**settings_for(sizes, monkeypatch), positions="relative")
     method = mae.MAE(config, as_they_are())
-    report = load_weights(method, golden.weights, renames=mae.NAMES, optional=(r"normalize\.",))
+    report = load_weights(method, golden.weights, renames=mae.RECIPE.published_names, optional=(r"normalize\.",))
     parameters = _published(method, report.renamed)
     assert set(parameters) == set(names)
 

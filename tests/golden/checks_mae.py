@@ -158,7 +158,7 @@ def mae_model(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def fresh() -> Any:
         method = _mae(golden.params, monkeypatch, normalize_target=golden.params["norm_pix_loss"])
-        report = load_weights(method, golden.weights, renames=mae.NAMES, optional=(r"normalize\.",))
+        report = load_weights(method, golden.weights, renames=mae.RECIPE.published_names, optional=(r"normalize\.",))
         assert report.dropped == ["decoder_pos_embed"]
         return method
 
