@@ -15,7 +15,8 @@ from common.data.sources import Digits
 from common.data.views import WeakStrong, padded_crop, recolor
 from common.files import read_tensors
 from common.networks.ema import ema_copy
-from common.networks.projectors import BatchNorm, mlp, refuse_single_images, share_statistics
+from common.networks.projectors import mlp
+from common.networks.vit import SIZES
 from common.pretraining import pretrain
 from common.training.log import read_metrics
 from mimkit.masking import disjoint_views, random_tokens
@@ -25,15 +26,15 @@ import lut
 import mae
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import copied, fast, noise_and_count, rows, seeded
 from torch import Generator, Tensor, nn
+from two_devices import batch_norm_of_two
 
 FEW = ["--head-width", "32", "--size", "nano", "--decoder-dim", "24", "--decoder-depth", "1", "--decoder-heads", "2"]
 SMALL = shlex.split(
-    "--image-size 16 16 --patch 4 --epochs 2 --batch-size 260 --warmup-epochs 1 --workers 0 --log-every 2"
+    "--image-size 16 16 --patch 4 --epochs 1 --batch-size 130 --warmup-epochs 1 --workers 0 --log-every 2"
 )
 
 
@@ -197,41 +198,8 @@ def test_a_head_that_cannot_be_is_refused():
         mlp(6, width=0, depth=2, norm="batch")
 
 
-def two_devices(rank: int, folder: str) -> None:
-    """Run in two processes: half of a batch in each."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    whole, weight = torch.randn(6, 5), torch.randn(6, 5)
-    ours, plain = BatchNorm(5), nn.BatchNorm1d(5)
-    mine, everything = whole[rank::2].clone().requires_grad_(), whole.clone().requires_grad_()
-    answer, expected = ours(mine), plain(everything)
-    torch.testing.assert_close(answer, expected[rank::2])
-    (answer * weight[rank::2]).sum().backward()
-    (expected * weight).sum().backward()
-    torch.testing.assert_close(mine.grad, everything.grad[rank::2])  # pyright: ignore
-    gradient = ours.weight.grad.clone()  # pyright: ignore
-    dist.all_reduce(gradient)
-    torch.testing.assert_close(gradient, plain.weight.grad)
-    torch.testing.assert_close(ours.state_dict(), plain.state_dict())
-    assert not ours.eval()(mine).equal(answer)  # running statistics then
-
-    apart, alone = BatchNorm(5, together=False), nn.BatchNorm1d(5)
-    torch.testing.assert_close(apart(mine), alone(mine))
-    mean, variance = apart.running_mean.clone(), apart.running_var.clone()  # pyright: ignore
-    share_statistics(nn.Sequential(apart, ours))
-    for shared, own in ((apart.running_mean, mean), (apart.running_var, variance)):
-        dist.all_reduce(own)
-        torch.testing.assert_close(shared, own / 2)
-    torch.testing.assert_close(ours.state_dict(), plain.state_dict())
-
-    refuse_single_images(BatchNorm(5), 1)  # two devices have two images
-    with pytest.raises(ValueError, match="batch norm cannot compare a single image"):
-        refuse_single_images(BatchNorm(5, together=False), 1)
-    dist.destroy_process_group()
-
-
 def test_batch_norm_over_two_devices_is_that_of_all_images_and_else_statistics_are_averaged(tmp_path: Path):
-    torch.multiprocessing.spawn(two_devices, args=(str(tmp_path),), nprocs=2)  # pyright: ignore
+    torch.multiprocessing.spawn(batch_norm_of_two, args=(str(tmp_path),), nprocs=2)  # pyright: ignore
 
 
 # The recipe
@@ -326,7 +294,8 @@ def final(folder: Path) -> dict[str, Tensor]:
     return read_tensors(max((folder / "checkpoint").glob("step_*")) / "tensors.safetensors")[0]
 
 
-def test_a_resumed_run_has_the_same_teacher_and_statistics_bit_for_bit(tmp_path):
+def test_a_resumed_run_has_the_same_teacher_and_statistics_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setitem(SIZES, "nano", {"dim": 24, "depth": 1, "heads": 2})
     args = [*SMALL, *FEW, "--evaluate", "--device", "cpu", "--checkpoint-minutes", "0", "--keep", "99"]
     args += ["--runs", str(tmp_path)]
     pretrain(lut.RECIPE, name="lut", args=args)
@@ -345,7 +314,7 @@ def test_a_resumed_run_has_the_same_teacher_and_statistics_bit_for_bit(tmp_path)
 
 def test_two_processes_equal_one(tmp_path: Path):
     """The steps are small: batch norm amplifies what the order of a sum changes. Its batches are not accumulated."""
-    args = [*SMALL, *FEW, *shlex.split("--evaluate --device cpu --base-lr 1e-4 --device-batch 260")]
+    args = [*SMALL, *FEW, *shlex.split("--evaluate --device cpu --base-lr 1e-4 --device-batch 130")]
     args += ["--runs", str(tmp_path)]
     pretrain(lut.RECIPE, name="lut", args=[*args, "--name", "one"])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
