@@ -20,15 +20,12 @@ from common.training import engine
 import torch
 import torch.distributed as dist
 
-report, depth, _, *rest = sys.argv[1:]
-runs = [list(words) for dashes, words in groupby(rest, lambda word: word == "--") if not dashes]
 trainings: list[dict[str, Any]] = []
 train, step, compile_module = engine.train, torch.optim.AdamW.step, torch.nn.Module.compile
-SIZES["nano"] = {"dim": 12, "depth": int(depth), "heads": 2}
 
 
 def counting_train(*args: Any, **kwargs: Any) -> Any:
-    trainings.append({"title": kwargs["title"], "step": 0, "captured": []})
+    trainings.append({"title": kwargs["stage"].title, "step": 0, "captured": []})
     return train(*args, **kwargs)
 
 
@@ -51,6 +48,9 @@ def do_nothing(*args: Any, **kwargs: Any) -> None:
 
 
 if __name__ == "__main__":
+    report, depth, _, *rest = sys.argv[1:]
+    runs = [list(words) for dashes, words in groupby(rest, lambda word: word == "--") if not dashes]
+    SIZES["nano"] = {"dim": 12, "depth": int(depth), "heads": 2}
     for module in (engine, *(sys.modules[name] for name in list(sys.modules) if name.startswith("common."))):
         if getattr(module, "train", None) is train:
             module.train = counting_train  # pyright: ignore

@@ -118,7 +118,9 @@ def check(recipe: ModuleType, form: dict[str, Any], backend: str) -> None:
 
     drawn = pictures_of(method, views, noise).columns
     assert all(column.isfinite().all() and len(column) == 4 for column in drawn.values())
-    assert "target" not in drawn or recipe is beyond_masking_integrated or drawn["target"].shape[-2:] == (16, 24)
+    assert (
+        "target" not in drawn or recipe in (beyond_masking_integrated, lomar) or drawn["target"].shape[-2:] == (16, 24)
+    )
     predicted = form.get("loss") != "context" and form.get("target") != "features" and recipe is not droppos
     assert ("reconstruction" in drawn or recipe is beyond_masking_integrated) == predicted
 

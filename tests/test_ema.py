@@ -96,5 +96,5 @@ def test_different_parts_are_refused() -> None:
     student = Network(0)
     teacher = copy.deepcopy(student)
     teacher.register_buffer("more", torch.zeros(1))
-    with pytest.raises(ValueError, match="teacher and student are not made of the same parts"):
+    with pytest.raises(ValueError, match="teacher and student have different parameters or buffers"):
         ema_update(teacher, student, 0.9)

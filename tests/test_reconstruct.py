@@ -70,9 +70,9 @@ def rows(text: str) -> list[dict[str, float]]:
 def test_a_trained_method_is_loaded_as_it_was_saved(name: str, run_of: Callable[[str], Path]):
     run = run_of(name)
     method, config = load_method(run)
-    assert type(method) is METHODS[name].METHOD
+    assert type(method) is METHODS[name].RECIPE.method
     assert not method.training
-    assert config.images.image_size == (16, 16)
+    assert config.data.image_size == (16, 16)
     assert config.run.runs == run.parent
     found = Checkpoints(run / "checkpoint").load()
     assert found is not None
@@ -123,8 +123,8 @@ def spoil(run: Path, how: str) -> None:
     [
         ("no configuration", "{run} is not the folder of a run: it has no config.json that names a recipe"),
         ("no recipe", "{run} is not the folder of a run: it has no config.json that names a recipe"),
-        ("another recipe", "../mae is no recipe of pre-training: there is no recipes/../mae.py with a METHOD"),
-        ("an evaluation", "finetune is no recipe of pre-training: there is no recipes/finetune.py with a METHOD"),
+        ("another recipe", "../mae is no recipe of pre-training: there is no recipes/../mae.py with a RECIPE"),
+        ("an evaluation", "finetune is no recipe of pre-training: there is no recipes/finetune.py with a RECIPE"),
         ("no checkpoint", "{run} has no checkpoint yet"),
         ("another setting", "settings of Config are unknown: color"),
     ],
@@ -240,8 +240,8 @@ def test_what_cannot_be_drawn_is_told_in_one_sentence(settings: dict[str, Any], 
 
 
 def test_wrong_images_are_told_in_one_sentence(run: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"^--count 0 draws nothing$"):
-        reconstruct.main(Config(run=run, count=0))
+    none = recipe("reconstruct", "--run", run, "--count", "0", check=False)
+    assert none.stderr == "reconstruct: --count 0: must be at least 1\n"
     done = recipe("reconstruct", "--run", run, "--data", tmp_path / "nowhere", check=False)
     assert done.returncode == 1
     assert done.stderr == f"reconstruct: {tmp_path / 'nowhere'} is not a folder\n"
