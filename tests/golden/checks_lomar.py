@@ -188,7 +188,7 @@ def loss(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
             prediction = golden[f"{i}.pred"].requires_grad_()
             of_each, of_rows = ids[rows].unflatten(0, (images, count)), prediction[rows]
             monkeypatch.setattr(method, "patches_of", lambda _, windows=of_each: windows)
-            method.encoder = _Given(of_rows)
+            method.encoder = _Given(of_rows)  # pyright: ignore[reportAttributeAccessIssue]
             monkeypatch.setattr(method, "head", nn.Identity())
             noise = method.noise(torch.rand, images)
             noise["mask"] = mask[rows].unflatten(0, (images, count)).float()  # a mask is its own noise
