@@ -80,7 +80,7 @@ def main(config: Config) -> None:
         )
         data = open_data(images, seed=run.seed)
         check_finetuning(settings, data, world_size=processes.world_size)
-        prepare(folder, "finetune", config, processes=processes)
+        prepare(folder, "finetune", config, resume=run.resume, processes=processes)
         title = EVALUATIONS["scratch" if config.scratch else "finetune"].title
         result = finetune(encoder, normalize, settings=settings, stage=Stage(processes, data, run, folder, title))
         if processes.is_main:

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from common.analysis import AnalysisConfig, load_method
-from common.config import SettingsError, program, to_json
+from common.config import MayDiffer, SettingsError, program, to_json
 from common.data.sources import open_data
 from common.evaluation.finetuning import finetune
 from common.files import write_json
-from common.runs import Stage
+from common.runs import Stage, prepare
 from common.training.distributed import join_processes
 from common.weights.encoders import load_encoder
 from mimkit.masking import easy_to_hard
@@ -33,17 +33,17 @@ Part = Literal["all", "hardest", "random", "easiest"]
 class Config(AnalysisConfig):
     """Settings of the comparison; images, network and training are those of the run's fine-tuning."""
 
-    parts: tuple[Part, ...] = ("all", "hardest", "random", "easiest")
+    parts: MayDiffer[tuple[Part, ...]] = ("all", "hardest", "random", "easiest")
     """selections of patches to compare"""
     share: float = 0.5
     """share of the patches in a selection other than all"""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: MayDiffer[tuple[int, ...]] = (0, 1, 2)
     """random seeds; every selection is trained once per seed"""
     epochs: int | None = None
     """epochs of each training; none: those of the run's fine-tuning"""
     labels_per_class: int = 100
     """embedded digits only: labeled images per class"""
-    workers: int = -1
+    workers: MayDiffer[int] = -1
     """data-loading processes; -1: one per free core, at most 16"""
 
 
@@ -83,6 +83,7 @@ def main(config: Config) -> None:
             for part in config.parts:
                 run = replace(trained.run, seed=seed, resume=True, workers=config.workers)
                 folder = config.run / "half_patches" / f"{part}-{seed}"
+                prepare(folder, "half_patches", config, resume=True, processes=processes)
                 encoder, normalize = load_encoder(
                     config.run / "encoder.safetensors",
                     class_token=settings.pool == "class",

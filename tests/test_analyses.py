@@ -1,6 +1,7 @@
 """The analyzes of trained methods, as a user runs them, and that what they report is true."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -102,6 +103,10 @@ def test_classifiers_that_see_half_of_the_patches_are_compared_and_resumed(runs:
     again = recipe("half_patches", *args)
     assert "resuming at step" in again.stdout
     assert json.loads((runs / "hpm" / "half_patches" / "result.json").read_text()) == result
+    other = recipe("half_patches", *args, "--share", "0.25", check=False)
+    assert re.search(
+        r"half_patches/\w+-\d was started with --share 0.5 and cannot be resumed with 0.25\n$", other.stderr
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from common.config import DataSettings, SettingsError, from_json
+from common.config import DataSettings, MayDiffer, SettingsError, from_json
 from common.data.loading import Loader, ViewDataset
 from common.data.normalize import Normalize
 from common.data.sources import Source, open_images
@@ -22,9 +22,9 @@ from torch import Tensor
 class AnalysisConfig:
     """Settings shared by all analyses of a run."""
 
-    run: Path
+    run: MayDiffer[Path]
     """folder of the run; results are written there"""
-    data: Path | None = None
+    data: MayDiffer[Path | None] = None
     """folder with train/CLASS/*.jpg and val/CLASS/*.jpg; none: the images of the run"""
 
 

@@ -33,7 +33,7 @@ class Stage:
         self.processes.print(f"{self.title}: {text}")
 
 
-def prepare(folder: Path, recipe: str, config: Any, *, processes: Processes) -> None:
+def prepare(folder: Path, recipe: str, config: Any, *, resume: bool, processes: Processes) -> None:
     """Create the folder of a run, and write its recipe and settings to `config.json`.
 
     Raises:
@@ -42,7 +42,7 @@ def prepare(folder: Path, recipe: str, config: Any, *, processes: Processes) -> 
     files = [folder / name for name in ("checkpoint", "result.json", "metrics.jsonl")]
     started = any(path.exists() and path.stat().st_size for path in files)
     processes.barrier()  # every process checks before the main one writes
-    if started and not config.run.resume:
+    if started and not resume:
         raise SettingsError(f"{folder} holds a run already: go on with --resume, or give another --name")
     if started:
         before = read_json(folder / "config.json")
