@@ -9,12 +9,14 @@ The encoder is an export of any of these recipes, or a published checkpoint of t
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from common.config import Count, Counts, DataSettings, Flat, Run, SettingsError, Share, parse
+from common.config import Count, Counts, Flat, Run, SettingsError, Share, parse
 from common.data.sources import open_data
 from common.evaluation import finetuning
 from common.evaluation.evaluations import EVALUATIONS
 from common.evaluation.finetuning import Finetuning, check_finetuning, finetune, of
+from common.evaluation.probe import images_for
 from common.files import write_json
 from common.report.curves import draw_curves
 from common.report.tables import tuned_table
@@ -71,14 +73,8 @@ def main(config: Config) -> None:
             scratch=config.scratch,
             seed=run.seed,
         )
-        images = DataSettings(
-            path=config.data,
-            image_size=(encoder.height * encoder.patch, encoder.width * encoder.patch),
-            channels=encoder.channels,  # pyright: ignore
-            flip=config.flip,
-            labels_per_class=config.labels_per_class,
-        )
-        data = open_data(images, seed=run.seed)
+        sizes: Any = {"path": config.data, "flip": config.flip, "labels_per_class": config.labels_per_class}
+        data = open_data(images_for(encoder, **sizes), seed=run.seed)
         check_finetuning(settings, data, world_size=processes.world_size)
         prepare(folder, "finetune", config, resume=run.resume, processes=processes)
         title = EVALUATIONS["scratch" if config.scratch else "finetune"].title

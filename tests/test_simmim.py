@@ -11,7 +11,7 @@ from common.config import DataSettings, Network, Optimization, SettingsError
 from common.data.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from common.evaluation.finetuning import Classifier
 from common.networks import attention
-from common.networks.attention import Attention, RelativeBias, attend, relative_bias, relative_index
+from common.networks.attention import Attention, RelativeBias, attend, relative_index, table_bias
 from common.networks.building import masking_encoder, whole_cells
 from common.networks.decoder import PixelHead
 from common.networks.initialization import initialize_simmim
@@ -272,8 +272,8 @@ def test_a_bias_and_a_table_of_its_own_add_up():
     layer, x, bias = shaken(Attention(12, 3, grid=(2, 3))), normal(2, 1 + N, 12), normal(3, 1 + N, 1 + N, seed=1)
     plain = Attention(12, 3)
     plain.load_state_dict({k: v for k, v in layer.state_dict().items() if "relative" not in k})
-    close(layer(x, bias=bias), plain(x, bias=bias + relative_bias(layer)))
-    close(layer(x), plain(x, bias=relative_bias(layer)))
+    close(layer(x, bias=bias), plain(x, bias=bias + table_bias(layer)))
+    close(layer(x), plain(x, bias=table_bias(layer)))
 
 
 def test_what_is_added_to_all_scores_of_a_query_changes_nothing():

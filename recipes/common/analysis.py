@@ -13,7 +13,7 @@ from common.data.sources import Source, open_images
 from common.data.views import CenterCrop
 from common.files import read_json
 from common.recipe import Method, Recipe
-from common.training.checkpoint import Checkpoints
+from common.training.checkpoint import Checkpoints, method_weights
 
 from torch import Tensor
 
@@ -74,8 +74,7 @@ def load_method(folder: Path, *, needs: str = "", of: str = "") -> tuple[Any, An
     method = recipe.method(replace(config, weights=None), Normalize([0.0] * channels, [1.0] * channels))
     if not hasattr(method, needs or "encoder"):
         raise SettingsError(f"{folder} is no run of {of}")
-    prefix = "method."
-    method.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    method.load_state_dict(method_weights(tensors))
     print(f"{folder}: {name} after {step} steps")
     return method.eval(), config
 

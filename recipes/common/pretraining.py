@@ -22,7 +22,7 @@ from common.runs import Stage, prepare
 from common.training.distributed import Processes, join_processes, num_workers
 from common.training.engine import train
 from common.training.log import read_metrics
-from common.training.step import micro_batches, to_device
+from common.training.step import Batches, to_device
 from common.weights.encoders import export
 
 import torch
@@ -137,9 +137,7 @@ def check_stages(config: BaseConfig, data: Data, processes: Processes) -> tuple[
     Raises:
         SettingsError: if there are fewer images than a batch has, or the batch cannot be divided among the devices.
     """
-    size, _ = config.optimization.batch_size, micro_batches(config.optimization, processes.world_size)
-    if len(data.train) < size:
-        raise SettingsError(f"{len(data.train)} images do not fill a batch of {size}: use a smaller --batch-size")
+    Batches(len(data.train), config.optimization, processes, seed=config.run.seed)  # raises
     evaluations = in_order(config.evaluate)
     if not evaluations:
         return ()

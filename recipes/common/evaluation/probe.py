@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from common.config import Count, Counts, DataSettings, Flat, Run, SettingsError, parse
 from common.data.sources import open_data
@@ -32,16 +32,6 @@ class Probed:
     labels_per_class: Count = 10
     """embedded digits only: labeled images per class"""
 
-    def images_for(self, encoder: Encoder, *, flip: float) -> DataSettings:
-        """Return image settings that match the encoder."""
-        return DataSettings(
-            path=self.data,
-            image_size=(encoder.height * encoder.patch, encoder.width * encoder.patch),
-            channels=encoder.channels,  # pyright: ignore
-            flip=flip,
-            labels_per_class=self.labels_per_class,
-        )
-
 
 @dataclass(frozen=True)
 class ProbeConfig:
@@ -51,23 +41,15 @@ class ProbeConfig:
     run: Flat[Run] = field(default_factory=Run)
 
 
-class Config(Protocol):
-    """The interface of the settings of a probe."""
-
-    @property
-    def probed(self) -> Probed:
-        """Return the encoder and the images."""
-        ...
-
-    @property
-    def run(self) -> Run:
-        """Return the settings of the program."""
-        ...
-
-    @property
-    def settings(self) -> Any:
-        """Return the settings of the evaluation."""
-        ...
+def images_for(encoder: Encoder, *, path: Path | None, flip: float, labels_per_class: int) -> DataSettings:
+    """Return the settings of images of the size and channels that an encoder takes."""
+    return DataSettings(
+        path=path,
+        image_size=(encoder.height * encoder.patch, encoder.width * encoder.patch),
+        channels=encoder.channels,  # pyright: ignore
+        flip=flip,
+        labels_per_class=labels_per_class,
+    )
 
 
 def probe(
@@ -96,12 +78,13 @@ def probe(
         SystemExit: with a message, if a setting is invalid or the evaluation fails.
     """
     try:
-        config: Config = parse(presets, args, name=name, description=description)
+        config: Any = parse(presets, args, name=name, description=description)
         probed, run = config.probed, config.run
         folder = run.runs / (run.name or name)
         with join_processes(run.device) as processes:
             encoder, normalize = open_encoder(probed.encoder, image_size=probed.image_size)
-            settings = probed.images_for(encoder, flip=getattr(config, "flip", 0.0))  # k-NN has no flip
+            flip = getattr(config, "flip", 0.0)  # k-NN has no flip
+            settings = images_for(encoder, path=probed.data, flip=flip, labels_per_class=probed.labels_per_class)
             data = open_data(settings, seed=run.seed)
             data.splits()  # before anything is written
             if finetuning := getattr(config.settings, "finetune", None):

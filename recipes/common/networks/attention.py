@@ -65,7 +65,7 @@ def add_relative_table(module: nn.Module, height: int, width: int, heads: int) -
     module.register_buffer("relative_position_index", relative_index(height, width), persistent=False)
 
 
-def relative_bias(module: Any) -> Float[Tensor, "h n n"]:
+def table_bias(module: Any) -> Float[Tensor, "h n n"]:
     """Look up the relative position bias, which is added to the attention scores of each head."""
     return module.relative_position_bias_table[module.relative_position_index].permute(2, 0, 1).contiguous()
 
@@ -79,7 +79,7 @@ class RelativeBias(nn.Module):
 
     def forward(self) -> Float[Tensor, "h n n"]:
         """Return the bias of each head, query and key."""
-        return relative_bias(self)
+        return table_bias(self)
 
 
 class ContextualTable(nn.Module):
@@ -153,7 +153,7 @@ class Attention(nn.Module):
         """
         weight, shift, dim = self.qkv.weight, self.qkv_bias(), x.shape[-1]
         if self.own_table:
-            bias = relative_bias(self) if bias is None else bias + relative_bias(self)
+            bias = table_bias(self) if bias is None else bias + table_bias(self)
         if num_queries is None:
             qkv = rearrange(F.linear(x, weight, shift), "b n (three h d) -> three b h n d", three=3, h=self.heads)
             q, k, v = (

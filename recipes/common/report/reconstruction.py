@@ -46,14 +46,14 @@ def reconstruction(
     seen = gray_out(image, mask, **sizes) if seen is None else seen
     filled = as_pixels(prediction, target, pixels, channels=len(normalize.mean))
     columns = {"input": image, "seen": seen}
-    note = "reconstruction: the other patches are the input's"
+    note = "reconstruction: patches that are not predicted are those of the input"
     if not torch.allclose(target, pixels, atol=1e-4):
         blank = torch.zeros_like(patches)
         columns |= {
             "prediction": shown(unpatchify(put(prediction, indices, into=blank), **sizes)),
             "target": shown(unpatchify(put(target, indices, into=blank), **sizes)),
         }
-        note += "; prediction and target are normalized, in it they have brightness and contrast of the true patches"
+        note += ", predicted ones have the brightness and contrast of the true ones; prediction and target: normalized"
     columns["reconstruction"] = normalize.undo(unpatchify(put(filled, indices, into=patches), **sizes))
     return Pictures(columns, note)
 

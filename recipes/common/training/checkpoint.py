@@ -12,6 +12,11 @@ from common.files import _sync, read_tensors, write_json, write_tensors
 from torch import Tensor
 
 
+def method_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of the method among the tensors of a checkpoint."""
+    return {name.removeprefix("method."): value for name, value in tensors.items() if name.startswith("method.")}
+
+
 class Checkpoints:
     """The newest `keep` checkpoints of a training, each a folder `step_…` that is written atomically."""
 

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from common.config import Optimization, SettingsError
 from common.runs import Stage
-from common.training.checkpoint import Checkpoints
+from common.training.checkpoint import Checkpoints, method_weights
 from common.training.distributed import in_bf16
 from common.training.log import Log, read_metrics
 from common.training.optimizer import clip, parameter_groups
@@ -123,9 +123,7 @@ class _Training:
             return
         self.done, tensors, state = found
         self.stored = self.done
-        self.method.load_state_dict(
-            {key.removeprefix("method."): value for key, value in tensors.items() if key.startswith("method.")}
-        )
+        self.method.load_state_dict(method_weights(tensors))
         for key, value in tensors.items():
             if key.startswith("optimizer."):
                 _, index, name = key.split(".")
@@ -223,9 +221,8 @@ class _Training:
             raise SettingsError(f"the loss of step {int(bad_step)} is not finite; {self.what_is_kept()}")
         if due_somewhere or stopping:  # losses precede the step, so the updated weights are checked, too
             states = (tensor for state in self.optimizer.state.values() for tensor in state.values())
-            if self.stage.processes.maximum([1.0 - float(all_finite([*self.method.state_dict().values(), *states]))])[
-                0
-            ]:
+            finite = all_finite([*self.method.state_dict().values(), *states])
+            if self.stage.processes.maximum([1.0 - float(finite)])[0]:
                 raise SettingsError(f"the weights after step {self.done} are not finite; {self.what_is_kept()}")
         return bool(stopping), bool(due_somewhere)
 
