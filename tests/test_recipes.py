@@ -159,6 +159,7 @@ def test_without_a_test_split_it_says_so_and_pre_trains(pictures: Path, tmp_path
             "do not fill a batch of 101: use a smaller --finetune.batch-size",
         ),
         (["--data", "nowhere"], "nowhere"),
+        (["--labels-per-class", "999"], "--labels-per-class 999 of the 126 training images of a digit cannot be drawn"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence(args: list[str], sentence: str, tmp_path: Path) -> None:

@@ -137,7 +137,9 @@ def check_stages(config: BaseConfig, data: Data, processes: Processes) -> tuple[
     Raises:
         SettingsError: if there are fewer images than a batch has, or the batch cannot be divided among the devices.
     """
-    Batches(len(data.train), config.optimization, processes, seed=config.run.seed)  # raises
+    Batches(
+        len(data.train), config.optimization, processes, seed=config.run.seed
+    )  # raises if it cannot be filled or shared
     evaluations = in_order(config.evaluate)
     if not evaluations:
         return ()

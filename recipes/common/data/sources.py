@@ -276,15 +276,14 @@ def open_data(settings: DataSettings, *, seed: int) -> Data:
     """Open the images of a run; a folder without classes or without `val` has no labeled images.
 
     Raises:
-        SettingsError: if there are no training images.
+        SettingsError: if there are no training images, or fewer digits than labels are requested.
     """
     train = open_images(settings, "train", seed=seed)
+    if not isinstance(train, Folder):  # the digits always have labels: too many of them is a mistake of the user
+        labeled, test = open_images(settings, "labeled", seed=seed), open_images(settings, "test")
+        return Data(settings, train, labeled, test)
     try:
-        labeled = train
-        if isinstance(train, Folder):
-            train.require_labels()  # the labeled images of a folder are its training images, so it is listed only once
-        else:
-            labeled = open_images(settings, "labeled", seed=seed)
-        return Data(settings, train, labeled, open_images(settings, "test", classes=labeled.classes))
+        train.require_labels()  # the labeled images of a folder are its training images, so it is listed only once
+        return Data(settings, train, train, open_images(settings, "test", classes=train.classes))
     except SettingsError as error:
         return Data(settings, train, None, None, str(error))
