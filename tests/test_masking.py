@@ -359,6 +359,8 @@ TOKENS = CELLS | {"cell_height": 1, "cell_width": 1}
                 (4, {"height": -4, "width": -6}),
                 (0, {"height": -2, "width": 0, "num_masked": 0}),
                 (0, {"height": 0, "width": -3, "num_masked": 0}),
+                (0, {"height": -1, "width": 0, "cell_height": 1, "num_masked": 0}),
+                (0, {"height": 0, "width": -1, "cell_width": 1, "num_masked": 0}),
             ]
         ),
         *(
