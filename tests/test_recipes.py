@@ -32,7 +32,9 @@ ROOT = Path(__file__).parent.parent
 SMALL = shlex.split(
     "--image-size 16 16 --patch 4 --epochs 2 --batch-size 260 --warmup-epochs 1 --workers 0 --log-every 2"
 )
-TUNED = shlex.split("--finetune.epochs 2 --finetune.batch-size 50")
+TUNED = shlex.split(
+    "--finetune.epochs 2 --finetune.batch-size 40 --finetune.mixup 0.8 --finetune.cutmix 1 --finetune.erasing 0.25"
+)
 PICTURES = shlex.split("--size nano --patch 16 --decoder-dim 32 --decoder-depth 1 --decoder-heads 2 --batch-size 8")
 RECIPES = {
     "mae": [],
@@ -196,10 +198,11 @@ def test_a_run_that_was_killed_is_resumed_bit_for_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["mae", "hpm", "lomar"])
 def test_two_processes_equal_one(name: str, finished: Any, tmp_path: Path) -> None:
     """Also of HPM, though its ranking loss is a quotient: all pieces have as many pairs. Each image of LoMaR has
-    windows of its own. DropPos divides by the weights of a piece, and these differ, as in the published code; see
-    `test_hard_and_dropped.py`."""
+    windows of its own, and fine-tuning mixes pairs within a piece. DropPos divides by the weights of a piece, and these
+    differ, as in the published code; see `test_hard_and_dropped.py`."""
     one, _ = finished(name)
-    args = [*RECIPES[name], *SMALL, "--evaluate", "--device", "cpu", "--runs", tmp_path]
+    tuned = ["finetune", *TUNED, "--finetune.device-batch", "10"] if name == "mae" else []
+    args = [*RECIPES[name], *SMALL, "--evaluate", *tuned, "--device", "cpu", "--runs", tmp_path]
     torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone")
     for run, cut in {"mae": [("two", []), ("pieces", [65])]}.get(name, [("pieces", [65])]):
         recipe(name, *args, "--name", run, *(["--device-batch", *cut] if cut else []), before=torchrun)
@@ -210,6 +213,9 @@ def test_two_processes_equal_one(name: str, finished: Any, tmp_path: Path) -> No
         for key, tensor in kept(one).items():
             if key.startswith("method.teacher") and key.endswith("weight"):
                 torch.testing.assert_close(kept(tmp_path / run)[key], tensor, rtol=1e-4, atol=1e-5)
+        if tuned:
+            for record, other in zip(metrics(one / tuned[0]), metrics(tmp_path / run / tuned[0]), strict=True):
+                assert record["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["mae", "beyond_masking_integrated", "simmim", "hpm", "droppos", "lomar"])

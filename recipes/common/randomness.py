@@ -24,7 +24,8 @@ def epoch_order(count: int, epoch: int, *, seed: int) -> Tensor:
 
 
 class Noise:
-    """Uniform noise for a micro-batch: `noise(batch, …)` returns float32 values in [0, 1) on the device.
+    """Uniform noise for a micro-batch: `noise(batch, …)` returns float32 values in [0, 1) on the device,
+    and `noise.shared(…)` values that all images of a step have in common.
 
     The first axis is the batch. The noise is drawn for all images of a step and then sliced, so the noise of an image
     does not depend on the number of devices and micro-batches.
@@ -58,6 +59,10 @@ class Noise:
             raise ValueError(f"noise for {batch} images was requested in a micro-batch of {self.micro_batch}")
         generator = self.generator
         return torch.rand(self.batch_size, *shape, generator=generator, device=generator.device)[self.rows]
+
+    def shared(self, *shape: int) -> Tensor:
+        """Return noise that all images of a step have in common, the same in every process and micro-batch."""
+        return torch.rand(*shape, generator=self.generator, device=self.generator.device)
 
 
 @contextmanager
