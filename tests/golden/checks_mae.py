@@ -17,6 +17,7 @@ from mimkit.positions import sincos
 from mimkit.tokens import patchify, put, split, take, unpatchify
 
 import mae
+import numpy as np
 import pytest
 import torch
 from goldens import Golden, check

@@ -6,7 +6,6 @@ from typing import Any
 from common.data.views import _relative
 from common.randomness import globally_seeded
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Generator, Tensor
@@ -40,7 +39,7 @@ class Augment:
         if len(mean) not in (1, 3):
             raise ValueError(f"RandAugment works on 1 or 3 channels, not {len(mean)}: take CropFlip")
         self._channels = len(mean)
-        self._transform: Callable[[Image.Image], np.ndarray] = create_transform(  # type: ignore[assignment]
+        self._transform: Callable[[Image.Image], Any] = create_transform(  # type: ignore[assignment]
             size,
             is_training=True,
             scale=scale,
@@ -58,7 +57,7 @@ class Augment:
             raise ValueError(f"an image has {len(image)} channels, but the mean {self._channels}")
         pixels = image[0] if self._channels == 1 else image.permute(1, 2, 0)
         with globally_seeded(int(torch.randint(2**32, (), generator=generator))):
-            return torch.from_numpy(self._transform(Image.fromarray(pixels.numpy())))
+            return torch.as_tensor(self._transform(Image.fromarray(pixels.numpy())))  # a NumPy array in older versions
 
 
 def auto_augment_policy(name: str) -> Any:
