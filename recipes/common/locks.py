@@ -36,7 +36,7 @@ def lock(folder: Path, token: str) -> None:
     with explained(f"{folder} cannot be written"):
         file = os.open(folder / FILE, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            if not (_locked(file, fcntl.LOCK_EX) and _locked(file, fcntl.LOCK_SH)):  # in between another one may win
+            if not (_locked(file, fcntl.LOCK_EX) and _locked(file, fcntl.LOCK_SH)):  # another one may win in between
                 raise SettingsError(
                     f"{folder} is in use by {_holder(folder)}: wait for its end, or give another --name"
                 )
@@ -86,6 +86,9 @@ def _locked(file: int, kind: int) -> bool:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            print(
+                "this file system has no locks: nothing keeps a second program from writing to the same run", flush=True
+            )
             return True
         if error.errno not in (errno.EAGAIN, errno.EACCES):
             raise

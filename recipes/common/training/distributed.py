@@ -50,6 +50,12 @@ class Processes:
         dist.all_reduce(highest, dist.ReduceOp.MAX)
         return highest.tolist()
 
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensors of all processes, stacked in the order of their ranks, on every process."""
+        tensors = tensor.new_zeros(self.world_size, *tensor.shape)
+        tensors[self.rank] = tensor
+        return self.sum(tensors)
+
     def broadcast(self, text: str, *, source: int = 0) -> str:
         """Return the text that the process `source` passes, on every process."""
         if self.world_size == 1:

@@ -134,8 +134,16 @@ class _Training:
             if key.startswith("optimizer."):
                 name, _, moment = key.removeprefix("optimizer.").rpartition(".")
                 self.optimizer.state[parameters[name]][moment] = value.to(self.progress.device)
-        self.window = found.tensors["window"].to(self.progress.device) if "window" in found.tensors else None
+        if "window" in found.tensors:
+            self.window = self.own_window(found.tensors["window"]).to(self.progress.device)
         self.names, self.last, self.seconds = (found.state[key] for key in ("names", "last", "seconds"))
+
+    def own_window(self, windows: Tensor) -> Tensor:
+        """Return this process's sums of losses; if there were more or fewer processes, one takes all."""
+        processes = self.stage.processes
+        if len(windows) == processes.world_size:
+            return windows[processes.rank]
+        return windows.sum(dim=0) * processes.is_main
 
     def check(self, found: Checkpoint) -> None:
         """Check that a checkpoint fits this training, before anything is restored.
@@ -147,7 +155,8 @@ class _Training:
         for name, parameter in zip(self.parameter_names, self.parameters, strict=True):
             moments = {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.zeros(())}
             expected |= {f"optimizer.{name}.{moment}": tensor for moment, tensor in moments.items()}
-        expected["window"] = torch.zeros(len(found.state["names"]) + 1)
+        processes = len(found.tensors["window"]) if "window" in found.tensors else 1
+        expected["window"] = torch.zeros(processes, len(found.state["names"]) + 1)
         path = self.checkpoints.path(found.step)
         try:  # a parameter without gradient has no moments, and right after a record the window is empty
             check_fit(found.tensors, expected, optional=("optimizer.", "window"))
@@ -185,7 +194,7 @@ class _Training:
         except Stopped as stopped:
             if not stopped.said:  # a signal before the end of the first step: there is nothing new to save
                 if shown and self.stored < 0:
-                    self.checkpoints.save(0, {}, {})
+                    self.checkpoints.save(0, {"progress": self.progress}, {})
                 self.say_stopped()
             raise Stopped(said=True) from None
         finally:
@@ -292,14 +301,15 @@ class _Training:
         Raises:
             SettingsError: on every process, if it cannot be written.
         """
+        windows = None if self.window is None else self.stage.processes.gather(self.window)
         with self.stage.processes.together():
             try:
-                self.write()
+                self.write(windows)
             except SettingsError as error:
                 raise SettingsError(f"{error}; {self.what_is_kept()}") from error
         self.stored, self.saved_at = self.done, time.perf_counter()
 
-    def write(self) -> None:
+    def write(self, windows: Tensor | None) -> None:
         """Write a checkpoint in the main process, unless this step already has one."""
         if not self.stage.processes.is_main or self.stored == self.done:
             return
@@ -308,7 +318,7 @@ class _Training:
         for name, parameter in zip(self.parameter_names, self.parameters, strict=True):
             moments = self.optimizer.state[parameter]
             tensors |= {f"optimizer.{name}.{moment}": value for moment, value in moments.items()}
-        tensors |= {} if self.window is None else {"window": self.window}
+        tensors |= {} if windows is None else {"window": windows}
         self.checkpoints.save(self.done, tensors, {"last": self.last, "names": self.names, "seconds": seconds})
 
     def result(self) -> dict[str, Any]:
