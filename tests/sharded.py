@@ -1,4 +1,4 @@
-"""HPM on images made from their index, in any number of processes; a module of its own, because each imports it anew."""
+"""HPM in two processes, on images made from their index; a module of its own, because each process imports it anew."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -64,14 +64,19 @@ def trained(folder: Path, processes: Processes, *, steps: int = STEPS, **run: An
     return method.state_dict()
 
 
-def train_in_two(rank: int, folder: str, runs: list[tuple[str, dict[str, Any]]]) -> None:
-    """Train in two processes, and save the weights that the first one has in the end."""
-    meeting = Path(folder, "meeting")
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    processes = Processes(rank, 2, torch.device("cpu"))
-    for name, options in runs:
-        weights = trained(Path(folder, name), processes, **options)
-        if rank == 0:
-            torch.save(weights, Path(folder, name, "weights"))
+def train_in_two(rank: int, folder: str, runs: list[tuple[str, int, dict[str, Any]]]) -> None:
+    """Train on one device or on two, run after run, and save the weights that the first process has in the end.
+
+    Args:
+        rank: rank of this process.
+        folder: folder of the runs.
+        runs: name, number of devices, and options of each.
+    """
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    for name, devices, options in runs:
+        if rank < devices:
+            weights = trained(Path(folder, name), Processes(rank, devices, torch.device("cpu")), **options)
+            if rank == 0:
+                torch.save(weights, Path(folder, name, "weights"))
         dist.barrier()
     dist.destroy_process_group()

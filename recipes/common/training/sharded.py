@@ -7,22 +7,36 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
+from common.config import explained
+
+import torch
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter, load, save
+from torch.distributed.checkpoint.api import CheckpointException
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors, of which each process holds a part, as one file per process; collective.
 
     Tensors that are not sharded are written once.
+
+    Raises:
+        SettingsError: on every process, if the disk is full or read-only, or permission is denied.
     """
-    save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    try:
+        save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except CheckpointException as error:
+        with explained(f"{folder} cannot be written"):
+            raise next(iter(error.failures.values()))[0] from error
 
 
-def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor in the files of a folder, by name."""
-    metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
-    return {name: tuple(entry.size) for name, entry in metadata.state_dict_metadata.items()}  # pyright: ignore
+def stored(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors in the files of a folder by name, on the meta device: shapes and dtypes, without values."""
+    metadata = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")  # pyright: ignore
+        for name, entry in metadata.items()
+    }
 
 
 def read_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
