@@ -155,7 +155,7 @@ def check_classifier() -> None:
         gradients = [torch.autograd.grad(loss, classifier.head.weight)[0] for loss in both]
         torch.testing.assert_close(gradients[1], gradients[0])
     nowhere: Any = tuple(part.to("meta") for part in batch)
-    noise = {name: chance.to("meta") for name, chance in noise.items()}
+    noise = {name: chance.to("meta") for name, chance in classifier.noise(rand.at(4, 0), 4).items()}
     classifier.to("meta")(nowhere, noise, progress.to("meta"))["loss"].backward()
 
 

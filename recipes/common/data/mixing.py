@@ -87,6 +87,7 @@ def mix_pairs(
         raise ValueError(f"mixup and cutmix mix pairs: a batch of {len(images)} images is odd")
 
     def mixed(values: Tensor, weight: Tensor) -> Tensor:
+        """Mix each row with its neighbor."""
         return torch.lerp(values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1), values, weight)
 
     return mixed(images, weights), mixed(targets, weights.mean())
