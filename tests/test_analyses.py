@@ -26,9 +26,7 @@ from small_runs import called, finished, refused
 def runs(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Copies of small runs of the two methods that have an analysis."""
     for name in ("hpm", "droppos"):
-        (tmp_path / name).mkdir()
-        shutil.copy(finished(name, tmp_path_factory)[0] / "config.json", tmp_path / name)
-        shutil.copytree(finished(name, tmp_path_factory)[0] / "checkpoint", tmp_path / name / "checkpoint")
+        shutil.copytree(finished(name, tmp_path_factory)[0], tmp_path / name)
     return tmp_path
 
 

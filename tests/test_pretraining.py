@@ -10,9 +10,12 @@ from typing import Any
 
 from common import pretraining as module
 from common.analysis import AnalysisConfig
-from common.config import program
+from common.config import Run, program
+from common.data.sources import open_data
 from common.pretraining import pretrain
+from common.runs import Stage
 from common.training import engine
+from common.training.distributed import Processes
 
 import beyond_masking_integrated
 import mae
@@ -231,3 +234,11 @@ def test_every_evaluation_leaves_its_result(name: str, tmp_path_factory: pytest.
     assert f"{result['accuracy']:.1f} %" in printed
     assert TUNED[1] == "2"
     assert result["epoch"] == {"finetune": 2, "linear": 200, "knn": 0, "nonlinear": 2}[name]
+
+
+def test_a_stage_prints_its_title_in_the_first_process_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = open_data(mae.PRESETS["digits"].data, seed=0)
+    for rank in (0, 1):
+        stage = Stage(Processes(rank, 2, torch.device("cpu")), data, Run(), tmp_path, "fine-tuning")
+        stage.print(f"rank {rank}")
+    assert capsys.readouterr().out == "fine-tuning: rank 0\n"

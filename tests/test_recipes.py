@@ -25,12 +25,14 @@ from small_runs import (
     RECIPES,
     ROOT,
     SMALL,
+    called,
     environment,
     finished,
     kept,
     metrics,
     pretrained,
     recipe,
+    refused,
     weights,
 )
 
@@ -55,7 +57,7 @@ def test_a_recipe_leaves_all_that_it_promises(
     assert all(np.isfinite(record["loss"]) for record in metrics(folder))
 
     again = refused(name, *RECIPES[name], *SMALL, "--runs", folder.parent)
-    assert again == f"{name}: {folder} holds a run already: go on with --resume, or give another --name"
+    assert again.startswith(f"{name}: {folder} holds a run already: go on with --resume")
     encoder = folder / "encoder.safetensors"
     called("finetune", "--encoder", encoder, "--epochs", 1, "--runs", tmp_path, "--workers", 0, "--device", "cpu")
     assert (tmp_path / "finetune" / "result.json").exists()
@@ -66,7 +68,8 @@ def test_programs_run_as_a_user_starts_them(tmp_path: Path) -> None:
     recipe("mae", *SMALL, "--epochs", 1, "--evaluate", "--runs", tmp_path)
     again = recipe("mae", *SMALL, "--runs", tmp_path, check=False)
     assert again.returncode == 1
-    assert again.stderr == f"mae: {tmp_path / 'mae'} holds a run already: go on with --resume, or give another --name\n"
+    assert again.stderr.startswith(f"mae: {tmp_path / 'mae'} holds a run already: go on with --resume")
+    assert "Traceback" not in again.stderr
     encoder = tmp_path / "mae" / "encoder.safetensors"
     tuned = recipe("finetune", "--encoder", encoder, "--epochs", 1, "--runs", tmp_path, "--workers", 0)
     result = json.loads((tmp_path / "finetune" / "result.json").read_text())

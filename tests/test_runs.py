@@ -4,11 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.config import DataSettings, SettingsError
-from common.data.sources import Data, Digits
+from common.config import SettingsError
 from common.files import read_json
 from common.recipe import changed
-from common.runs import Stage, prepare
+from common.runs import prepare
 from common.training.distributed import Processes
 
 import mae
@@ -103,11 +102,3 @@ def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.Monke
     prepare(tmp_path / "mae", "mae", CONFIG, resume=False, processes=Processes(0, 2, torch.device("cpu")))
     assert (tmp_path / "mae").exists()
     assert waited == [False, False]  # all have looked before the first one writes
-
-
-def test_a_stage_prints_its_title_in_the_first_process_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = Data(DataSettings(), Digits("train"), None, None)
-    for rank in (0, 1):
-        stage = Stage(Processes(rank, 2, torch.device("cpu")), data, CONFIG.run, tmp_path, "fine-tuning")
-        stage.print(f"rank {rank}")
-    assert capsys.readouterr().out == "fine-tuning: rank 0\n"
