@@ -24,6 +24,7 @@ GRAPHS = {
     "beyond_masking": (1, ["--task", "zoom_out", *DECODER]),  # here both read all tokens, and are equally wide
     "beyond_masking_integrated": (2, ["--view-size", "22", "22", *DECODER]),
     "hpm": (5, DECODER),  # and the teacher's two networks
+    "hpm --shard": (5, DECODER),
     "droppos": (4, DECODER),  # and the guide, whose last block returns a part
     "simmim": (1, []),  # twelve blocks, each with its own drop rate
     "lut": (4, ["--head-width", "64", *DECODER]),
@@ -59,8 +60,10 @@ def two_processes(factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
 
     def make(folder: Path) -> None:
         runs = [
-            run_of(name, [*options, *BLOCKS, "--runs", str(folder)], size=TWELVE)
-            for name, (_, options) in GRAPHS.items()
+            run_of(
+                name, [*more, *options, *BLOCKS, "--runs", str(folder), "--name", "".join([name, *more])], size=TWELVE
+            )
+            for (name, *more), options in ((title.split(), options) for title, (_, options) in GRAPHS.items())
         ]
         alike = [*PLAIN, "--runs", str(folder / "alike"), "--name"]
         for run, (name, options) in ALIKE.items():

@@ -57,7 +57,8 @@ def test_a_recipe_leaves_all_that_it_promises(
     assert all(np.isfinite(record["loss"]) for record in metrics(folder))
 
     again = refused(name, *RECIPES[name], *SMALL, "--runs", folder.parent)
-    assert again.startswith(f"{name}: {folder} holds a run already: go on with --resume")
+    sentence = "holds a run already: go on with --resume, delete it with --restart, or give another --name"
+    assert again == f"{name}: {folder} {sentence}"
     encoder = folder / "encoder.safetensors"
     called("finetune", "--encoder", encoder, "--epochs", 1, "--runs", tmp_path, "--workers", 0, "--device", "cpu")
     assert (tmp_path / "finetune" / "result.json").exists()
