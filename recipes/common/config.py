@@ -87,6 +87,10 @@ class Run:
     """auto: bf16 autocast on a GPU, fp32 on a CPU"""
     compile: MayDiffer[Literal["auto", "on", "off"]] = "auto"
     """torch.compile; auto: on a GPU only (on a CPU it takes a minute and gains little)"""
+    shard: MayDiffer[bool] = False
+    """on several devices: shard parameters, gradients and optimizer states (FSDP2) instead of replicating them (DDP)"""
+    activation_checkpointing: MayDiffer[bool] = False
+    """recompute the activations of each block in the backward pass, to save memory"""
     workers: MayDiffer[Annotated[int, Must("-1 or more", lambda x: x >= -1)]] = -1
     """data-loading processes per device; -1: one per free core, at most 16"""
     checkpoint_minutes: MayDiffer[NonNegative] = 5.0

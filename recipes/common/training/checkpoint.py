@@ -10,26 +10,42 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from common.config import SettingsError, explained
-from common.files import read_json, read_tensors, sync, write, write_json, write_tensors
-from common.training.distributed import Processes
+from common.files import read_json, sync, write, write_json, write_tensors
+from common.training.distributed import ALONE, Processes
+from common.training.sharded import read_shards, stored, write_shards
 
+import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 CHECKSUMS = "SHA256SUMS"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read: completed steps, digest of its checksums, tensors by name, and state of the log."""
+    """A verified checkpoint: completed steps, its folder, the digest of its checksums, and the state of the log."""
 
     step: int
+    folder: Path
     digest: str
-    tensors: dict[str, Tensor]
     state: dict[str, Any]
+
+    @property
+    def described(self) -> dict[str, Tensor]:
+        """All tensors by name, on the meta device."""
+        return stored(self.folder)
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, whole, on the CPU."""
+        tensors = {name: torch.empty_like(tensor, device="cpu") for name, tensor in stored(self.folder).items()}
+        read_shards(self.folder, tensors)
+        return tensors
 
 
 def method_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -82,15 +98,31 @@ class Checkpoints:
         names = (path.name for path in self.folder.glob("step_*"))
         return sorted(int(name[5:]) for name in names if re.fullmatch(r"step_([0-9]{9}|[1-9][0-9]{9,})", name))
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Write a checkpoint, then remove the oldest ones, damaged ones, and any of later steps.
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], processes: Processes = ALONE
+    ) -> None:
+        """Write a checkpoint, then remove the oldest ones, damaged ones, and any of later steps; collective.
+
+        The main process writes it, but sharded tensors are written by all processes.
 
         Raises:
-            SettingsError: if it cannot be written; the earlier checkpoints are kept.
+            SettingsError: on every process, if it cannot be written; the earlier checkpoints are kept.
         """
-        with self.writing(step) as folder:
-            write_tensors(folder / "tensors.safetensors", tensors)
-            write_json(folder / "state.json", state)
+        shards = self.folder / ".shards"
+        if processes.is_main:
+            shutil.rmtree(shards, ignore_errors=True)  # left by processes that were killed while writing
+        sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
+        if sharded:
+            processes.barrier()
+            write_shards(shards, tensors)
+        with processes.together():
+            if processes.is_main:
+                with self.writing(step) as folder:
+                    for path in shards.glob("*"):
+                        path.replace(folder / path.name)
+                    if not sharded:
+                        write_tensors(folder / "tensors.safetensors", tensors)
+                    write_json(folder / "state.json", state)
 
     @contextlib.contextmanager
     def writing(self, step: int) -> Iterator[Path]:
@@ -119,8 +151,8 @@ class Checkpoints:
         for leftover in self.folder.glob(".step_[0-9]*"):
             shutil.rmtree(leftover, ignore_errors=True)
         if everything:
-            for step in self.steps():
-                shutil.rmtree(self.path(step))
+            for folder in [*map(self.path, self.steps()), self.folder / ".shards"]:
+                shutil.rmtree(folder, ignore_errors=folder.name == ".shards")
             with contextlib.suppress(OSError):  # it does not exist, or others have files in it
                 self.folder.rmdir()
 
@@ -132,8 +164,7 @@ class Checkpoints:
         """
         path = self.path(step)
         digest = verify(path)
-        tensors, _ = read_tensors(path / "tensors.safetensors")
-        return Checkpoint(step, digest, tensors, read_json(path / "state.json"))
+        return Checkpoint(step, path, digest, read_json(path / "state.json"))
 
     def load(self) -> Checkpoint | None:
         """Return the newest checkpoint that is not damaged, or None; damaged ones are reported."""

@@ -92,6 +92,9 @@ class Processes:
         return tensor
 
 
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+
 @contextlib.contextmanager
 def join_processes(device: str = "auto") -> Iterator[Processes]:
     """Join the process group started by `torchrun`, or run as a single process.

@@ -12,25 +12,25 @@ Every random draw depends only on (seed, step, sample), so an interrupted and re
 uninterrupted one. Distributing it over devices or micro-batches changes only the order of sums.
 """
 
-import contextlib
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from common.config import Optimization, SettingsError
 from common.runs import Stage
-from common.training.checkpoint import Checkpoint, Checkpoints, check_fit, method_weights
+from common.training.checkpoint import Checkpoint, Checkpoints, check_fit
 from common.training.distributed import in_bf16
 from common.training.log import Log, read_metrics
 from common.training.optimizer import clip, parameter_groups
+from common.training.parallel import compiled, own, restore, synchronized, trainable
 from common.training.schedules import learning_rate, peak_rate
+from common.training.sharded import read_shards
 from common.training.signals import Stopped, StopSignal
-from common.training.step import Batches, all_finite, compiled, to_device
+from common.training.step import Batches, all_finite, to_device
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 
@@ -84,6 +84,7 @@ def train(
     processes = stage.processes
     with StopSignal(processes.maximum, world_size=processes.world_size, step=training.done) as stop:
         training.run(loader, stop)
+    restore(method, training.method, processes)
     if loader.unreadable:
         names = ", ".join(loader.unreadable)
         stage.print(f"{len(loader.unreadable)} unreadable images were skipped: {names}")
@@ -99,10 +100,11 @@ class _Training:
 
     def __init__(self, method: nn.Module, batches: Batches, settings: Optimization, stage: Stage, depth: int) -> None:
         stage.folder.mkdir(parents=True, exist_ok=True)
-        self.method, self.batches, self.settings, self.stage = method, batches, settings, stage
+        self.batches, self.settings, self.stage = batches, settings, stage
         self.checkpoints = Checkpoints(stage.folder / "checkpoint", keep=stage.run.keep)
         device = stage.processes.device
-        method.to(device).train()
+        self.method = method = trainable(method, stage.run, stage.processes)
+        method.train()
         groups = parameter_groups(method, settings, depth=depth)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.parameter_names = [name for group in groups for name in group["names"]]
@@ -127,15 +129,19 @@ class _Training:
         self.done = self.stored = found.step
         if not found.step:  # stopped before the first step: the initial weights follow from the settings
             return
-        self.check(found)
-        self.method.load_state_dict(method_weights(found.tensors))
+        described = found.described
+        self.check(found, described)
+        moments = {name: tensor for name, tensor in described.items() if name.startswith("optimizer.")}
         parameters = dict(zip(self.parameter_names, self.parameters, strict=True))
-        for key, value in found.tensors.items():
-            if key.startswith("optimizer."):
-                name, _, moment = key.removeprefix("optimizer.").rpartition(".")
-                self.optimizer.state[parameters[name]][moment] = value.to(self.progress.device)
-        if "window" in found.tensors:
-            self.window = self.own_window(found.tensors["window"]).to(self.progress.device)
+        for key, moment in moments.items():
+            parameter, _, name = key.removeprefix("optimizer.").rpartition(".")
+            like = parameters[parameter].detach() if moment.ndim else self.progress.float()
+            self.optimizer.state[parameters[parameter]][name] = torch.zeros_like(like)
+        windows = None
+        if "window" in described:
+            windows = torch.zeros_like(described["window"], device=self.progress.device)
+        read_shards(found.folder, self.tensors(windows))
+        self.window = None if windows is None else self.own_window(windows)
         self.names, self.last, self.seconds = (found.state[key] for key in ("names", "last", "seconds"))
 
     def own_window(self, windows: Tensor) -> Tensor:
@@ -143,7 +149,7 @@ class _Training:
         processes = self.stage.processes
         return windows[processes.rank] if len(windows) == processes.world_size else windows.mean(dim=0)
 
-    def check(self, found: Checkpoint) -> None:
+    def check(self, found: Checkpoint, described: Mapping[str, Tensor]) -> None:
         """Check that a checkpoint fits this training, before anything is restored.
 
         Raises:
@@ -153,13 +159,20 @@ class _Training:
         for name, parameter in zip(self.parameter_names, self.parameters, strict=True):
             moments = {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.zeros(())}
             expected |= {f"optimizer.{name}.{moment}": tensor for moment, tensor in moments.items()}
-        processes = len(found.tensors["window"]) if "window" in found.tensors else 1
+        processes = len(described["window"]) if "window" in described else 1
         expected["window"] = torch.zeros(processes, len(found.state["names"]) + 1)
-        path = self.checkpoints.path(found.step)
         try:  # a parameter without gradient has no moments, and right after a record the window is empty
-            check_fit(found.tensors, expected, optional=("optimizer.", "window"))
+            check_fit(described, expected, optional=("optimizer.", "window"))
         except SettingsError as error:
-            raise SettingsError(f"{path} does not fit: {error}; start over with --restart") from error
+            raise SettingsError(f"{found.folder} does not fit: {error}; start over with --restart") from error
+
+    def tensors(self, windows: Tensor | None) -> dict[str, Tensor]:
+        """Return the tensors of a checkpoint by name: those of method and optimizer, and the losses to be logged."""
+        tensors = {f"method.{name}": tensor for name, tensor in self.method.state_dict().items()}
+        for name, parameter in zip(self.parameter_names, self.parameters, strict=True):
+            moments = self.optimizer.state[parameter]
+            tensors |= {f"optimizer.{name}.{moment}": value for moment, value in moments.items()}
+        return tensors if windows is None else tensors | {"window": windows}
 
     def announce(self, num_images: int) -> None:
         """Print the number of images, epochs and steps, the batch size and the learning rate."""
@@ -233,8 +246,7 @@ class _Training:
             batch = to_device(next(stream), device)
             self.waited += time.perf_counter() - asked
             noise = method.noise(self.noise.at(self.done, i), batches.micro_batch)
-            accumulating = i < batches.count - 1 and isinstance(self.model, DistributedDataParallel)
-            with self.model.no_sync() if accumulating else contextlib.nullcontext():  # pyright: ignore
+            with synchronized(self.model, last=i == batches.count - 1):
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
                     losses = self.model(batch, noise, self.progress)
                 (losses["loss"] / batches.count).backward()
@@ -262,7 +274,7 @@ class _Training:
             raise SettingsError(f"the loss of step {int(bad_step)} is not finite; {self.what_is_kept()}")
         if due_somewhere:  # losses precede the step, so the updated weights are checked, too
             states = (tensor for state in self.optimizer.state.values() for tensor in state.values())
-            finite = all_finite([*self.method.state_dict().values(), *states])
+            finite = all_finite(map(own, [*self.method.state_dict().values(), *states]))
             if self.stage.processes.maximum([1.0 - float(finite)])[0]:
                 raise SettingsError(f"the weights after step {self.done} are not finite; {self.what_is_kept()}")
         return bool(due_somewhere)
@@ -294,30 +306,21 @@ class _Training:
             stage.print(f"{self.done}/{steps} steps, loss {self.last['loss']:.4f}, {speed}")
 
     def save(self) -> None:
-        """Write a checkpoint, unless this step already has one, while the other processes wait.
+        """Write a checkpoint, unless this step already has one; collective.
 
         Raises:
             SettingsError: on every process, if it cannot be written.
         """
-        windows = None if self.window is None else self.stage.processes.gather(self.window)
-        with self.stage.processes.together():
+        if self.stored != self.done:
+            processes = self.stage.processes
+            windows = None if self.window is None else processes.gather(self.window)
+            seconds = self.seconds + time.perf_counter() - self.began
+            state = {"last": self.last, "names": self.names, "seconds": seconds}
             try:
-                self.write(windows)
+                self.checkpoints.save(self.done, self.tensors(windows), state, processes)
             except SettingsError as error:
                 raise SettingsError(f"{error}; {self.what_is_kept()}") from error
         self.stored, self.saved_at = self.done, time.perf_counter()
-
-    def write(self, windows: Tensor | None) -> None:
-        """Write a checkpoint in the main process, unless this step already has one."""
-        if not self.stage.processes.is_main or self.stored == self.done:
-            return
-        seconds = self.seconds + time.perf_counter() - self.began
-        tensors = {f"method.{name}": tensor for name, tensor in self.method.state_dict().items()}
-        for name, parameter in zip(self.parameter_names, self.parameters, strict=True):
-            moments = self.optimizer.state[parameter]
-            tensors |= {f"optimizer.{name}.{moment}": value for moment, value in moments.items()}
-        tensors |= {} if windows is None else {"window": windows}
-        self.checkpoints.save(self.done, tensors, {"last": self.last, "names": self.names, "seconds": seconds})
 
     def result(self) -> dict[str, Any]:
         """Return the last record, the median of images per second, the mean waiting fraction, and the seconds."""
