@@ -46,7 +46,7 @@ def piecewise_index(
             f"alpha={alpha}, beta={beta} and gamma={gamma} do not satisfy 0 < alpha < beta and alpha < gamma"
         )
     far = distance.double().abs()
-    slope = (beta - alpha) / torch.tensor(gamma / alpha, dtype=torch.float64).log()
+    slope = (beta - alpha) / torch.full((), gamma / alpha, dtype=torch.float64, device=far.device).log()
     logarithmic = (alpha + (far.clamp(min=alpha) / alpha).log() * slope).round().clamp(max=beta).trunc()
     return (torch.where(far <= alpha, far.round(), logarithmic) * distance.sign()).long()
 
@@ -63,7 +63,7 @@ def num_buckets(*, method: Method = "product", ratio: float = 1.9, num_prefix: i
         num_prefix: number of tokens before the patches; they share one bucket.
 
     Raises:
-        ValueError: if `num_prefix` is negative, `ratio` is not above 0, or the method is unknown.
+        ValueError: if `num_prefix` is not an integer or negative, `ratio` is not above 0, or the method is unknown.
 
     Example:
         >>> num_buckets()
@@ -71,6 +71,7 @@ def num_buckets(*, method: Method = "product", ratio: float = 1.9, num_prefix: i
 
     Source: iRPE, arXiv 2107.14222.
     """
+    _check_integers(num_prefix=num_prefix)
     if method not in ("product", "rows", "columns", "euclidean", "quantized"):
         raise ValueError(f"method={method} is not one of product, rows, columns, euclidean and quantized")
     if not ratio > 0:
@@ -114,7 +115,8 @@ def relative_buckets(
         a row per query and a column per key, from 0 to `num_buckets` − 1, patches in raster order.
 
     Raises:
-        ValueError: if a side or `num_prefix` is negative, `ratio` is not above 0, or the method is unknown.
+        ValueError: if a side or `num_prefix` is not an integer or negative, `ratio` is not above 0, or the method is
+            unknown.
 
     Example:
         >>> relative_buckets(height=1, width=2)
@@ -125,6 +127,7 @@ def relative_buckets(
     Source: iRPE, arXiv 2107.14222, section 3.2; "quantized" follows the published code, which does not rank the
     distances.
     """
+    _check_integers(height=height, width=width)
     last = num_buckets(method=method, ratio=ratio, num_prefix=num_prefix) - 1
     if min(height, width) < 0:
         raise ValueError(f"a grid of {height} × {width} patches has a negative side")
@@ -293,3 +296,10 @@ def _per_head(buckets: Tensor, like: Tensor) -> Tensor:
 def _check_heads(table: Tensor, per_head: Tensor) -> None:
     if len(table) not in (1, per_head.shape[-3]):
         raise ValueError(f"a table {tuple(table.shape)} is neither for {per_head.shape[-3]} heads nor shared by all")
+
+
+def _check_integers(**numbers: int) -> None:
+    for name, number in numbers.items():
+        # A symbolic integer of a compiler has an index, too; so has a tensor, but reading it would synchronize
+        if isinstance(number, (bool, Tensor)) or not hasattr(number, "__index__"):
+            raise ValueError(f"{name}={number!r} is not an integer")

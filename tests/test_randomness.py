@@ -62,7 +62,12 @@ def test_noise_equals_the_same_formula_in_pythons_integers(key, first, shape):
 
 def test_noise_never_changes_from_one_version_to_the_next() -> None:
     """Seeds of published runs would otherwise mean something else."""
-    assert (uniform(4, key=seed_of(0, "noise", 3, 1), first=100) * 2**24).tolist() == [14107146, 1008647, 12162580, 5667531]
+    assert (uniform(4, key=seed_of(0, "noise", 3, 1), first=100) * 2**24).tolist() == [
+        14107146,
+        1008647,
+        12162580,
+        5667531,
+    ]
 
 
 @pytest.mark.parametrize("seed", range(3))

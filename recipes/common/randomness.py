@@ -24,9 +24,7 @@ def epoch_order(count: int, epoch: int, *, seed: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(seed, "order", epoch)))
 
 
-def uniform(
-    *shape: int, key: int, first: int = 0, device: torch.device | str | None = None
-) -> Tensor:
+def uniform(*shape: int, key: int, first: int = 0, device: torch.device | str | None = None) -> Tensor:
     """Return float32 values in [0, 1) that depend only on a key and their places, bit for bit on every device.
 
     The generator is counter-based: value i is a hash of the number `first` + i and the key, the upper 24 bits of what
