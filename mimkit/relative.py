@@ -210,14 +210,10 @@ def contextual_bias(
         raise ValueError(f"a table {tuple(table.shape)} does not hold vectors of {queries.shape[-1]} features")
     if queries.shape[-2] != buckets.shape[-2] or (buckets.ndim > 2 and buckets.shape[:-2] != queries.shape[:-3]):
         raise ValueError(f"buckets {tuple(buckets.shape)} and queries {tuple(queries.shape)} do not match")
-    # With few keys, look up a vector for each pair and multiply: the backward pass then scatters into the table alone
-    # and not for each image. With more keys than buckets this would take more products than one per bucket.
     with _no_autocast(queries):
-        if buckets.ndim == 2 and len(table) == 1 and buckets.shape[-1] <= table.shape[-1]:
-            vectors = table[0].index_select(1, buckets.flatten()).unflatten(1, buckets.shape)
-            return torch.einsum("...id,dij->...ij", queries, vectors.to(queries.dtype))
-        scores = queries @ table.to(queries.dtype)
-    return scores.gather(-1, _per_head(buckets, scores))
+        if _by_pair(queries.device.type, table.shape, buckets.shape):
+            return _bias_by_pair(queries, table, buckets)
+        return _bias_by_bucket(queries, table, buckets)
 
 
 def contextual_values(
@@ -278,6 +274,37 @@ def relative_bias(
     if table.ndim != 2:
         raise ValueError(f"a table {tuple(table.shape)} does not hold one number per head and bucket")
     return table[:, buckets].movedim(0, -3)
+
+
+def _by_pair(device: str, table: tuple[int, ...], buckets: tuple[int, ...]) -> bool:
+    """Tell whether to multiply queries with a vector for each pair of tokens instead of one for each bucket.
+
+    With more keys than buckets this takes more products. But its backward pass adds into the table alone, a number per
+    pair and feature, whereas the other one adds a number per image, head and pair into few places. These additions
+    cost little on a CPU; a GPU makes them one after the other, and the products in parallel.
+
+    Args:
+        device: type of the device.
+        table: shape of the table; only vectors that all heads share are looked up by pair.
+        buckets: shape of the buckets, which must be shared by the batch.
+    """
+    return len(buckets) == 2 and table[0] == 1 and (device == "cuda" or buckets[-1] <= table[-1])
+
+
+def _bias_by_pair(
+    queries: Float[Tensor, "*batch h k d"], table: Float[Tensor, "1 d buckets"], buckets: Int[Tensor, "k n"]
+) -> Float[Tensor, "*batch h k n"]:
+    """Look up a vector for each pair of tokens and multiply it with the query."""
+    vectors = table[0].index_select(1, buckets.flatten()).unflatten(1, buckets.shape)
+    return torch.einsum("...id,dij->...ij", queries, vectors.to(queries.dtype))
+
+
+def _bias_by_bucket(
+    queries: Float[Tensor, "*batch h k d"], table: Float[Tensor, "heads d buckets"], buckets: Int[Tensor, "*images k n"]
+) -> Float[Tensor, "*batch h k n"]:
+    """Multiply each query with the vectors of all buckets, and look up the product for each key."""
+    scores = queries @ table.to(queries.dtype)
+    return scores.gather(-1, _per_head(buckets, scores))
 
 
 def _no_autocast(like: Tensor) -> torch.autocast:

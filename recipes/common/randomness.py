@@ -1,4 +1,4 @@
-"""All randomness: every draw depends only on (seed, epoch or step, sample)."""
+"""All randomness: every draw depends only on (seed, epoch or step, sample), on any device."""
 
 import hashlib
 import json
