@@ -55,7 +55,7 @@ class Regression(nn.Module):
         return {"jitter": rand(batch, 4)}
 
     def forward(self, batch: Tensor, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
-        error = (self.layer(batch) - noise["jitter"] * (1 + progress)).square().mean()
+        error = (self.layer(batch) - 0.1 * noise["jitter"] * (1 + progress)).square().mean()
         return {"loss": error, "half": error / 2}
 
     def after_step(self, progress: Tensor) -> None:

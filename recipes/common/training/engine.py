@@ -8,8 +8,9 @@ A method is an `nn.Module` with
 
 `progress` is the fraction of the training that is done, a 0-d tensor in double precision.
 
-Every random draw depends only on (seed, step, sample), so an interrupted and resumed run is bitwise identical to an
-uninterrupted one. Distributing it over devices or micro-batches changes only the order of sums.
+Every random draw depends only on (seed, step, sample) and is the same on every device, so on a CPU an interrupted and
+resumed run is bitwise identical to an uninterrupted one. Distributing it over devices or micro-batches changes only the
+order of sums; on a GPU this order also differs from run to run, because some backward passes add atomically.
 """
 
 import time
