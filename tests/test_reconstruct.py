@@ -67,7 +67,7 @@ def test_a_trained_method_is_loaded_as_it_was_saved(name: str, run_of: Callable[
     assert config.run.runs == run.parent
     found = Checkpoints(run / "checkpoint").load()
     assert found is not None
-    saved = {key.removeprefix("method."): value for key, value in found[1].items() if key.startswith("method.")}
+    saved = {key.removeprefix("method."): value for key, value in found.tensors.items() if key.startswith("method.")}
     state = method.state_dict()
     assert state.keys() == saved.keys()
     assert all(value.equal(state[key]) for key, value in saved.items())
@@ -80,7 +80,7 @@ def test_a_run_that_is_still_training_gives_its_newest_checkpoint_that_is_whole(
     checkpoints = Checkpoints(run / "checkpoint")
     found = checkpoints.load()
     assert found is not None
-    step, tensors, state = found
+    step, tensors, state = found.step, found.tensors, found.state
     checkpoints.save(step + 1, tensors | {"method.decoder.mask_token": torch.full((1, 1, 48), 3.0)}, state)
     assert (load_method(run)[0].decoder.mask_token == 3).all()
     assert capsys.readouterr().out == f"{run}: mae after {step + 1} steps\n"
