@@ -165,10 +165,12 @@ def test_every_image_has_the_same_noise_on_any_number_of_devices(devices: int, d
         for micro_step in range(ranks[0].count):
             for batches in ranks:
                 noise = batches.noise().at(3, micro_step)
-                parts.append(torch.cat([noise(batches.micro_batch, 5), noise(batches.micro_batch, 2)], dim=1))
+                own, shared = noise(batches.micro_batch, 5), noise.shared(3).expand(batches.micro_batch, 3)
+                parts.append(torch.cat([own, shared, noise(batches.micro_batch, 2)], dim=1))
         return torch.cat(parts)
 
     assert torch.equal(of_all(devices, device_batch), of_all(1, 8))
+    assert (of_all(1, 8)[:, 5:8] == of_all(1, 8)[0, 5:8]).all()  # what the images of a step share
     assert of_all(1, 8).min() >= 0
     assert of_all(1, 8).max() < 1
 
@@ -178,6 +180,8 @@ def test_noise_differs_between_steps_and_calls_and_repeats_at_the_same_place() -
     first, second = noise.at(0, 0)(8, 3), noise(8, 3)
     assert not torch.equal(first, second)
     assert not torch.equal(first, noise.at(1, 0)(8, 3))
+    assert not torch.equal(noise.at(0, 0).shared(3), noise.shared(3))
+    assert not torch.equal(noise.at(0, 0).shared(3), noise.at(1, 0).shared(3))
     assert torch.equal(first, noise.at(0, 0)(8, 3))
 
 

@@ -2,7 +2,8 @@
 
 A method is an `nn.Module` with
 
-- `noise(rand, batch)`: all its randomness, as a dict of uniform tensors whose first axis is the batch;
+- `noise(rand, batch)`: all its randomness, as a dict of uniform tensors whose first axis is the batch, or which are
+  shared by all images of a step (`rand.shared`);
 - `forward(batch, noise, progress)`: a dict of 0-d losses; the one named "loss" is minimized, all are logged;
 - `after_step(progress)`, optional, called after the optimizer step, for example for an EMA update.
 
