@@ -227,6 +227,7 @@ def test_compiled_equals_eager_in_one_graph_for_the_whole_training(name: str, fi
         torch.testing.assert_close(weights(tmp_path / "compiled")[key], tensor, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_gpu_compiles_the_whole_training(name: str, tmp_path: Path) -> None:
