@@ -5,7 +5,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ import step
 import torch
 import torch.nn.functional as F
 from blocks import with_gradient
-from gpu_trainings import Bench, Row, Training, config_of, each, free, graphs, method_of, training_of
+from gpu_trainings import Bench, Row, Training, config_of, each, free, graphs, method_of, synthetic_batch, training_of
 from measuring import in_rounds, seconds_of, version_of
 from PIL import Image
 from torch import Tensor
@@ -102,15 +101,21 @@ def flops_per_image(bench: Bench, method: str, size: str) -> tuple[float, str]:
     """Return the floating-point operations that a step needs per image, and where the number comes from."""
     if method in step.RECIPES and not bench.toy:
         return step.flops_per_image(method, size), "shapes (step.py)"
+    return counted_flops(bench, method, size), "FlopCounterMode"
+
+
+def counted_flops(bench: Bench, method: str, size: str) -> float:
+    """Count the floating-point operations of a step per image, on the meta device."""
     batch = 2
-    config = config_of(bench, method, size=size, batch=batch, steps=1, compile="off")
-    views = training_of(replace(bench, folder=bench.folder / "flops"), method, config).images
-    module = method_of(method, config).to("meta")
-    images = views.to("meta") if isinstance(views, Tensor) else tuple(view.to("meta") for view in views)
+    config = config_of(bench, method, size=size, batch=batch, steps=1)
+    module = method_of(method, config)
+    images = synthetic_batch(module, config)
+    module.to("meta")
+    images = images.to("meta") if isinstance(images, Tensor) else tuple(view.to("meta") for view in images)
     noise = module.noise(partial(torch.rand, device="meta"), batch)
     with FlopCounterMode(display=False) as counter:
         module(images, noise, torch.zeros((), dtype=torch.float64, device="meta"))["loss"].backward()
-    return counter.get_total_flops() / batch, "FlopCounterMode"
+    return counter.get_total_flops() / batch
 
 
 def allocated(bench: Bench) -> int:
@@ -138,7 +143,7 @@ def peers(bench: Bench) -> list[Row]:
     shapes, bf16 = step.shapes_of(config), in_bf16(config.run, bench.processes)
     packages: dict[str, Callable[..., torch.nn.Module]] = {"transformers": step.Transformers, "lightly": step.Lightly}
     rows: list[Row] = [
-        {"what": f"mae beside {package}", "left out": f"{package} is not installed"}
+        {"what": f"mae, {package}", "left out": f"{package} is not installed"}
         for package in packages
         if version_of(package) == "–"
     ]
@@ -170,16 +175,16 @@ def peers(bench: Bench) -> list[Row]:
 
     def prepare(name: str) -> Row:
         before = allocated(bench)
-        take = builds[name.removeprefix("mae beside ")](batch)
+        take = builds[name.removeprefix("mae, ")](batch)
         for _ in range(bench.warmup):
             take()
         clocks[name] = partial(seconds_of, take, bench.steps, device)
         return {"batch": batch, **peak_memory(bench, before)}
 
     with bench.compiler():
-        found = each(bench, [f"mae beside {name}" for name in builds], prepare)
+        found = each(bench, [f"mae, {name}" for name in builds], prepare)
         times = in_rounds(clocks, 1 if bench.toy else ROUNDS, random.Random(0))
-    own = times.get("mae beside ours compiled", [])
+    own = times.get("mae, ours compiled", [])
     for row in found:
         if (values := times.get(row["what"])) is not None:
             row["images/s"] = batch / statistics.median(values)
@@ -297,9 +302,9 @@ def data(bench: Bench) -> list[Row]:
     with bench.compiler():
         training = training_of(bench, "mae", config, source=source, num_images=count)
         loading = wall_seconds(bench, partial(next, stream_of(bench, training, workers)), warmup, steps)
-        jpegs = stream_of(bench, training, workers)
         synthetic = wall_seconds(bench, training.step, bench.warmup, bench.steps)
-        training.engine.done, training.engine.waited = 0, 0.0
+        training.engine.done = 0
+        jpegs = stream_of(bench, training, workers)
         real = wall_seconds(bench, partial(training.engine.step, jpegs), warmup, steps)
     training.check_loss()
     files = {"kB per JPEG": kilobytes, "workers": workers, "batch": batch}

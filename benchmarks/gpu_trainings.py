@@ -175,6 +175,17 @@ def method_of(method: str, config: Any) -> Any:
     return RECIPES[method].method(config, Normalize(IMAGENET_MEAN[:channels], IMAGENET_STD[:channels]))
 
 
+def pictures_for(module: Any, config: Any) -> Pictures:
+    """Return synthetic images somewhat larger than the views of a method."""
+    return Pictures(config.data.channels, max(module.view_size) * 8 // 7)
+
+
+def synthetic_batch(module: Any, config: Any) -> Any:
+    """Return views of synthetic images, a batch of a device as the loader makes it."""
+    samples = [(0, index % PICTURES) for index in range(config.optimization.device_batch)]
+    return next(iter(Loader(views_of(module, config, pictures_for(module, config)), [samples])))
+
+
 def views_of(module: Any, config: Any, source: Any) -> ViewDataset:
     """Return the views that a method is trained on."""
     default = CropFlip(module.view_size, scale=config.data.crop_scale, flip=config.data.flip)
@@ -221,18 +232,13 @@ def training_of(
 ) -> Training:
     """Build a training of a method, on synthetic images unless a source is given."""
     module = method_of(method, config)
-    height, width = module.view_size
-    synthetic = Pictures(config.data.channels, max(height, width) * 8 // 7)
-    views = views_of(module, config, synthetic)
     optimization, processes = config.optimization, bench.processes
-    samples = [(0, index % PICTURES) for index in range(optimization.device_batch)]
-    images = to_device(next(iter(Loader(views, [samples]))), bench.device)
-    stage = Stage(processes, Data(config.data, synthetic, None, None), config.run, bench.folder / method, method)
+    images = to_device(synthetic_batch(module, config), bench.device)
+    source = pictures_for(module, config) if source is None else source
+    stage = Stage(processes, Data(config.data, source, None, None), config.run, bench.folder / method, method)
     batches = Batches(num_images or optimization.batch_size, optimization, processes, seed=0)
     engine = _Training(module, batches, optimization, stage, 0)
-    if source is not None:
-        views = views_of(module, config, source)
-    return Training(engine, images, views, config)
+    return Training(engine, images, views_of(module, config, source), config)
 
 
 # What must hold
