@@ -436,7 +436,7 @@ def random_kernels_any_size(
             "size per image"
         )
     k = noise.shape[-1]
-    if max(sizes, default=0) != k or any(size < 1 or size % 2 == 0 for size in sizes):
+    if not sizes or max(sizes) != k or any(size < 1 or size % 2 == 0 for size in sizes):
         raise ValueError(f"sizes={sizes} are not odd numbers with {k} as the largest")
     if not 0 <= std < math.inf:
         raise ValueError(f"std={std} is not finite, or negative")

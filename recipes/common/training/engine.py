@@ -146,11 +146,9 @@ class _Training:
         self.names, self.last, self.seconds = (found.state[key] for key in ("names", "last", "seconds"))
 
     def own_window(self, windows: Tensor) -> Tensor:
-        """Return this process's sums of losses; if there were more or fewer processes, one takes all."""
+        """Return this process's sums of losses; their mean, if there were more or fewer processes."""
         processes = self.stage.processes
-        if len(windows) == processes.world_size:
-            return windows[processes.rank]
-        return windows.sum(dim=0) * processes.is_main
+        return windows[processes.rank] if len(windows) == processes.world_size else windows.mean(dim=0)
 
     def check(self, found: Checkpoint, described: Mapping[str, Tensor]) -> None:
         """Check that a checkpoint fits this training, before anything is restored.
