@@ -203,4 +203,5 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # queues send SIGTERM to every process of a job; a worker that its parent ends in this way dies somewhat later
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LAST_SECONDS))

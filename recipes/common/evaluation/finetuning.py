@@ -24,6 +24,7 @@ from common.data.sources import Data, Source
 from common.data.views import CenterCrop, CropFlip, Transform
 from common.networks.encoder import TrainableEncoder
 from common.networks.vit import ViT
+from common.randomness import seed_of, uniform
 from common.runs import Stage
 from common.training.distributed import in_bf16, num_workers
 from common.training.engine import train
@@ -221,12 +222,11 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
-        """Predict the class of each image; a random selection of patches uses a fixed seed."""
+        """Predict the class of each image; a random selection of patches uses fixed noise."""
         noise: dict[str, Tensor] = {}
         if self.select is not None:
-            generator = torch.Generator(images.device).manual_seed(0)
             shape = len(images), len(self.encoder.positions)
-            noise["select"] = torch.rand(shape, generator=generator, device=images.device)
+            noise["select"] = uniform(*shape, key=seed_of("select"), device=images.device)
         return self.head(self.features(images, noise)).argmax(dim=-1)
 
 
