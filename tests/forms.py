@@ -143,7 +143,7 @@ def check_classifier() -> None:
     form: Any = {"pool": "mean", "head_scale": 1.0, "mixing": Mixing(5)}
     classifier = Classifier(encoder, Normalize([0.5] * 3, [0.5] * 3), 5, **form).train()
     device, progress = torch.device("cpu"), torch.zeros((), dtype=torch.float64)
-    rand = Noise(batch_size=4, micro_batch=4, rank=0, world_size=1, device=device, seed=0)
+    rand = Noise(micro_batch=4, rank=0, world_size=1, device=device, seed=0)
     images = (255 * rand.at(9, 0)(4, 3, 16, 24)).to(torch.uint8)
     batch: Any = images, torch.tensor([4, 0, 1, 1])
     torch.compiler.reset()

@@ -78,13 +78,16 @@ class Noise:
     def __call__(self, batch: int, *shape: int) -> Tensor:
         if batch != self.micro_batch:
             raise ValueError(f"noise for {batch} images was requested in a micro-batch of {self.micro_batch}")
-        key = seed_of(self.seed, "noise", self.step, self.calls)
-        self.calls += 1
-        return uniform(batch, *shape, key=key, first=self.first_image * math.prod(shape), device=self.device)
+        return uniform(batch, *shape, key=self.next(), first=self.first_image * math.prod(shape), device=self.device)
 
     def shared(self, *shape: int) -> Tensor:
         """Return noise that all images of a step have in common, the same in every process and micro-batch."""
-        return torch.rand(*shape, generator=self.generator, device=self.generator.device)
+        return uniform(*shape, key=self.next(), device=self.device)
+
+    def next(self) -> int:
+        """Return the key of the next call."""
+        self.calls += 1
+        return seed_of(self.seed, "noise", self.step, self.calls - 1)
 
 
 @contextmanager
