@@ -10,7 +10,7 @@ from typing import Any
 from common.analysis import load_method
 from common.data.sources import Digits
 from common.data.views import CenterCrop
-from common.files import read_tensors, write_tensors
+from common.files import read_tensors
 from common.pretraining import pretrain
 from common.training.checkpoint import Checkpoints
 
@@ -186,10 +186,11 @@ def test_the_losses_are_those_of_the_trained_method_on_these_images(
 
 def test_other_weights_have_other_losses(run: Path, capsys: Any):
     before = drawn(capsys, run=run, count=2)
-    tensors = next((run / "checkpoint").glob("*/tensors.safetensors"))
-    changed = read_tensors(tensors)[0]
-    changed["method.decoder.head.bias"] += 1
-    write_tensors(tensors, changed)
+    checkpoints = Checkpoints(run / "checkpoint")
+    found = checkpoints.load()
+    assert found is not None
+    found.tensors["method.decoder.head.bias"] += 1
+    checkpoints.save(found.step, found.tensors, found.state)
     after = drawn(capsys, run=run, count=2)
     assert all(new["loss"] > old["loss"] + 0.5 for old, new in zip(before, after, strict=True))
 
