@@ -17,7 +17,7 @@ The sections, in the order in which they run:
     sharding     activation checkpointing; under torchrun DDP beside FSDP2
     speed        training steps of every recipe with ViT-B and ViT-L, and MAE beside transformers and lightly
 
-The first three and the eager part of `determinism` use two blocks as wide as those of ViT-B. A section or a method that
+`sync`, `recompiles` and `determinism` train two blocks as wide as those of ViT-B, the last one compiled for two methods. A section or a method that
 fails is reported and does not stop the others; a training that would begin less than a minute before the end is named
 as left out. Speed comes last and takes the rest of the time; repeat it alone, with the compiler's cache filled, for the
 trainings that were left out. The report is written after every section.

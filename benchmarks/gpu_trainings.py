@@ -359,7 +359,8 @@ def a_run(training: Training, start: dict[str, Tensor], steps: int) -> tuple[Ten
     sums = []
     for _ in range(steps):
         training.step()
-        sums.append(torch.clone(engine.window))
+        window: Any = engine.window
+        sums.append(window.clone())
     return torch.stack(sums), {key: tensor.clone() for key, tensor in engine.method.state_dict().items()}
 
 
