@@ -17,7 +17,7 @@ The sections, in the order in which they run:
     sharding     activation checkpointing; under torchrun DDP beside FSDP2
     speed        training steps of every recipe with ViT-B and ViT-L, and MAE beside transformers and lightly
 
-The first three and the eager part of `determinism` use two blocks as wide as those of ViT-B. A section or a method that
+`sync`, `recompiles` and `determinism` train two blocks as wide as those of ViT-B, the last one compiled for two methods. A section or a method that
 fails is reported and does not stop the others; a training that would begin less than a minute before the end is named
 as left out. Speed comes last and takes the rest of the time; repeat it alone, with the compiler's cache filled, for the
 trainings that were left out. The report is written after every section.
@@ -153,21 +153,17 @@ def print_section(name: str, result: dict[str, Any]) -> None:
     rows = result.get("rows", []) + ([{"what": "", "error": result["error"]}] if "error" in result else [])
     for row in rows:
         values = ", ".join(f"{key} {written(value)}" for key, value in row.items() if key != "what")
-        print(f"{name:<13}{row['what']:<36}{values}", flush=True)
-    print(f"{name:<13}{'':<36}{result['seconds']:.0f} s", flush=True)
+        print(f"{name:<13}{row['what']:<42}{values}", flush=True)
+    print(f"{name:<13}{'':<42}{result['seconds']:.0f} s", flush=True)
 
 
 def written(value: Any) -> str:
     """Write a value in the table."""
     if isinstance(value, bool):
         return "yes" if value else "NO"
-    return (
-        f"{value:,.4g}"
-        if isinstance(value, float) and abs(value) < 1e4
-        else f"{value:,.0f}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return str(value)
 
 
 def report(settings: Settings, bench: Bench) -> dict[str, Any]:
@@ -180,7 +176,7 @@ def report(settings: Settings, bench: Bench) -> dict[str, Any]:
     if bench.processes.is_main:
         print_circumstances(bench.device, *PACKAGES)
         print(f"driver {result['driver']}, {result['date']}{', toy size' if bench.toy else ''}\n")
-        print(f"{'section':<13}{'what':<36}found")
+        print(f"{'section':<13}{'what':<42}found")
     for name in (name for name in SECTIONS if name in chosen):
         found = result["sections"][name] = run_section(SECTIONS[name], bench)
         if bench.processes.is_main:

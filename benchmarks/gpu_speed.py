@@ -284,7 +284,7 @@ def write_photographs(folder: Path, count: int, size: tuple[int, int]) -> float:
         photograph = photographs[number % 2]
         share = chance.uniform(0.7, 1)
         width, height = int(photograph.width * share), int(photograph.height * share)
-        left, top = chance.integers(photograph.width - width + 1), chance.integers(photograph.height - height + 1)
+        left, top = (int(chance.integers(room + 1)) for room in (photograph.width - width, photograph.height - height))
         part = photograph.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
         part.save(folder / f"{number:05}.jpg", quality=90)
     return sum(path.stat().st_size for path in folder.iterdir()) / count / 1e3

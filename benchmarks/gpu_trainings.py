@@ -95,7 +95,8 @@ class Bench:
 
     def is_late(self) -> bool:
         """Return whether too little time is left to compile and measure one more training."""
-        return time.monotonic() > self.ends - (0 if self.toy else 60)
+        alone = self.processes.world_size == 1  # several processes must decide alike
+        return alone and time.monotonic() > self.ends - (0 if self.toy else 60)
 
     def compiler(self) -> AbstractContextManager[Any]:
         """Return a context in which toys are captured but not lowered: inductor takes a minute on a CPU."""
@@ -351,14 +352,15 @@ def determinism(bench: Bench) -> list[Row]:
 
 def a_run(training: Training, start: dict[str, Tensor], steps: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Train from the first step on, and return the sums of the losses after each step, and the final weights."""
-    engine = training.engine
+    engine: Any = training.engine
     engine.method.load_state_dict(start)
     engine.optimizer.state.clear()
     engine.done, engine.window = 0, None
     sums = []
     for _ in range(steps):
         training.step()
-        sums.append(engine.window.clone())
+        window: Any = engine.window
+        sums.append(window.clone())
     return torch.stack(sums), {key: tensor.clone() for key, tensor in engine.method.state_dict().items()}
 
 

@@ -60,14 +60,14 @@ def test_on_a_cpu_the_tests_for_a_gpu_are_skipped_and_the_promises_hold(report: 
     assert graphs == [(1, 0), (1, 0)]
     assert all(row["equal"] for row in rows(report, "determinism").values())
     assert rows(report, "determinism")["noise"]["equal to the CPU's"]
-    assert all(row["difference"] < 1e-5 for row in rows(report, "attention").values())
+    assert all(row["difference"] < 1e-4 for row in rows(report, "attention").values())
 
 
 def test_the_speed_of_every_method_and_of_the_peers_is_reported(report: dict[str, Any]) -> None:
     speed = rows(report, "speed")
     assert {"matmul peak", "mae toy", "lut toy"} < set(speed)
     for peer in ("transformers", "lightly"):
-        own = speed[f"mae beside {peer}"]
+        own = speed[f"mae, {peer}"]
         assert "left out" in own or own["time ÷ ours"] > 0
     data = rows(report, "data")
     assert data["mae, JPEGs"]["÷ synthetic"] > 0
@@ -125,7 +125,12 @@ def test_two_runs_that_differ_are_reported_with_their_largest_difference(
     monkeypatch.setattr(gpu_trainings, "a_run", different)
     monkeypatch.setattr(gpu_trainings, "COMPILED", ())
     first, second, _ = gpu_trainings.determinism(bench(tmp_path))
-    assert first == {"what": "mae", "equal": False, "largest difference of losses": 0.0, "of weights": 0.5}
+    assert first == {
+        "what": "mae",
+        "equal": False,
+        "largest difference of losses": 0.0,
+        "of weights": pytest.approx(0.5),
+    }
     assert second["equal"]
 
 
