@@ -78,13 +78,15 @@ class Noise:
     def __call__(self, batch: int, *shape: int) -> Tensor:
         if batch != self.micro_batch:
             raise ValueError(f"noise for {batch} images was requested in a micro-batch of {self.micro_batch}")
-        return uniform(batch, *shape, key=self.next(), first=self.first_image * math.prod(shape), device=self.device)
+        return uniform(
+            batch, *shape, key=self._next_key(), first=self.first_image * math.prod(shape), device=self.device
+        )
 
     def shared(self, *shape: int) -> Tensor:
         """Return noise that all images of a step have in common, the same in every process and micro-batch."""
-        return uniform(*shape, key=self.next(), device=self.device)
+        return uniform(*shape, key=self._next_key(), device=self.device)
 
-    def next(self) -> int:
+    def _next_key(self) -> int:
         """Return the key of the next call."""
         self.calls += 1
         return seed_of(self.seed, "noise", self.step, self.calls - 1)
