@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +24,7 @@ from common.training.engine import train
 from common.training.log import Log
 from common.training.optimizer import clip, parameter_groups
 from common.training.schedules import by_epoch, by_step, epoch_of, learning_rate
-from common.training.signals import SIGNALS, Stopped, StopSignal
+from common.training.signals import SIGNALS, Stopped, StopSignal, stopping_at_once
 from common.training.step import Batches, micro_batches
 
 import pytest
@@ -54,7 +55,7 @@ class Regression(nn.Module):
         return {"jitter": rand(batch, 4)}
 
     def forward(self, batch: Tensor, noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
-        error = (self.layer(batch) - noise["jitter"] * (1 + progress)).square().mean()
+        error = (self.layer(batch) - 0.1 * noise["jitter"] * (1 + progress)).square().mean()
         return {"loss": error, "half": error / 2}
 
     def after_step(self, progress: Tensor) -> None:
@@ -164,10 +165,12 @@ def test_every_image_has_the_same_noise_on_any_number_of_devices(devices: int, d
         for micro_step in range(ranks[0].count):
             for batches in ranks:
                 noise = batches.noise().at(3, micro_step)
-                parts.append(torch.cat([noise(batches.micro_batch, 5), noise(batches.micro_batch, 2)], dim=1))
+                own, shared = noise(batches.micro_batch, 5), noise.shared(3).expand(batches.micro_batch, 3)
+                parts.append(torch.cat([own, shared, noise(batches.micro_batch, 2)], dim=1))
         return torch.cat(parts)
 
     assert torch.equal(of_all(devices, device_batch), of_all(1, 8))
+    assert (of_all(1, 8)[:, 5:8] == of_all(1, 8)[0, 5:8]).all()  # what the images of a step share
     assert of_all(1, 8).min() >= 0
     assert of_all(1, 8).max() < 1
 
@@ -177,6 +180,8 @@ def test_noise_differs_between_steps_and_calls_and_repeats_at_the_same_place() -
     first, second = noise.at(0, 0)(8, 3), noise(8, 3)
     assert not torch.equal(first, second)
     assert not torch.equal(first, noise.at(1, 0)(8, 3))
+    assert not torch.equal(noise.at(0, 0).shared(3), noise.shared(3))
+    assert not torch.equal(noise.at(0, 0).shared(3), noise.at(1, 0).shared(3))
     assert torch.equal(first, noise.at(0, 0)(8, 3))
 
 
@@ -448,6 +453,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(chosen: int, tmp_
     assert 5 < int(found[1]) < 200
     assert outputs[1].read_text() == ""
     assert Checkpoints(tmp_path / "cut" / "checkpoint").steps() == [int(found[1])]
+    shutil.copytree(tmp_path / "cut", tmp_path / "alone")
     assert [ended(pid) for pid in trained_by_two(tmp_path / "cut", outputs, replace(rare, resume=True))] == [0, 0]
     assert [ended(pid) for pid in trained_by_two(tmp_path / "whole", outputs, rare)] == [0, 0]
     whole, cut = (Checkpoints(tmp_path / name / "checkpoint").load() for name in ("whole", "cut"))
@@ -455,6 +461,29 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(chosen: int, tmp_
     assert cut is not None
     assert same(whole.tensors, cut.tensors)
     assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
+    trained(tmp_path / "alone", run=replace(rare, resume=True), settings=replace(SMALL, epochs=50))
+    assert lines(tmp_path / "alone") == [pytest.approx(record, rel=1e-4) for record in lines(tmp_path / "whole")]
+
+
+def test_a_signal_outside_of_training_stops_at_once(tmp_path: Path) -> None:
+    def work() -> None:
+        with join_processes("cpu"):
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("it goes on")
+
+    for rank, printed in (("0", "stopped by a signal; go on with --resume\n"), ("1", "")):
+        process = fork(work, tmp_path / rank, RANK=rank)
+        assert ended(process) == 75
+        assert (tmp_path / rank).read_text() == printed
+
+
+def test_a_program_under_nohup_outlives_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping_at_once():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_full_disk_stops_all_processes_with_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,16 @@
 
 import os
 import pickle
+import signal
 from pathlib import Path
+from typing import Any
 
 from common.config import SettingsError
-from common.data.augment import Augment, Mix
+from common.data import loading
+from common.data.augment import Augment
 from common.data.loading import Loader, ViewDataset
 from common.data.sources import Folder
 from common.data.views import CenterCrop, CropFlip
-from common.randomness import seed_of
 
 import numpy as np
 import pytest
@@ -17,7 +19,6 @@ import torch
 from pictures import Memory, quoting, unchanged, write
 from PIL import Image
 from torch import Generator, Tensor
-from torch.utils.data import get_worker_info
 
 
 def test_a_view_depends_on_seed_epoch_and_image_and_on_nothing_else():
@@ -59,7 +60,7 @@ def batches(count: int, size: int = 4, total: int = 12) -> list[list[tuple[int, 
     return [flat[start : start + size] for start in range(0, len(flat), size)]
 
 
-@pytest.mark.parametrize("transform", [CropFlip((16, 12)), Augment((16, 12), mean=[0.5] * 3, std=[0.5] * 3)])
+@pytest.mark.parametrize("transform", [CropFlip((16, 12)), Augment((16, 12), mean=[0.5] * 3)])
 def test_the_number_of_workers_changes_nothing(transform):
     views = ViewDataset(Memory(classes=3), transform, labels=True)
     alone, shared = (list(Loader(views, iter(batches(7)), workers=workers)) for workers in (0, 2))
@@ -67,6 +68,7 @@ def test_the_number_of_workers_changes_nothing(transform):
     for (images_alone, labels_alone), (images_shared, labels_shared) in zip(alone, shared, strict=True):
         assert torch.equal(images_alone, images_shared)
         assert torch.equal(labels_alone, labels_shared)
+        assert (images_shared.dtype, labels_shared.dtype) == (torch.uint8, torch.int64)
 
 
 def test_a_batch_is_what_the_views_are_stacked_and_channels_last():
@@ -99,21 +101,6 @@ def test_loading_leaves_the_global_generator_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-class Told:
-    """A batch becomes its seed, and whether a worker made it."""
-
-    def __call__(self, batch: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        assert batch.shape == (4, 3, 20, 30)
-        return torch.tensor(seed), torch.tensor(get_worker_info() is not None)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_batch_is_collated_where_it_was_loaded_with_the_seed_of_its_first_sample(workers):
-    told = list(Loader(ViewDataset(Memory(), unchanged, seed=5), batches(4), workers=workers, collate=Told()))
-    assert [int(seed) for seed, _ in told] == [seed_of("batch", 5, *batch[0]) for batch in batches(4)]
-    assert all(bool(inside) == (workers > 0) for _, inside in told)
-
-
 def process(image: Tensor, generator: Generator) -> Tensor:
     return torch.tensor([os.getpid(), torch.get_num_threads()]).view(2, 1, 1)
 
@@ -127,12 +114,33 @@ def test_workers_use_one_thread_and_leave_signals_to_the_parent():
     assert len(list(loader)) == 19
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_workers_go_on_after_a_signal_to_every_process_of_a_job(number: signal.Signals, capfd: Any):
+    loader = iter(Loader(ViewDataset(Memory(), process), iter(batches(20)), workers=1))
+    worker = int(next(loader)[0].flatten()[0])
+    os.kill(worker, number)
+    assert len(list(loader)) == 19
+    assert capfd.readouterr().err == ""
+
+
+def test_a_worker_ends_some_time_after_a_sigterm(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loading, "LAST_SECONDS", 1)
+    loader: Any = Loader(ViewDataset(Memory(), process), batches(20), workers=1)
+    stream = iter(loader._loader)
+    worker = stream._workers[0]
+    next(stream)
+    worker.terminate()
+    worker.join()
+    assert worker.exitcode == -signal.SIGALRM
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        list(stream)
+
+
 def test_views_can_be_sent_to_workers_that_are_not_forked(tmp_path):
     write(tmp_path / "1.png")
-    for transform in (CropFlip((8, 8)), CenterCrop((8, 8)), Augment((8, 8), mean=[0.5] * 3, std=[0.5] * 3)):
+    for transform in (CropFlip((8, 8)), CenterCrop((8, 8)), Augment((8, 8), mean=[0.5] * 3)):
         views = ViewDataset(Folder(tmp_path, "train"), transform)
         assert torch.equal(pickle.loads(pickle.dumps(views))[0, 0], views[0, 0])
-    assert pickle.loads(pickle.dumps(Mix(3)))._mixup.num_classes == 3
 
 
 @pytest.mark.parametrize("workers", [0, 2])

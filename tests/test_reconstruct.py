@@ -1,6 +1,5 @@
 """A trained method, loaded again from its run, and what it makes of images."""
 
-import functools
 import json
 import re
 import shutil
@@ -11,7 +10,7 @@ from typing import Any
 from common.analysis import load_method
 from common.data.sources import Digits
 from common.data.views import CenterCrop
-from common.files import read_tensors, write_tensors
+from common.files import read_tensors
 from common.pretraining import pretrain
 from common.training.checkpoint import Checkpoints
 
@@ -20,25 +19,17 @@ import reconstruct
 import torch
 from PIL import Image
 from reconstruct import Config
+from small_runs import SMALL, finished, recipe, refused
 from test_config import MODULES
-from test_recipes import RECIPES, SMALL, recipe
 
 METHODS: dict[str, Any] = {module.__name__: module for module in MODULES if hasattr(module, "RECIPE")}
 ALONE = ("mae", "beyond_masking", "beyond_masking_integrated")  # whose loss is the mean of those of the images
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Give the folder of a tiny run of a recipe."""
-    folder = tmp_path_factory.mktemp("runs")
-
-    @functools.cache
-    def run(name: str) -> Path:
-        args = [*RECIPES.get(name, []), *SMALL, "--evaluate", "--runs", str(folder)]
-        pretrain(METHODS[name].RECIPE, name=name, args=args)
-        return folder / name
-
-    return run
+    """Give the folder of a small run of a recipe."""
+    return lambda name: finished(name, tmp_path_factory)[0]
 
 
 @pytest.fixture
@@ -76,7 +67,7 @@ def test_a_trained_method_is_loaded_as_it_was_saved(name: str, run_of: Callable[
     assert config.run.runs == run.parent
     found = Checkpoints(run / "checkpoint").load()
     assert found is not None
-    saved = {key.removeprefix("method."): value for key, value in found[1].items() if key.startswith("method.")}
+    saved = {key.removeprefix("method."): value for key, value in found.tensors.items() if key.startswith("method.")}
     state = method.state_dict()
     assert state.keys() == saved.keys()
     assert all(value.equal(state[key]) for key, value in saved.items())
@@ -89,7 +80,7 @@ def test_a_run_that_is_still_training_gives_its_newest_checkpoint_that_is_whole(
     checkpoints = Checkpoints(run / "checkpoint")
     found = checkpoints.load()
     assert found is not None
-    step, tensors, state = found
+    step, tensors, state = found.step, found.tensors, found.state
     checkpoints.save(step + 1, tensors | {"method.decoder.mask_token": torch.full((1, 1, 48), 3.0)}, state)
     assert (load_method(run)[0].decoder.mask_token == 3).all()
     assert capsys.readouterr().out == f"{run}: mae after {step + 1} steps\n"
@@ -148,7 +139,7 @@ def test_a_run_is_not_resumed_by_another_recipe(run: Path):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_is_drawn_and_its_losses_are_in_a_table(name: str, run_of: Callable[[str], Path], capsys: Any):
     run = run_of(name)
-    if name in ALONE:
+    if name == "mae":
         out = recipe("reconstruct", "--run", run, "--count", 3).stdout
     else:
         capsys.readouterr()
@@ -195,10 +186,11 @@ def test_the_losses_are_those_of_the_trained_method_on_these_images(
 
 def test_other_weights_have_other_losses(run: Path, capsys: Any):
     before = drawn(capsys, run=run, count=2)
-    tensors = next((run / "checkpoint").glob("*/tensors.safetensors"))
-    changed = read_tensors(tensors)[0]
-    changed["method.decoder.head.bias"] += 1
-    write_tensors(tensors, changed)
+    checkpoints = Checkpoints(run / "checkpoint")
+    found = checkpoints.load()
+    assert found is not None
+    found.tensors["method.decoder.head.bias"] += 1
+    checkpoints.save(found.step, found.tensors, found.state)
     after = drawn(capsys, run=run, count=2)
     assert all(new["loss"] > old["loss"] + 0.5 for old, new in zip(before, after, strict=True))
 
@@ -240,11 +232,9 @@ def test_what_cannot_be_drawn_is_told_in_one_sentence(settings: dict[str, Any], 
 
 
 def test_wrong_images_are_told_in_one_sentence(run: Path, tmp_path: Path):
-    none = recipe("reconstruct", "--run", run, "--count", "0", check=False)
-    assert none.stderr == "reconstruct: --count 0: must be at least 1\n"
-    done = recipe("reconstruct", "--run", run, "--data", tmp_path / "nowhere", check=False)
-    assert done.returncode == 1
-    assert done.stderr == f"reconstruct: {tmp_path / 'nowhere'} is not a folder\n"
+    assert refused("reconstruct", "--run", run, "--count", 0) == "reconstruct: --count 0: must be at least 1"
+    nowhere = tmp_path / "nowhere"
+    assert refused("reconstruct", "--run", run, "--data", nowhere) == f"reconstruct: {nowhere} is not a folder"
 
 
 # Published weights

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,8 +116,6 @@ class Loader:
             only once; a list can be used repeatedly.
         workers: number of loading processes; 0: load in this process.
         pin: copy the batches to pinned memory, for a GPU.
-        collate: `collate(batch, seed)`, applied to each batch in the worker; the seed depends only on the dataset's
-            seed and the first sample of the batch.
 
     Raises:
         SettingsError: if more than 1 percent of the images of the source cannot be read.
@@ -130,12 +128,11 @@ class Loader:
         *,
         workers: int = 0,
         pin: bool = False,
-        collate: Callable[[Any, int], Any] | None = None,
     ) -> None:
         self.unreadable: dict[str, str] = {}
         self._total = len(views)
         self._loader = DataLoader(
-            _Batches(views, collate),
+            _Batches(views),
             sampler=batches,
             batch_size=None,  # the items of the sampler are whole batches
             num_workers=workers,
@@ -167,8 +164,8 @@ class _Batch:
 class _Batches(Dataset[_Batch]):
     """Whole batches, indexed by lists of samples."""
 
-    def __init__(self, views: ViewDataset, collate: Callable[[Any, int], Any] | None) -> None:
-        self.views, self.collate = views, collate
+    def __init__(self, views: ViewDataset) -> None:
+        self.views = views
 
     def __getitem__(self, samples: Sequence[Sample]) -> _Batch:
         items, unreadable = [], {}
@@ -178,10 +175,7 @@ class _Batches(Dataset[_Batch]):
             if item is None:
                 return _Batch(None, unreadable)
             items.append(item)
-        content = _stack(items)
-        if self.collate is not None:
-            content = self.collate(content, seed_of("batch", self.views.seed, *samples[0]))
-        return _Batch(content, unreadable)
+        return _Batch(_stack(items), unreadable)
 
 
 def _stack(items: Sequence[Any]) -> Any:
@@ -209,4 +203,5 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # queues send SIGTERM to every process of a job; a worker that its parent ends in this way dies somewhat later
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LAST_SECONDS))

@@ -2,14 +2,16 @@
 
 A method is an `nn.Module` with
 
-- `noise(rand, batch)`: all its randomness, as a dict of uniform tensors whose first axis is the batch;
+- `noise(rand, batch)`: all its randomness, as a dict of uniform tensors whose first axis is the batch, or which are
+  shared by all images of a step (`rand.shared`);
 - `forward(batch, noise, progress)`: a dict of 0-d losses; the one named "loss" is minimized, all are logged;
 - `after_step(progress)`, optional, called after the optimizer step, for example for an EMA update.
 
 `progress` is the fraction of the training that is done, a 0-d tensor in double precision.
 
-Every random draw depends only on (seed, step, sample), so an interrupted and resumed run is bitwise identical to an
-uninterrupted one. Distributing it over devices or micro-batches changes only the order of sums.
+Every random draw depends only on (seed, step, sample) and is the same on every device, so on a CPU an interrupted and
+resumed run is bitwise identical to an uninterrupted one. Distributing it over devices or micro-batches changes only the
+order of sums; on a GPU this order also differs from run to run, because some backward passes add atomically.
 """
 
 import time
@@ -145,11 +147,9 @@ class _Training:
         self.names, self.last, self.seconds = (found.state[key] for key in ("names", "last", "seconds"))
 
     def own_window(self, windows: Tensor) -> Tensor:
-        """Return this process's sums of losses; if there were more or fewer processes, one takes all."""
+        """Return this process's sums of losses; their mean, if there were more or fewer processes."""
         processes = self.stage.processes
-        if len(windows) == processes.world_size:
-            return windows[processes.rank]
-        return windows.sum(dim=0) * processes.is_main
+        return windows[processes.rank] if len(windows) == processes.world_size else windows.mean(dim=0)
 
     def check(self, found: Checkpoint, described: Mapping[str, Tensor]) -> None:
         """Check that a checkpoint fits this training, before anything is restored.
