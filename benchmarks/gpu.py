@@ -17,10 +17,10 @@ The sections, in the order in which they run:
     sharding     activation checkpointing; under torchrun DDP beside FSDP2
     speed        training steps of every recipe with ViT-B and ViT-L, and MAE beside transformers and lightly
 
-`sync`, `recompiles` and `determinism` train two blocks as wide as those of ViT-B, the last one compiled for two methods. A section or a method that
-fails is reported and does not stop the others; a training that would begin less than a minute before the end is named
-as left out. Speed comes last and takes the rest of the time; repeat it alone, with the compiler's cache filled, for the
-trainings that were left out. The report is written after every section.
+`sync`, `recompiles` and `determinism` train two blocks as wide as those of ViT-B; `determinism` compiles two of the
+methods. A section or a method that fails is reported and does not stop the others; a training that would begin less
+than a minute before the end is named as left out. Speed comes last and takes the rest of the time; repeat it alone,
+with the compiler's cache filled, for the trainings that were left out. The report is written after every section.
 
 The images are synthetic and lie on the device, except in `data`. A step is that of the engine: forward, backward,
 clipping, optimizer and what follows. Times are those of CUDA events around 20 steps after 10; `of peak` is the share of

@@ -55,7 +55,7 @@ RECIPES: dict[str, Recipe] = {
     "lut_simmim": lut_simmim.RECIPE,
 }
 SIZES["shallow"] = SIZES["base"] | {"depth": 2}  # all kernels of ViT-B, and little to compile
-SIZES["toy"] = {"dim": 24, "depth": 1, "heads": 2}
+SIZES["toy"] = {"dim": 28, "depth": 1, "heads": 2}
 ROOT = Path(__file__).parents[1]
 PICTURES = 8  # different synthetic images of a batch
 COMPILED = ("mae", "lomar")  # methods whose determinism is examined compiled, too
