@@ -45,6 +45,8 @@ class Config(AnalysisConfig):
     """embedded digits only: labeled images per class"""
     workers: MayDiffer[int] = -1
     """data-loading processes; -1: one per free core, at most 16"""
+    accept_changed_data: MayDiffer[bool] = False
+    """go on although names or labels of the images have changed since the comparison was started"""
 
 
 class Half(nn.Module):
@@ -81,9 +83,10 @@ def main(config: Config) -> None:
             images = replace(trained.data, path=path, labels_per_class=config.labels_per_class)
             data = open_data(images, seed=seed)
             for part in config.parts:
-                run = replace(trained.run, seed=seed, resume=True, workers=config.workers)
+                accepted = config.accept_changed_data
+                run = replace(trained.run, seed=seed, resume=True, workers=config.workers, accept_changed_data=accepted)
                 folder = config.run / "half_patches" / f"{part}-{seed}"
-                prepare(folder, "half_patches", config, resume=True, processes=processes)
+                prepare(folder, "half_patches", config, data=data, run=run, processes=processes)
                 encoder, normalize = load_encoder(
                     config.run / "encoder.safetensors",
                     class_token=settings.pool == "class",

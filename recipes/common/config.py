@@ -58,6 +58,8 @@ class Run:
     """folder that contains all runs"""
     resume: MayDiffer[bool] = False
     """resume an interrupted run with its original settings (start a new run if there is none)"""
+    accept_changed_data: MayDiffer[bool] = False
+    """resume a run although names or labels of its images have changed since it was started"""
     seed: int = 0
     """every random draw depends only on this number, the step and the sample"""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -1,12 +1,15 @@
 """A run: its folder, its settings and its stages."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.config import Run, SettingsError, changed_settings, to_json
+from common.data.fingerprint import changes, fingerprint
 from common.data.sources import Data
 from common.files import read_json, write_json
+from common.randomness import seed_of
 from common.training.distributed import Processes
 
 
@@ -33,16 +36,17 @@ class Stage:
         self.processes.print(f"{self.title}: {text}")
 
 
-def prepare(folder: Path, recipe: str, config: Any, *, resume: bool, processes: Processes) -> None:
-    """Create the folder of a run, and write its recipe and settings to `config.json`.
+def prepare(folder: Path, recipe: str, config: Any, *, data: Data, run: Run, processes: Processes) -> None:
+    """Create the folder of a run, and write `config.json`, its recipe and settings, and `data.json`, see `fingerprint`.
 
     Raises:
-        SettingsError: if the folder already holds a run, unless it is resumed with the same recipe and settings.
+        SettingsError: if the folder already holds a run, unless it is resumed with the same recipe, settings and
+            images, or if the processes see different images.
     """
     files = [folder / name for name in ("checkpoint", "result.json", "metrics.jsonl")]
     started = any(path.exists() and path.stat().st_size for path in files)
     processes.barrier()  # every process checks before the main one writes
-    if started and not resume:
+    if started and not run.resume:
         raise SettingsError(f"{folder} holds a run already: go on with --resume, or give another --name")
     if started:
         before = read_json(folder / "config.json")
@@ -55,3 +59,25 @@ def prepare(folder: Path, recipe: str, config: Any, *, resume: bool, processes: 
     elif processes.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", {"recipe": recipe, **to_json(config)})
+    _check_images(folder / "data.json", data, compare=started and not run.accept_changed_data, processes=processes)
+
+
+def _check_images(path: Path, data: Data, *, compare: bool, processes: Processes) -> None:
+    """Check that all processes see the same images, those of the run's fingerprint at `path`; store a new one there.
+
+    Raises:
+        SettingsError: if the images differ.
+    """
+    now = fingerprint(data)
+    digest = seed_of(json.dumps(now))
+    parts = [float(digest >> shift & 0xFFFF) for shift in range(0, 64, 16)]  # exact in float32
+    highest, lowest = (processes.maximum([sign * part for part in parts]) for sign in (1, -1))
+    if highest != [-part for part in lowest]:
+        raise SettingsError(f"the processes see different images: {data.settings.path} must be the same on all nodes")
+    if compare and path.exists() and (changed := changes(data, read_json(path))):
+        raise SettingsError(
+            f"{path.parent} was started with other images: {changed}; "
+            "restore them, give another --name, or go on with --accept-changed-data"
+        )
+    if processes.is_main:
+        write_json(path, now)

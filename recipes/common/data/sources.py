@@ -19,7 +19,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 class Source(Protocol):
     """A map-style collection of images; any object with these members is a source.
 
-    Any exception raised by `image` marks the image as unreadable.
+    Any exception raised by `image` marks the image as unreadable. Names should identify the images wherever they are
+    stored: by names and labels a resumed run notices that its images have changed. A source of millions of images may
+    have a method `listing` that returns all of them at once, as `Folder` does.
     """
 
     channels: int
@@ -183,6 +185,10 @@ class Folder:
     def name(self, index: int) -> str:
         """Return the path of the file."""
         return os.path.join(self._folder, os.fsdecode(bytes(self._names[index])))
+
+    def listing(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the paths of all files relative to the folder, as bytes, and their labels."""
+        return self._names, self._labels
 
 
 def _find_images(folder: Path) -> list[str]:
