@@ -83,10 +83,17 @@ def main(config: Config) -> None:
             images = replace(trained.data, path=path, labels_per_class=config.labels_per_class)
             data = open_data(images, seed=seed)
             for part in config.parts:
-                accepted = config.accept_changed_data
-                run = replace(trained.run, seed=seed, resume=True, workers=config.workers, accept_changed_data=accepted)
+                run = replace(trained.run, seed=seed, resume=True, workers=config.workers)
                 folder = config.run / "half_patches" / f"{part}-{seed}"
-                prepare(folder, "half_patches", config, data=data, run=run, processes=processes)
+                prepare(
+                    folder,
+                    "half_patches",
+                    config,
+                    data=data,
+                    resume=True,
+                    accept=config.accept_changed_data,
+                    processes=processes,
+                )
                 encoder, normalize = load_encoder(
                     config.run / "encoder.safetensors",
                     class_token=settings.pool == "class",

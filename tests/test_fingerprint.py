@@ -34,8 +34,8 @@ def opened(root: Path) -> Data:
 
 def resumed(root: Path, folder: Path, processes: Processes = ALONE, **run: Any) -> None:
     """Start a run with the images of a folder, or resume it if it has a checkpoint."""
-    settings = Run(resume=True, **run)
-    prepare(folder, "mae", BaseConfig(run=settings), data=opened(root), run=settings, processes=processes)
+    accept = Run(**run).accept_changed_data
+    prepare(folder, "mae", BaseConfig(), data=opened(root), resume=True, accept=accept, processes=processes)
     (folder / "checkpoint").mkdir(exist_ok=True)
 
 

@@ -36,8 +36,19 @@ class Stage:
         self.processes.print(f"{self.title}: {text}")
 
 
-def prepare(folder: Path, recipe: str, config: Any, *, data: Data, run: Run, processes: Processes) -> None:
+def prepare(
+    folder: Path, recipe: str, config: Any, *, data: Data, resume: bool, accept: bool = False, processes: Processes
+) -> None:
     """Create the folder of a run, and write `config.json`, its recipe and settings, and `data.json`, see `fingerprint`.
+
+    Args:
+        folder: folder of the run.
+        recipe: name of the program.
+        config: its settings.
+        data: the images of the run.
+        resume: go on with the run in the folder, if there is one.
+        accept: go on even if the images have changed.
+        processes: the processes of the run.
 
     Raises:
         SettingsError: if the folder already holds a run, unless it is resumed with the same recipe, settings and
@@ -46,7 +57,7 @@ def prepare(folder: Path, recipe: str, config: Any, *, data: Data, run: Run, pro
     files = [folder / name for name in ("checkpoint", "result.json", "metrics.jsonl")]
     started = any(path.exists() and path.stat().st_size for path in files)
     processes.barrier()  # every process checks before the main one writes
-    if started and not run.resume:
+    if started and not resume:
         raise SettingsError(f"{folder} holds a run already: go on with --resume, or give another --name")
     if started:
         before = read_json(folder / "config.json")
@@ -59,7 +70,7 @@ def prepare(folder: Path, recipe: str, config: Any, *, data: Data, run: Run, pro
     elif processes.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", {"recipe": recipe, **to_json(config)})
-    _check_images(folder / "data.json", data, compare=started and not run.accept_changed_data, processes=processes)
+    _check_images(folder / "data.json", data, compare=started and not accept, processes=processes)
 
 
 def _check_images(path: Path, data: Data, *, compare: bool, processes: Processes) -> None:

@@ -89,7 +89,9 @@ def probe(
             data.splits()  # before anything is written
             if finetuning := getattr(config.settings, "finetune", None):
                 check_finetuning(finetuning, data, world_size=processes.world_size)
-            prepare(folder, name, config, data=data, run=run, processes=processes)
+            prepare(
+                folder, name, config, data=data, resume=run.resume, accept=run.accept_changed_data, processes=processes
+            )
             stage = Stage(processes, data, run, folder, title)
             result = evaluation(encoder, normalize, settings=config.settings, stage=stage)
             if processes.is_main:
