@@ -1,12 +1,14 @@
 """A run: its folder, its settings and its stages."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.config import Run, SettingsError, changed_settings, to_json
 from common.data.fingerprint import changes, fingerprint
+from common.data.loading import check_readable, unreadable_images
 from common.data.sources import Data
 from common.files import read_json, write_json
 from common.randomness import seed_of
@@ -34,6 +36,20 @@ class Stage:
     def print(self, text: str) -> None:
         """Print a line prefixed with the title."""
         self.processes.print(f"{self.title}: {text}")
+
+    def report_unreadable(self, unreadable: Mapping[str, str], total: int) -> dict[str, str]:
+        """Print which of `total` images could not be read in any process, and return their errors by name.
+
+        Every process must call this.
+
+        Raises:
+            SettingsError: if they are more than 1 percent.
+        """
+        together = self.processes.union(unreadable)
+        check_readable(together, total)
+        if together:
+            self.print(f"{unreadable_images(together, total, most=20)}; the next images replaced them")
+        return together
 
 
 def prepare(

@@ -287,6 +287,7 @@ def accuracy(classifier: Classifier, test: Source, stage: Stage, crop_fraction: 
         with torch.compiler.set_stance("force_eager"), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             correct = classifier.predict(images.to(device)) == labels.to(device)
         counts += torch.stack([correct.sum(), torch.full_like(correct.sum(), len(correct))])
+    stage.report_unreadable(loader.unreadable, len(test))
     counts = processes.sum(counts)
     return 100 * float(counts[0] / counts[1])
 

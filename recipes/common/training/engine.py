@@ -16,11 +16,12 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from common.config import Optimization, SettingsError
+from common.data.loading import check_readable
 from common.runs import Stage
 from common.training.checkpoint import Checkpoints, method_weights
 from common.training.distributed import in_bf16
@@ -39,8 +40,8 @@ class Loader(Protocol):
     """An iterable of batches."""
 
     @property
-    def unreadable(self) -> Collection[str]:
-        """Return the names of the images that could not be read."""
+    def unreadable(self) -> Mapping[str, str]:
+        """Return the errors of the images that could not be read, by their names."""
         ...
 
     def __iter__(self) -> Iterator[Any]: ...
@@ -72,8 +73,8 @@ def train(
         training, and the names of unreadable images.
 
     Raises:
-        SettingsError: if a loss or weight is not finite (the last good checkpoint is kept), or if there are fewer
-            images than a batch has.
+        SettingsError: if a loss or weight is not finite (the last good checkpoint is kept), if there are fewer images
+            than a batch has, or if more than 1 percent of them cannot be read.
     """
     training = _Training(
         method, Batches(num_images, settings, stage.processes, seed=stage.run.seed), settings, stage, depth
@@ -83,14 +84,12 @@ def train(
     loader = load(training.batches.since(training.done))
     with _StopSignal() as stop:
         training.run(loader, stop)
-    if loader.unreadable:
-        names = ", ".join(loader.unreadable)
-        stage.print(f"{len(loader.unreadable)} unreadable images were skipped: {names}")
+    unreadable = stage.report_unreadable(loader.unreadable, num_images)
     if draw is not None and stage.processes.is_main:
         with torch.compiler.set_stance("force_eager"):  # other shapes would trigger recompilation
             draw(stage.folder)
     stage.processes.barrier()
-    return training.result() | {"unreadable": sorted(loader.unreadable)}
+    return training.result() | {"unreadable": sorted(unreadable)}
 
 
 class _Training:
@@ -109,6 +108,7 @@ class _Training:
         self.bf16, self.noise = in_bf16(stage.run, stage.processes), batches.noise()
         self.progress = torch.zeros((), dtype=torch.float64, device=device)
         self.bad_step = torch.full((), -1.0, device=device)  # the first step whose loss was not finite
+        self.unreadable = 0  # images that this process could not read, at the last check
         self.done, self.stored = 0, -1  # completed steps, and the step of the newest checkpoint
         self.window: Tensor | None = None  # sums of the losses since the last record, and the number of steps
         self.names: list[str] = []  # names of the losses
@@ -163,6 +163,7 @@ class _Training:
                     continue
                 due = self.done == steps or time.perf_counter() - self.saved_at > run.checkpoint_minutes * 60
                 stopping, due = self.agree(stop, due)
+                self.check_readable(loader)
                 if boundary:
                     self.read_losses(log, bar, since=max(first, (self.done - 1) // run.log_every * run.log_every))
                 if due or stopping:
@@ -225,6 +226,13 @@ class _Training:
             if self.stage.processes.maximum([1.0 - float(finite)])[0]:
                 raise SettingsError(f"the weights after step {self.done} are not finite; {self.what_is_kept()}")
         return bool(stopping), bool(due_somewhere)
+
+    def check_readable(self, loader: Loader) -> None:
+        """Check that at most 1 percent of the images cannot be read, over all processes, if one has found another."""
+        processes, found = self.stage.processes, len(loader.unreadable)
+        if processes.maximum([float(found > self.unreadable)])[0]:
+            check_readable(processes.union(loader.unreadable), self.batches.num_images)
+        self.unreadable = found
 
     def what_is_kept(self) -> str:
         """Describe the checkpoint from which the run can be resumed."""
