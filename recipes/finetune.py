@@ -51,13 +51,13 @@ PRESETS = {
     "digits": Config(UNSET, flip=0.0, finetune=finetuning.DIGITS),
     "folder": Config(UNSET, finetune=finetuning.FOLDER),
     "mae_base": Config(UNSET, finetune=finetuning.MAE),
-    "mae_large": Config(UNSET, finetune=of(finetuning.MAE, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2)),
-    "mae_huge": Config(UNSET, finetune=of(finetuning.MAE, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.3)),
+    "mae_large": Config(UNSET, finetune=finetuning.MAE_LARGE),
+    "mae_huge": Config(UNSET, finetune=finetuning.MAE_HUGE),
     "simmim_base": Config(UNSET, finetune=finetuning.SIMMIM),
     "beyond_masking": Config(UNSET, finetune=finetuning.BEYOND_MASKING),
     "lut_small": Config(UNSET, finetune=of(finetuning.LUT, epochs=300, base_lr=5e-4, layer_decay=0.75)),
     "lut_base": Config(UNSET, finetune=finetuning.LUT),
-    "lut_large": Config(UNSET, finetune=of(finetuning.LUT, epochs=50, base_lr=1e-3)),
+    "lut_large": Config(UNSET, finetune=finetuning.LUT_LARGE),
 }
 
 
