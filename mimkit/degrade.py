@@ -422,7 +422,7 @@ def random_kernels_any_size(
             f"noise {tuple(noise.shape)} and size_noise {tuple(size_noise.shape)} do not hold square kernels and one "
             "size per image"
         )
-    if max(sizes, default=0) != k or any(size < 1 or size % 2 == 0 for size in sizes):
+    if not sizes or max(sizes) != k or any(size < 1 or size % 2 == 0 for size in sizes):
         raise ValueError(f"sizes={sizes} are not odd numbers with {k} as the largest")
     if not 0 <= std < math.inf:
         raise ValueError(f"std={std} is not finite, or negative")

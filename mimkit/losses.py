@@ -240,6 +240,9 @@ def soft_cross_entropy(
     return target.sum(dim=-1) * logits.logsumexp(dim=-1) - (target * logits).sum(dim=-1)
 
 
+_PAIRS_AT_ONCE = 2**15  # of each row, so that memory is bounded
+
+
 def ranking_loss(
     prediction: Float[Tensor, "*batch n"], target: Float[Tensor, "*batch n"]
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
@@ -274,7 +277,7 @@ def ranking_loss(
     prediction, n = prediction.float(), prediction.shape[-1]
     p, t = prediction.detach(), target.detach().float()
     loss = right = pairs = p.new_zeros(p.shape[:-1])
-    slopes, pulled, rows = [], torch.zeros_like(p), max(1, 2**15 // max(1, n))
+    slopes, pulled, rows = [], torch.zeros_like(p), max(1, _PAIRS_AT_ONCE // max(1, n))
     for first in range(0, max(1, n), rows):
         some = slice(first, first + rows)
         order = (t.unsqueeze(-2) - t[..., some].unsqueeze(-1)).sign()  # 1: j is above i, 0: equal

@@ -1,14 +1,18 @@
-"""Run recipes as `torchrun` runs them, and count what is compiled: `compiled.py REPORT DEPTH -- recipe options -- …`.
+"""Run programs one after another in this process, or in those of `torchrun`, and count what is compiled.
 
-Graphs are captured but not lowered, which is cheap. Encoders and decoders have DEPTH blocks. The first process writes a
-line of JSON per training: its number of graphs, and the step in which each was captured.
+    compiled.py REPORT RUNS
+
+RUNS is JSON, a list of runs `{"program": …, "options": [words], "backend": …, "size": null or that of the nano
+encoder}`. The program is a path below the root of the repository. The backend is one of the compiler's; "eager"
+captures graphs and does not lower them, which is cheap. The first process writes a line of JSON per run to REPORT: for
+each of its trainings the number of steps, and the step in which each graph was captured. In one process a second graph
+is an error.
 """
 
 import json
 import os
 import runpy
 import sys
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +23,11 @@ from common.training import engine
 
 import torch
 import torch.distributed as dist
+from torch._dynamo import config as dynamo
+from torch._dynamo.backends.registry import lookup_backend
 
+train, step, compile_, nano = engine.train, torch.optim.AdamW.step, torch.compile, SIZES["nano"]
 trainings: list[dict[str, Any]] = []
-train, step, compile_module = engine.train, torch.optim.AdamW.step, torch.nn.Module.compile
 
 
 def counting_train(*args: Any, **kwargs: Any) -> Any:
@@ -34,34 +40,39 @@ def counting_step(self: Any, *args: Any, **kwargs: Any) -> Any:
     return step(self, *args, **kwargs)
 
 
-def counting_backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-    trainings[-1]["captured"].append(trainings[-1]["step"])
-    return graph.forward
+def counting_compile(backend: str) -> Any:
+    """Return `torch.compile` with this backend, which also notes the step."""
 
+    def counting(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        trainings[-1]["captured"].append(trainings[-1]["step"])
+        return lookup_backend(backend)(graph, inputs)
 
-def counting_compile(self: torch.nn.Module, **options: Any) -> None:
-    compile_module(self, **options, backend=counting_backend)
+    return lambda model, **options: compile_(model, **options, backend=counting)
 
 
 def do_nothing(*args: Any, **kwargs: Any) -> None:
-    """Keep the process group for the next recipe: `torchrun` gives its processes one meeting place."""
+    """Keep the process group for the next program: `torchrun` gives its processes one meeting place."""
 
 
-if __name__ == "__main__":
-    report, depth, _, *rest = sys.argv[1:]
-    runs = [list(words) for dashes, words in groupby(rest, lambda word: word == "--") if not dashes]
-    SIZES["nano"] = {"dim": 12, "depth": int(depth), "heads": 2}
+def main(report: Path, runs: list[dict[str, Any]]) -> None:
     for module in (engine, *(sys.modules[name] for name in list(sys.modules) if name.startswith("common."))):
         if getattr(module, "train", None) is train:
             module.train = counting_train  # pyright: ignore
     torch.optim.AdamW.step = counting_step
-    torch.nn.Module.compile = counting_compile
-    dist.init_process_group("gloo")
-    dist.init_process_group = dist.destroy_process_group = do_nothing
-    for name, *options in runs:
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+        dist.init_process_group = dist.destroy_process_group = do_nothing
+    else:
+        dynamo.error_on_recompile = True
+    for run in runs:
         trainings.clear()
-        sys.argv = [str(Path(sys.path[0], f"{name}.py")), *options, "--compile", "on", "--device", "cpu"]
+        torch.compile, SIZES["nano"] = counting_compile(run["backend"]), run["size"] or nano
+        sys.argv = [str(Path(__file__).parents[1] / run["program"]), *run["options"]]
         runpy.run_path(sys.argv[0], run_name="__main__")
         if os.environ.get("RANK", "0") == "0":
-            with Path(report).open("a") as file:
-                file.write(json.dumps({"recipe": name, "trainings": trainings}) + "\n")
+            with report.open("a") as file:
+                file.write(json.dumps(trainings) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

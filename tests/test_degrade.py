@@ -879,6 +879,12 @@ UNFIT = "an image of {} × {} pixels does not fit onto a canvas of {} × {}"
             )
             for sizes in [(), (3,), (3, 7), (4, 5), (-1, 5)]
         ),
+        (
+            "random_kernels_any_size",
+            [(6, 3, 0, 0), (6,)],
+            {"sizes": (), "std": 0.1},
+            "sizes=() are not odd numbers with 0 as the largest",
+        ),
         *(
             (
                 "random_kernels_any_size",

@@ -10,7 +10,8 @@ from common.config import DataSettings, Run, SettingsError
 from common.data.fingerprint import BLOCKS, changes, fingerprint
 from common.data.sources import Data, open_data
 from common.recipe import BaseConfig
-from common.runs import prepare
+from common.runs import prepare, resumable
+from common.training.checkpoint import Checkpoints
 from common.training.distributed import Processes
 
 import pytest
@@ -36,7 +37,8 @@ def resumed(root: Path, folder: Path, processes: Processes = ALONE, **run: Any) 
     """Start a run with the images of a folder, or resume it if it has a checkpoint."""
     accept = Run(**run).accept_changed_data
     prepare(folder, "mae", BaseConfig(), data=opened(root), resume=True, accept=accept, processes=processes)
-    (folder / "checkpoint").mkdir(exist_ok=True)
+    if not resumable(folder):
+        Checkpoints(folder / "checkpoint").save(1, {"a": torch.ones(1)}, {})
 
 
 def one_more(root: Path) -> None:
@@ -125,11 +127,11 @@ def test_the_contents_of_files_are_not_looked_at(root: Path, tmp_path: Path):
     resumed(root, tmp_path / "run")
 
 
-def test_a_run_that_trained_nothing_yet_takes_the_images_of_today(root: Path, tmp_path: Path):
+def test_a_run_that_is_restarted_takes_the_images_of_today(root: Path, tmp_path: Path):
     resumed(root, tmp_path / "run")
-    (tmp_path / "run" / "checkpoint").rmdir()
     one_more(root)
-    resumed(root, tmp_path / "run")
+    config = BaseConfig()
+    prepare(tmp_path / "run", "mae", config, data=opened(root), resume=False, restart=True, processes=ALONE)
     assert json.loads((tmp_path / "run" / "data.json").read_text())["train"]["images"] == 7
 
 
@@ -183,8 +185,8 @@ def test_processes_that_see_different_images_stop(root: Path, tmp_path: Path):
     class Two(Processes):
         """A process beside another that sees one image more."""
 
-        def maximum(self, flags: list[float]) -> list[float]:
-            return [flag + 1.0 for flag in flags]
+        def broadcast(self, text: str, *, source: int = 0) -> str:
+            return f"{text}1"
 
     sentence = f"the processes see different images: {root} must be the same on all nodes"
     with pytest.raises(SettingsError, match=quoting(sentence)):

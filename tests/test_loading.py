@@ -2,9 +2,12 @@
 
 import os
 import pickle
+import signal
 from pathlib import Path
+from typing import Any
 
 from common.config import SettingsError
+from common.data import loading
 from common.data.augment import Augment, Mix
 from common.data.loading import Loader, ViewDataset
 from common.data.sources import Folder
@@ -125,6 +128,28 @@ def test_workers_use_one_thread_and_leave_signals_to_the_parent():
     assert threads == 1
     assert os.getpgid(worker) != os.getpgid(0)  # so what is sent to the group, by ctrl-c say, does not reach it
     assert len(list(loader)) == 19
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_workers_go_on_after_a_signal_to_every_process_of_a_job(number: signal.Signals, capfd: Any):
+    loader = iter(Loader(ViewDataset(Memory(), process), iter(batches(20)), workers=1))
+    worker = int(next(loader)[0].flatten()[0])
+    os.kill(worker, number)
+    assert len(list(loader)) == 19
+    assert capfd.readouterr().err == ""
+
+
+def test_a_worker_ends_some_time_after_a_sigterm(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loading, "LAST_SECONDS", 1)
+    loader: Any = Loader(ViewDataset(Memory(), process), batches(20), workers=1)
+    stream = iter(loader._loader)
+    worker = stream._workers[0]
+    next(stream)
+    worker.terminate()
+    worker.join()
+    assert worker.exitcode == -signal.SIGALRM
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        list(stream)
 
 
 def test_views_can_be_sent_to_workers_that_are_not_forked(tmp_path):

@@ -5,6 +5,7 @@ import math
 import re
 from functools import partial
 
+from mimkit import losses
 from mimkit.losses import (
     absolute_error,
     band_error,
@@ -405,6 +406,14 @@ def test_processing_pairs_in_chunks_does_not_change_the_result(shape):
     assert right.equal((order * differences > 0).sum(dim=(-2, -1)).float())
 
 
+def test_a_row_of_more_tokens_than_a_chunk_has_pairs_is_processed_token_by_token(monkeypatch):
+    """As above 32,768 tokens: here a chunk is made so small that seven tokens exceed it."""
+    prediction, target = 6 * seeded(2, 7), seeded(2, 7, seed=1)
+    expected = differentiated(relative, prediction, target)
+    monkeypatch.setattr(losses, "_PAIRS_AT_ONCE", 6)
+    torch.testing.assert_close(differentiated(relative, prediction, target), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [0.0, 1.0, 12.0, 20.0, 100.0, 1e4])
 def test_badly_mispredicted_and_equal_pairs_have_a_finite_loss_and_gradient(size, dtype):
@@ -664,3 +673,16 @@ def test_window_normalized_subtracts_the_mean_and_divides_by_the_deviation_of_ea
 def test_invalid_arguments_of_the_losses_of_simmim_raise_one_clear_sentence(name, tensors, numbers, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         getattr(copied("losses"), name)(*tensors, **numbers)
+
+
+def test_a_flat_image_is_zero_and_a_flat_area_is_small():
+    assert (window_normalized(torch.full((1, 9, 9), 0.3), window=3) == 0).all()
+    images = torch.where(torch.arange(40) < 30, 2.1, seeded(1, 40, 40))
+    assert window_normalized(images, window=5)[..., :28].abs().max() < 1e-2
+
+
+def test_the_gradient_of_the_absolute_error_has_no_size():
+    prediction = torch.tensor([[3.0, -0.1, 0.0]], requires_grad=True)
+    absolute_error(prediction, torch.zeros(1, 3)).sum().backward()
+    assert prediction.grad is not None
+    assert (3 * prediction.grad).tolist() == [[1, -1, 0]]

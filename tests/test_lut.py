@@ -1,10 +1,7 @@
 """LUT: disjoint views of the tokens, two views of an image, heads with batch norm, a teacher by moving average."""
 
-import re
 import shlex
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +10,11 @@ from common.data.loading import ViewDataset
 from common.data.normalize import Normalize
 from common.data.sources import Digits
 from common.data.views import WeakStrong, padded_crop, recolor
-from common.files import read_tensors
 from common.networks.ema import ema_copy
 from common.networks.projectors import mlp
 from common.networks.vit import SIZES
 from common.pretraining import pretrain
-from common.training.log import read_metrics
-from mimkit.masking import disjoint_views, random_tokens
+from mimkit.masking import disjoint_views
 
 import finetune
 import lut
@@ -28,9 +23,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import copied, fast, noise_and_count, rows, seeded
+from small_runs import kept
+from strategies import seeded
 from torch import Generator, Tensor, nn
-from two_devices import batch_norm_of_two
 
 FEW = ["--head-width", "32", "--size", "nano", "--decoder-dim", "24", "--decoder-depth", "1", "--decoder-heads", "2"]
 SMALL = shlex.split(
@@ -41,49 +36,10 @@ SMALL = shlex.split(
 # Masks
 
 
-@fast
-@given(noise_and_count())
-def test_the_first_view_is_random_tokens(arguments):
-    noise, num_visible = arguments
-    first, _ = disjoint_views(noise, num_visible=num_visible)
-    assert first.equal(random_tokens(noise, num_masked=noise.shape[-1] - num_visible))
-
-
-@fast
-@given(noise_and_count())
-def test_no_token_is_visible_in_both_views_and_the_counts_are_fixed(arguments):
-    noise, num_visible = arguments
-    n = noise.shape[-1]
-    first, second = disjoint_views(noise, num_visible=num_visible)
-    assert first.shape == second.shape == noise.shape
-    assert (first | second).all()
-    assert ((~first).sum(dim=-1) == num_visible).all()
-    assert ((~second).sum(dim=-1) == min(num_visible, n - num_visible)).all()
-
-
-@fast
-@given(noise_and_count())
-def test_both_views_keep_the_smallest_noise_the_first_one_before_the_second(arguments):
-    noise, num_visible = arguments
-    n = noise.shape[-1]
-    views = disjoint_views(noise, num_visible=num_visible)
-    for values, first, second in zip(rows(noise), *map(rows, views), strict=True):
-        order = sorted(range(n), key=values.tolist().__getitem__)  # equal values in the order they stand in
-        assert (~first).nonzero().flatten().tolist() == sorted(order[:num_visible])
-        assert (~second).nonzero().flatten().tolist() == sorted(order[num_visible : 2 * num_visible])
-
-
 def test_every_token_is_as_often_visible_in_the_second_view_as_in_the_first():
     first, second = disjoint_views(seeded(20000, 6), num_visible=2)
     for mask in (first, second):
         torch.testing.assert_close((~mask).float().mean(dim=0), torch.full((6,), 1 / 3), rtol=0, atol=0.02)
-
-
-@pytest.mark.parametrize("num_visible", [-1, 5])
-def test_more_tokens_than_there_are_cannot_be_visible(num_visible):
-    sentence = f"num_visible={num_visible} of 4 tokens cannot be visible"
-    with pytest.raises(ValueError, match=re.escape(sentence)):
-        copied("masking").disjoint_views(torch.zeros(2, 4), num_visible=num_visible)
 
 
 # Views of an image
@@ -198,10 +154,6 @@ def test_a_head_that_cannot_be_is_refused():
         mlp(6, width=0, depth=2, norm="batch")
 
 
-def test_batch_norm_over_two_devices_is_that_of_all_images_and_else_statistics_are_averaged(tmp_path: Path):
-    torch.multiprocessing.spawn(batch_norm_of_two, args=(str(tmp_path),), nprocs=2)  # pyright: ignore
-
-
 # The recipe
 
 
@@ -289,46 +241,22 @@ def test_a_single_image_at_a_time_is_one_sentence(args, tmp_path):
     )
 
 
-def final(folder: Path) -> dict[str, Tensor]:
-    """All that the last checkpoint holds."""
-    return read_tensors(max((folder / "checkpoint").glob("step_*")) / "tensors.safetensors")[0]
-
-
 def test_a_resumed_run_has_the_same_teacher_and_statistics_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.setitem(SIZES, "nano", {"dim": 24, "depth": 1, "heads": 2})
     args = [*SMALL, *FEW, "--evaluate", "--device", "cpu", "--checkpoint-minutes", "0", "--keep", "99"]
     args += ["--runs", str(tmp_path)]
     pretrain(lut.RECIPE, name="lut", args=args)
-    whole, folder = final(tmp_path / "lut"), tmp_path / "lut"
+    whole, folder = kept(tmp_path / "lut"), tmp_path / "lut"
     steps = sorted((folder / "checkpoint").glob("step_*"))
     assert len(steps) == 5
     for step in steps[2:]:
         shutil.rmtree(step)
     pretrain(lut.RECIPE, name="lut", args=[*args, "--resume"])
-    resumed = final(folder)
+    resumed = kept(folder)
     assert {"method.teacher.1.1.running_var", "method.predictor.1.running_mean"} < set(whole)
     assert not whole["method.teacher.0.blocks.0.mlp.fc1.weight"].equal(whole["method.encoder.blocks.0.mlp.fc1.weight"])
     assert whole.keys() == resumed.keys()
     assert [name for name in whole if not whole[name].equal(resumed[name])] == []
-
-
-def test_two_processes_equal_one(tmp_path: Path):
-    """The steps are small: batch norm amplifies what the order of a sum changes. Its batches are not accumulated."""
-    args = [*SMALL, *FEW, *shlex.split("--evaluate --device cpu --base-lr 1e-4 --device-batch 130")]
-    args += ["--runs", str(tmp_path)]
-    pretrain(lut.RECIPE, name="lut", args=[*args, "--name", "one"])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-    done = subprocess.run([*torchrun, lut.__file__, *args, "--name", "two"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    one, two = final(tmp_path / "one"), final(tmp_path / "two")
-    for name in one:
-        if "running" in name or "teacher" in name:
-            torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-    metrics = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
-    assert len(metrics[0]) == 5
-    for record, other in zip(*metrics, strict=True):
-        assert record["pixels"] == pytest.approx(other["pixels"], rel=1e-4)
-        assert record["context"] == pytest.approx(other["context"], rel=1e-3)
 
 
 def test_a_published_checkpoint_has_neither_predictor_nor_teacher(tmp_path: Path):

@@ -1,6 +1,5 @@
 """A trained method, loaded again from its run, and what it makes of images."""
 
-import functools
 import json
 import re
 import shutil
@@ -20,25 +19,17 @@ import reconstruct
 import torch
 from PIL import Image
 from reconstruct import Config
+from small_runs import SMALL, finished, recipe, refused
 from test_config import MODULES
-from test_recipes import RECIPES, SMALL, recipe
 
 METHODS: dict[str, Any] = {module.__name__: module for module in MODULES if hasattr(module, "RECIPE")}
 ALONE = ("mae", "beyond_masking", "beyond_masking_integrated")  # whose loss is the mean of those of the images
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Give the folder of a tiny run of a recipe."""
-    folder = tmp_path_factory.mktemp("runs")
-
-    @functools.cache
-    def run(name: str) -> Path:
-        args = [*RECIPES.get(name, []), *SMALL, "--evaluate", "--runs", str(folder)]
-        pretrain(METHODS[name].RECIPE, name=name, args=args)
-        return folder / name
-
-    return run
+    """Give the folder of a small run of a recipe."""
+    return lambda name: finished(name, tmp_path_factory)[0]
 
 
 @pytest.fixture
@@ -148,7 +139,7 @@ def test_a_run_is_not_resumed_by_another_recipe(run: Path):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_is_drawn_and_its_losses_are_in_a_table(name: str, run_of: Callable[[str], Path], capsys: Any):
     run = run_of(name)
-    if name in ALONE:
+    if name == "mae":
         out = recipe("reconstruct", "--run", run, "--count", 3).stdout
     else:
         capsys.readouterr()
@@ -240,11 +231,9 @@ def test_what_cannot_be_drawn_is_told_in_one_sentence(settings: dict[str, Any], 
 
 
 def test_wrong_images_are_told_in_one_sentence(run: Path, tmp_path: Path):
-    none = recipe("reconstruct", "--run", run, "--count", "0", check=False)
-    assert none.stderr == "reconstruct: --count 0: must be at least 1\n"
-    done = recipe("reconstruct", "--run", run, "--data", tmp_path / "nowhere", check=False)
-    assert done.returncode == 1
-    assert done.stderr == f"reconstruct: {tmp_path / 'nowhere'} is not a folder\n"
+    assert refused("reconstruct", "--run", run, "--count", 0) == "reconstruct: --count 0: must be at least 1"
+    nowhere = tmp_path / "nowhere"
+    assert refused("reconstruct", "--run", run, "--data", nowhere) == f"reconstruct: {nowhere} is not a folder"
 
 
 # Published weights

@@ -1,4 +1,4 @@
-"""What `test_lut.py` runs in two processes; a module of its own, because each of them imports it anew."""
+"""Batch norm in two processes, run by `compiled.py`: its result, gradients and statistics are checked here."""
 
 from common.networks.projectors import BatchNorm, refuse_single_images, share_statistics
 
@@ -8,9 +8,8 @@ import torch.distributed as dist
 from torch import nn
 
 
-def batch_norm_of_two(rank: int, folder: str) -> None:
+def batch_norm_of_two(rank: int) -> None:
     """Compare batch norm of half a batch in each process with PyTorch's of the whole batch."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.manual_seed(0)
     whole, weight = torch.randn(6, 5), torch.randn(6, 5)
     ours, plain = BatchNorm(5), nn.BatchNorm1d(5)
@@ -38,4 +37,9 @@ def batch_norm_of_two(rank: int, folder: str) -> None:
     refuse_single_images(BatchNorm(5), 1)  # two devices have two images
     with pytest.raises(ValueError, match="batch norm cannot compare a single image"):
         refuse_single_images(BatchNorm(5, together=False), 1)
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    batch_norm_of_two(dist.get_rank())
     dist.destroy_process_group()

@@ -1,18 +1,25 @@
 """A run: its folder, its settings and its stages."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import Run, SettingsError, changed_settings, to_json
+from common.config import Run, SettingsError, changed_settings, explained, to_json
 from common.data.fingerprint import changes, fingerprint
 from common.data.loading import check_readable, unreadable_images
 from common.data.sources import Data
 from common.files import read_json, write_json
+from common.locks import join, lock
 from common.randomness import seed_of
+from common.training.checkpoint import Checkpoints
 from common.training.distributed import Processes
+
+RESULTS = ("result.json", "budget.json", "encoder.safetensors", "classifier.safetensors")  # of a run or a stage
+RECORDS = ("metrics.jsonl", "events.out.tfevents.*", "reconstruction.png", "curves.png")  # of no use without results
 
 
 @dataclass(frozen=True)
@@ -53,58 +60,121 @@ class Stage:
 
 
 def prepare(
-    folder: Path, recipe: str, config: Any, *, data: Data, resume: bool, accept: bool = False, processes: Processes
+    folder: Path,
+    recipe: str,
+    config: Any,
+    *,
+    data: Data,
+    resume: bool,
+    restart: bool = False,
+    accept: bool = False,
+    stages: Iterable[str] = (),
+    processes: Processes,
 ) -> None:
-    """Create the folder of a run, and write `config.json`, its recipe and settings, and `data.json`, see `fingerprint`.
+    """Lock the folder of a run for this program, and write its settings and a fingerprint of its images.
 
     Args:
         folder: folder of the run.
         recipe: name of the program.
         config: its settings.
         data: the images of the run.
-        resume: go on with the run in the folder, if there is one.
+        resume: go on with the run in the folder, or start a new one if the folder holds none.
+        restart: delete the run in the folder and start a new one.
         accept: go on even if the images have changed.
-        processes: the processes of the run.
+        stages: subfolders with the files of later stages, which belong to the run, too.
+        processes: the processes of the run; every one must see the folder.
 
     Raises:
-        SettingsError: if the folder already holds a run, unless it is resumed with the same recipe, settings and
-            images, or if the processes see different images.
+        SettingsError: if the folder cannot be written, another program writes in it, it is not on a shared disk, or it
+            holds a run, unless this is restarted, or resumed with the same recipe, settings and images.
     """
-    files = [folder / name for name in ("checkpoint", "result.json", "metrics.jsonl")]
-    started = any(path.exists() and path.stat().st_size for path in files)
-    processes.barrier()  # every process checks before the main one writes
-    if started and not resume:
-        raise SettingsError(f"{folder} holds a run already: go on with --resume, or give another --name")
-    if started:
-        before = read_json(folder / "config.json")
-        if before["recipe"] != recipe:
+    token, folders = secrets.token_hex(8), [folder, *(folder / stage for stage in stages)]
+    with processes.together():
+        if processes.is_main:
+            with explained(f"{folder} cannot be written"):
+                folder.mkdir(parents=True, exist_ok=True)
+            lock(folder, token)
+    token, digest = processes.broadcast(token), str(seed_of(json.dumps(fingerprint(data))))
+    others = processes.broadcast(digest)
+    with processes.together():
+        if digest != others:
             raise SettingsError(
-                f"{folder} holds a run of {before['recipe']}, which {recipe} cannot resume: give another --name"
+                f"the processes see different images: {data.settings.path} must be the same on all nodes"
             )
+        if not processes.is_main:
+            join(folder, token)
+    with processes.together():
+        if processes.is_main:
+            _open(folders, recipe, config, data, accept=accept, resume=resume, restart=restart)
+
+
+def has_results(folder: Path) -> bool:
+    """Return whether the folder of a run or stage has what must not be lost: a checkpoint, weights or a result."""
+    return any(Checkpoints(folder / "checkpoint").steps()) or any((folder / name).exists() for name in RESULTS)
+
+
+def resumable(folder: Path) -> bool:
+    """Return whether the folder of a run has a checkpoint to resume from."""
+    return bool(Checkpoints(folder / "checkpoint").steps())
+
+
+def _open(
+    folders: list[Path], recipe: str, config: Any, data: Data, *, accept: bool, resume: bool, restart: bool
+) -> None:
+    """Check what the folders of a run and its stages hold, clean them, and write settings and fingerprint of the run."""
+    folder, settings, images = folders[0], folders[0] / "config.json", folders[0] / "data.json"
+    valuable = any(map(has_results, folders))
+    if resume and restart:
+        raise SettingsError("--resume goes on with a run, and --restart deletes it: choose one of them")
+    if valuable and not (resume or restart):
+        raise SettingsError(
+            f"{folder} holds a run already: go on with --resume, delete it with --restart, or give another --name"
+        )
+    going_on = resume and (valuable or settings.exists())
+    before = _settings_before(settings, recipe, needed=going_on, any_recipe=not valuable and not resume)
+    if going_on:
         for option, (now, then) in changed_settings(config, before).items():
             raise SettingsError(f"{folder} was started with {option} {then} and cannot be resumed with {now}")
-    elif processes.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", {"recipe": recipe, **to_json(config)})
-    _check_images(folder / "data.json", data, compare=started and not accept, processes=processes)
+        if not accept and images.exists() and (changed := changes(data, read_json(images))):
+            raise SettingsError(
+                f"{folder} was started with other images: {changed}; "
+                "restore them, give another --name, or go on with --accept-changed-data"
+            )
+        if not resumable(folder):
+            raise SettingsError(f"{folder} has no checkpoint to resume from: start over with --restart")
+    _clean(folders, everything=not going_on)
+    write_json(images, fingerprint(data))
+    if not going_on:
+        write_json(settings, {"recipe": recipe, **to_json(config)})
 
 
-def _check_images(path: Path, data: Data, *, compare: bool, processes: Processes) -> None:
-    """Check that all processes see the same images, those of the run's fingerprint at `path`; store a new one there.
+def _settings_before(path: Path, recipe: str, *, needed: bool, any_recipe: bool) -> dict[str, Any]:
+    """Return the content of `config.json`; it must be that of a run, and of the same recipe unless any may be."""
+    try:
+        before = read_json(path)
+    except SettingsError as error:
+        if needed:
+            raise SettingsError(f"{error}; restore this file, or start over with --restart") from error
+        return {}
+    name = before.get("recipe") if isinstance(before, dict) else None
+    if name is None:
+        raise SettingsError(f"{path} is not that of a run: give another --name")
+    if name != recipe and not any_recipe:
+        raise SettingsError(f"{path.parent} holds a run of {name}, which {recipe} cannot resume: give another --name")
+    return before
 
-    Raises:
-        SettingsError: if the images differ.
-    """
-    now = fingerprint(data)
-    digest = seed_of(json.dumps(now))
-    parts = [float(digest >> shift & 0xFFFF) for shift in range(0, 64, 16)]  # exact in float32
-    highest, lowest = (processes.maximum([sign * part for part in parts]) for sign in (1, -1))
-    if highest != [-part for part in lowest]:
-        raise SettingsError(f"the processes see different images: {data.settings.path} must be the same on all nodes")
-    if compare and path.exists() and (changed := changes(data, read_json(path))):
-        raise SettingsError(
-            f"{path.parent} was started with other images: {changed}; "
-            "restore them, give another --name, or go on with --accept-changed-data"
-        )
-    if processes.is_main:
-        write_json(path, now)
+
+def _clean(folders: list[Path], *, everything: bool) -> None:
+    """Delete what processes that were killed while writing have left or, with `everything`, all files of the run."""
+    with explained(f"{folders[0]} cannot be cleaned"):
+        for folder in folders:
+            names = ("config.json", "data.json", *RESULTS, *RECORDS)
+            checkpoints = Checkpoints(folder / "checkpoint")
+            checkpoints.remove(everything=everything)
+            patterns = [f".{name}.[0-9]*" for name in names]
+            for pattern in [*patterns, *reversed(names)] if everything else patterns:
+                for path in folder.glob(pattern):
+                    path.unlink()
+            if everything and folder != folders[0]:
+                with contextlib.suppress(OSError):  # it does not exist, or others have files in it
+                    folder.rmdir()
