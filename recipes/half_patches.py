@@ -45,6 +45,8 @@ class Config(AnalysisConfig):
     """embedded digits only: labeled images per class"""
     workers: MayDiffer[int] = -1
     """data-loading processes; -1: one per free core, at most 16"""
+    accept_changed_data: MayDiffer[bool] = False
+    """go on although names or labels of the images have changed since the comparison was started"""
 
 
 class Half(nn.Module):
@@ -84,7 +86,8 @@ def main(config: Config) -> None:
             for part in config.parts:
                 run = replace(trained.run, seed=seed, resume=True, workers=config.workers)
                 folder = config.run / "half_patches" / f"{part}-{seed}"
-                prepare(folder, "half_patches", config, resume=resumable(folder), processes=processes)
+                how = {"resume": resumable(folder), "accept": config.accept_changed_data}
+                prepare(folder, "half_patches", config, data=data, **how, processes=processes)
                 encoder, normalize = load_encoder(
                     config.run / "encoder.safetensors",
                     class_token=settings.pool == "class",

@@ -84,16 +84,31 @@ def of(settings: Finetuning, *, drop_path: float = 0.1, **optimization: Any) -> 
 MAE = Finetuning()
 
 
+MAE_LARGE = of(MAE, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2)
+
+
+MAE_HUGE = of(MAE_LARGE, drop_path=0.3)
+
+
 FOLDER = of(MAE, batch_size=256)
 
 
 HPM = of(MAE, layer_decay=0.8)
 
 
+HPM_LARGE = of(HPM, epochs=50)
+
+
 DROPPOS = replace(of(MAE, base_lr=1e-3, layer_decay=0.8), train_positions=False)
 
 
+DROPPOS_LARGE = of(DROPPOS, epochs=50)
+
+
 LUT = of(MAE, base_lr=2.5e-4, sqrt_rule_at=1024)
+
+
+LUT_LARGE = of(LUT, epochs=50, base_lr=1e-3)
 
 
 BEYOND_MASKING = replace(
@@ -300,6 +315,7 @@ def accuracy(classifier: Classifier, test: Source, stage: Stage, crop_fraction: 
         with torch.compiler.set_stance("force_eager"), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             correct = classifier.predict(images.to(device)) == labels.to(device)
         counts += torch.stack([correct.sum(), torch.full_like(correct.sum(), len(correct))])
+    stage.report_unreadable(loader.unreadable, len(test))
     counts = processes.sum(counts)
     return 100 * float(counts[0] / counts[1])
 

@@ -3,8 +3,9 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from common.config import Run, SettingsError
 from common.locks import release
@@ -84,6 +85,14 @@ class Processes:
         failed = int(self.maximum([0.0 if own is None else self.world_size - self.rank])[0])
         if failed:
             raise SettingsError(self.broadcast(str(own or ""), source=self.world_size - failed)) from own
+
+    def union(self, mapping: Mapping[str, str]) -> dict[str, str]:
+        """Return the entries of the mappings of all processes, in the order of their ranks."""
+        if self.world_size == 1:
+            return dict(mapping)
+        mappings: list[Any] = [None] * self.world_size
+        dist.all_gather_object(mappings, dict(mapping))
+        return {key: value for each in mappings for key, value in each.items()}
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all processes, in place."""
