@@ -78,6 +78,7 @@ def compiled(method: nn.Module, run: Run, processes: Processes, *, static: bool)
     if processes.world_size == 1:
         return torch.compile(method, fullgraph=True, dynamic=False) if wanted else method
     if wanted:
+        torch._dynamo.config.optimize_ddp = False  # else each block is cut into graphs at DDP's buckets
         for part in method.modules():
             if getattr(part, "compile_alone", False):
                 part.compile(fullgraph=True, dynamic=False)
