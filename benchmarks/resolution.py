@@ -98,7 +98,7 @@ def config_of(method: str, side: int, network: Network) -> Any:
 
 
 def module_of(config: Any, method: str, device: torch.device) -> Any:
-    return step.RECIPES[method].METHOD(config, Normalize(IMAGENET_MEAN, IMAGENET_STD)).to(device)
+    return step.RECIPES[method].RECIPE.method(config, Normalize(IMAGENET_MEAN, IMAGENET_STD)).to(device)
 
 
 def batch_of(module: Any, side: int, images: int, device: torch.device) -> step.Batch:
