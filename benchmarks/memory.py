@@ -74,8 +74,8 @@ def main() -> None:
     for variant in VARIANTS:
         environment = os.environ | {"THP_MEM_ALLOC_ENABLE": "1" if variant == "large pages" else "0"}
         command = [sys.executable, __file__, variant, *sys.argv[1:]]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        processes[variant] = subprocess.Popen(command, env=environment, text=True, **pipes)
+        pipe = subprocess.PIPE
+        processes[variant] = subprocess.Popen(command, env=environment, text=True, stdin=pipe, stdout=pipe)
 
     def answer(variant: str) -> str:
         return cast(str, processes[variant].stdout.readline())  # pyright: ignore[reportOptionalMemberAccess]

@@ -76,7 +76,7 @@ def main(config: Config) -> None:
         sizes: Any = {"path": config.data, "flip": config.flip, "labels_per_class": config.labels_per_class}
         data = open_data(images_for(encoder, **sizes), seed=run.seed)
         check_finetuning(settings, data, world_size=processes.world_size)
-        prepare(folder, "finetune", config, resume=run.resume, processes=processes)
+        prepare(folder, "finetune", config, resume=run.resume, restart=run.restart, processes=processes)
         title = EVALUATIONS["scratch" if config.scratch else "finetune"].title
         result = finetune(encoder, normalize, settings=settings, stage=Stage(processes, data, run, folder, title))
         if processes.is_main:

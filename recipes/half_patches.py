@@ -18,7 +18,7 @@ from common.config import MayDiffer, SettingsError, program, to_json
 from common.data.sources import open_data
 from common.evaluation.finetuning import finetune
 from common.files import write_json
-from common.runs import Stage, prepare
+from common.runs import Stage, prepare, resumable
 from common.training.distributed import join_processes
 from common.weights.encoders import load_encoder
 from mimkit.masking import easy_to_hard
@@ -83,7 +83,7 @@ def main(config: Config) -> None:
             for part in config.parts:
                 run = replace(trained.run, seed=seed, resume=True, workers=config.workers)
                 folder = config.run / "half_patches" / f"{part}-{seed}"
-                prepare(folder, "half_patches", config, resume=True, processes=processes)
+                prepare(folder, "half_patches", config, resume=resumable(folder), processes=processes)
                 encoder, normalize = load_encoder(
                     config.run / "encoder.safetensors",
                     class_token=settings.pool == "class",

@@ -6,7 +6,6 @@
 Finished runs are skipped and interrupted runs are resumed, so the command can be repeated.
 """
 
-import json
 import re
 import shlex
 import statistics
@@ -16,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import SettingsError, program
-from common.files import write
+from common.files import read_json, write
+from common.runs import resumable
 from common.training.log import read_metrics
+from common.training.signals import Stopped, stopping_at_once
 
 import matplotlib
 
@@ -75,7 +76,7 @@ def main(study: Study) -> None:
     table = [f"| task | fine-tuned, mean of {len(study.seeds)} | least – most | loss |", "|---|---|---|---|"]
     scratch: list[float] = []
     for row in study.only:
-        results = [json.loads((folder(row, seed, study) / "result.json").read_text()) for seed in study.seeds]
+        results = [read_json(folder(row, seed, study) / "result.json") for seed in study.seeds]
         scratch = scratch or [result["scratch"]["accuracy"] for result in results if "scratch" in result]
         loss = statistics.mean(result["pretraining"]["loss"] for result in results)
         table.append(line(row, [result["finetune"]["accuracy"] for result in results], f"{loss:.3f}"))
@@ -98,15 +99,28 @@ def folder(row: str, seed: int, study: Study) -> Path:
 
 
 def run(row: str, seed: int, study: Study) -> None:
-    """Run a recipe in a subprocess, unless its result exists."""
+    """Run a recipe in a subprocess, unless its result exists.
+
+    Raises:
+        SystemExit: with the exit code of the recipe, if it fails or is stopped by a signal.
+    """
     place = folder(row, seed, study)
     if (place / "result.json").exists():
         return
     name, *options = shlex.split(RECIPES[row])
     script = Path(__file__).parent / f"{name}.py"
-    own = ["--seed", str(seed), "--runs", str(place.parent), "--name", place.name, "--resume"]
+    own = ["--seed", str(seed), "--runs", str(place.parent), "--name", place.name]
+    own += ["--resume"] if resumable(place) else []
     print(f"{row}, seed {seed}", flush=True)
-    subprocess.run([sys.executable, script, *options, *own, *shlex.split(study.extra)], check=True)
+    process = subprocess.Popen([sys.executable, script, *options, *own, *shlex.split(study.extra)])
+    try:
+        with stopping_at_once():
+            code = process.wait()
+    except Stopped:
+        process.terminate()  # it stops with a checkpoint
+        code = process.wait()
+    if code:
+        raise SystemExit(code)  # it has said why
 
 
 def draw(study: Study) -> None:

@@ -5,7 +5,6 @@ smaller than a block, as those of a large network are. The first process writes 
 of graphs, and the step in which each was captured.
 """
 
-import functools
 import json
 import os
 import runpy
@@ -17,14 +16,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 from common.networks.vit import SIZES
-from common.training import engine
-from common.training import step as training_step
+from common.training import engine, parallel
 
 import torch
 import torch.distributed as dist
 
 trainings: list[dict[str, Any]] = []
-train, step, compile_module = engine.train, torch.optim.AdamW.step, torch.nn.Module.compile
+train, step, compile_function = engine.train, torch.optim.AdamW.step, torch.compile
 
 
 def counting_train(*args: Any, **kwargs: Any) -> Any:
@@ -42,8 +40,15 @@ def counting_backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
     return graph.forward
 
 
-def counting_compile(self: torch.nn.Module, **options: Any) -> None:
-    compile_module(self, **options, backend=counting_backend)
+def counting_compile(function: Any, **options: Any) -> Any:
+    return compile_function(function, **options, backend=counting_backend)
+
+
+class SmallBuckets(torch.nn.parallel.DistributedDataParallel):
+    """DDP with buckets of a kilobyte."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, bucket_cap_mb=1e-3)  # pyright: ignore
 
 
 def do_nothing(*args: Any, **kwargs: Any) -> None:
@@ -58,10 +63,9 @@ if __name__ == "__main__":
         if getattr(module, "train", None) is train:
             module.train = counting_train  # pyright: ignore
     torch.optim.AdamW.step = counting_step
-    torch.nn.Module.compile = counting_compile
-    wrap = functools.partial(torch.nn.parallel.DistributedDataParallel, bucket_cap_mb=1e-3)
-    training_step.DistributedDataParallel = wrap  # pyright: ignore
-    dist._DEFAULT_FIRST_BUCKET_BYTES = 1000
+    torch.compile = counting_compile
+    parallel.DistributedDataParallel = SmallBuckets
+    dist._DEFAULT_FIRST_BUCKET_BYTES = 1000  # pyright: ignore
     dist.init_process_group("gloo")
     dist.init_process_group = dist.destroy_process_group = do_nothing
     for name, *options in runs:

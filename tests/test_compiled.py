@@ -22,6 +22,7 @@ GRAPHS = {
     "beyond_masking": (1, ["--task", "zoom_out", *DECODER]),  # here both read all tokens, and are equally wide
     "beyond_masking_integrated": (2, ["--view-size", "22", "22", *DECODER]),
     "hpm": (5, DECODER),  # and the teacher's two networks
+    "hpm --shard": (5, DECODER),
     "droppos": (4, DECODER),  # and the guide, whose last block returns a part
     "simmim": (1, []),  # twelve blocks, each with its own drop rate
     "lut": (4, ["--head-width", "64", *DECODER]),
@@ -37,13 +38,13 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[s
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
     command += [Path(__file__).parent / "compiled.py", folder / "report", "12"]
     for name, (_, options) in GRAPHS.items():
-        command += ["--", name, *options, *SMALL, "--runs", folder]
+        command += ["--", *name.split(), *options, *SMALL, "--runs", folder, "--name", name.replace(" ", "")]
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = map(json.loads, (folder / "report").read_text().splitlines())
-    return {line["recipe"]: line["trainings"] for line in lines}
+    lines = (folder / "report").read_text().splitlines()
+    return {name: json.loads(line)["trainings"] for name, line in zip(GRAPHS, lines, strict=True)}
 
 
 @pytest.mark.parametrize("name", GRAPHS)

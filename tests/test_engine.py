@@ -1,13 +1,17 @@
 """The training loop: order of the images, noise, learning rates, clipping, resuming, and what stops it."""
 
 import ctypes
+import errno
 import functools
+import itertools
 import json
 import math
 import os
+import re
 import resource
 import runpy
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,14 +22,17 @@ from common.config import DataSettings, Optimization, Run, SettingsError
 from common.data.sources import Data, Digits
 from common.runs import Stage
 from common.training.checkpoint import Checkpoints
-from common.training.distributed import Processes, in_bf16, num_workers
+from common.training.distributed import Processes, in_bf16, join_processes, num_workers
 from common.training.engine import train
+from common.training.log import Log
 from common.training.optimizer import clip, parameter_groups
 from common.training.schedules import by_epoch, by_step, epoch_of, learning_rate
+from common.training.signals import SIGNALS, Stopped, StopSignal
 from common.training.step import Batches, micro_batches
 
 import pytest
 import torch
+from forked import ended, fork, ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -353,6 +360,7 @@ def test_a_gpu_that_only_emulates_bf16_runs_in_fp32_and_says_so_once(
 
 def test_freed_memory_is_kept() -> None:
     """Three buffers of 20 MB are written again without the 15,000 page faults of the first time."""
+    before = 0
     for _ in range(10):  # until the heap has a place for each
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for buffer in [torch.empty(20_000_000, dtype=torch.uint8) for _ in range(3)]:
@@ -413,20 +421,198 @@ def test_a_killed_run_that_is_resumed_is_the_same_run_bit_for_bit(tmp_path: Path
     assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
 
 
-def test_sigterm_writes_a_checkpoint_and_ends_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def terminate(number: int) -> None:
-        if number == 4:
-            signal.raise_signal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("batch", [1, 4, 11])
+def test_a_signal_stops_after_the_step_with_a_checkpoint(
+    number: signal.Signals, batch: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(current: int) -> None:
+        if current == batch:
+            signal.raise_signal(number)
 
+    before = [signal.getsignal(number) for number in SIGNALS]
     rare = replace(RUN, log_every=100, checkpoint_minutes=60.0)
     whole, _ = trained(tmp_path / "whole", run=rare)
     with pytest.raises(SystemExit) as ended:
-        trained(tmp_path / "cut", event=terminate, run=rare)
-    assert ended.value.code == 0
-    assert "stopped by a signal at step 5 of 12; go on with --resume" in capsys.readouterr().out
+        trained(tmp_path / "cut", event=stop, run=rare)
+    assert ended.value.code == 75
+    assert f"stopped by a signal at step {batch + 1} of 12; go on with --resume" in capsys.readouterr().out
+    assert [signal.getsignal(number) for number in SIGNALS] == before
     cut, _ = trained(tmp_path / "cut", run=replace(rare, resume=True))
     assert same(whole, cut)
     assert lines(tmp_path / "whole") == lines(tmp_path / "cut")  # also the mean over steps before and after
+
+
+def test_a_signal_before_the_end_of_the_first_step_stops_at_once(tmp_path: Path, capsys: Any) -> None:
+    def stop(number: int) -> None:
+        if number == 0:
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("it goes on")
+
+    with pytest.raises(Stopped):
+        trained(tmp_path, event=stop)
+    assert "stopped by a signal at step 0 of 12; go on with --resume" in capsys.readouterr().out
+    whole, _ = trained(tmp_path / "whole")
+    cut, _ = trained(tmp_path, run=replace(RUN, resume=True))
+    assert "resuming at step 0 of 12" in capsys.readouterr().out
+    assert same(whole, cut)
+
+
+def test_so_does_one_before_the_first_step_of_a_resumed_run(tmp_path: Path, capsys: Any) -> None:
+    def stop(number: int) -> None:
+        if number == at:
+            signal.raise_signal(signal.SIGTERM)
+
+    for at, done in ((3, 4), (0, 4)):  # noqa: B007
+        with pytest.raises(Stopped):
+            trained(tmp_path, event=stop, run=replace(RUN, resume=done == 4))
+        assert f"stopped by a signal at step {done} of 12" in capsys.readouterr().out
+    assert Checkpoints(tmp_path / "checkpoint").steps()[-1] == 4
+
+
+def test_a_signal_after_the_last_step_stops_before_what_follows(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Log, "close", lambda log: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Stopped):
+        trained(tmp_path, draw=lambda folder: pytest.fail("it goes on"))
+    assert Checkpoints(tmp_path / "checkpoint").steps()[-1] == 12
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    def interrupt(number: int) -> None:
+        if number == 4:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    process = fork(lambda: trained(tmp_path, event=interrupt), tmp_path / "output.txt")
+    assert ended(process) == -signal.SIGINT
+    assert "Traceback" not in (tmp_path / "output.txt").read_text()
+
+
+def test_processes_exchange_signals_after_the_same_steps_about_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 0.1 s that become slower: the clock is ours."""
+    now, exchanges, step = [0.0], [], 0
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def maximum(values: list[float]) -> list[float]:
+        exchanges.append((step, now[0]))
+        return values
+
+    stop = StopSignal(maximum, world_size=2, step=0)
+    for step in range(1, 101):
+        now[0] += 0.1 if step < 60 else 0.5
+        assert not stop.agreed(step, last=step == 100)
+    gaps = [later[1] - earlier[1] for earlier, later in itertools.pairwise(exchanges)]
+    assert [at for at, _ in exchanges[:5]] == [1, 3, 7, 15, 25] or [at for at, _ in exchanges[:4]] == [1, 3, 7, 15]
+    assert max(gaps) <= 5.0
+    assert 10 <= len(exchanges) <= 40
+    assert exchanges[-1][0] == 100
+    stop.requested = True
+    assert stop.agreed(101, last=True)
+
+
+def test_a_process_alone_heeds_a_signal_after_every_step() -> None:
+    stop = StopSignal(lambda values: values, world_size=1, step=0)
+    assert not stop.agreed(1, last=False)
+    for step in range(2, 50):
+        stop.requested = step == 49
+        assert stop.agreed(step, last=False) == (step == 49)
+
+
+def trained_by_two(folder: Path, outputs: list[Path], run: Run, event: Any = None) -> list[int]:
+    """Train on two processes, and return their pids; `event` gets the rank and the number of each batch."""
+
+    def work(rank: int) -> None:
+        with join_processes("cpu") as processes:
+            load = functools.partial(Memory, event=event and functools.partial(event, rank))
+            stage = Stage(processes, DATA, run, folder, "pre-training")
+            train(Regression(), load, num_images=IMAGES, settings=replace(SMALL, epochs=50), stage=stage)
+
+    return [fork(lambda rank=rank: work(rank), outputs[rank], **own) for rank, own in enumerate(ranks(2))]
+
+
+@pytest.mark.parametrize("chosen", [0, 1])
+def test_a_signal_to_one_process_stops_all_after_the_same_step(chosen: int, tmp_path: Path) -> None:
+    def slow(rank: int, number: int) -> None:
+        time.sleep(0.002)
+        if (rank, number) == (chosen, 5):
+            signal.raise_signal(signal.SIGTERM)
+
+    outputs = [tmp_path / "0.txt", tmp_path / "1.txt"]
+    rare = replace(RUN, log_every=10_000, checkpoint_minutes=60.0)
+    assert [ended(pid) for pid in trained_by_two(tmp_path / "cut", outputs, rare, slow)] == [75, 75]
+    found = re.fullmatch(
+        r"(?s).*stopped by a signal at step (\d+) of 200; go on with --resume\n", outputs[0].read_text()
+    )
+    assert found, outputs[0].read_text()
+    assert 5 < int(found[1]) < 200
+    assert outputs[1].read_text() == ""
+    assert Checkpoints(tmp_path / "cut" / "checkpoint").steps() == [int(found[1])]
+    assert [ended(pid) for pid in trained_by_two(tmp_path / "cut", outputs, replace(rare, resume=True))] == [0, 0]
+    assert [ended(pid) for pid in trained_by_two(tmp_path / "whole", outputs, rare)] == [0, 0]
+    whole, cut = (Checkpoints(tmp_path / name / "checkpoint").load() for name in ("whole", "cut"))
+    assert whole is not None
+    assert cut is not None
+    assert same(whole.tensors, cut.tensors)
+    assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
+
+
+def test_a_full_disk_stops_all_processes_with_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fsync
+
+    def full(handle: int) -> None:
+        if "step_000000006" in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    sentence = (
+        r"checkpoint/.*step_000000006.* cannot be written: No space left on device; the checkpoint of step 4 is kept"
+    )
+    with pytest.raises(SettingsError, match=sentence):
+        trained(tmp_path / "alone")
+    outputs = [tmp_path / "0.txt", tmp_path / "1.txt"]
+    assert [ended(pid) for pid in trained_by_two(tmp_path / "two", outputs, RUN)] == [1, 1]
+    for output in outputs:
+        assert re.search(f"SettingsError: .*{sentence}", output.read_text())
+    monkeypatch.undo()
+    whole, _ = trained(tmp_path / "whole")
+    assert same(trained(tmp_path / "alone", run=replace(RUN, resume=True))[0], whole)
+
+
+def test_a_log_that_cannot_be_written_is_named_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log = Log.__new__(Log)
+    log.sentence, log.file = "metrics.jsonl cannot be written", (tmp_path / "metrics.jsonl").open("w")
+    with pytest.raises(SettingsError, match=r"^metrics\.jsonl cannot be written: No space left on device$"):
+        log.add({"step": 1})
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"optimizer.layer.weight.exp_avg": torch.zeros(2)}, r"exp_avg is float32 \(2,\) in .* \(4, 4\)"),
+        ({"optimizer.layer.bias.exp_avg_sq": torch.zeros(4).double()}, r"exp_avg_sq is float64 \(4,\) in"),
+        ({"optimizer.layer.more.exp_avg": torch.zeros(4)}, r"layer\.more\.exp_avg is float32 \(4,\) in .* absent"),
+        ({"optimizer.layer.bias.momentum": torch.zeros(4)}, r"bias\.momentum is float32 \(4,\) in .* absent"),
+        ({"method.layer.bias": torch.zeros(3)}, r"method\.layer\.bias is float32 \(3,\) in .* \(4,\)"),
+        ({"window": torch.zeros(1, 2)}, r"window is float32 \(1, 2\) in .* \(1, 3\)"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_before_it_is_loaded(
+    change: dict[str, Tensor], sentence: str, tmp_path: Path
+) -> None:
+    trained(tmp_path)
+    checkpoints = Checkpoints(tmp_path / "checkpoint")
+    found = checkpoints.load()
+    assert found is not None
+    checkpoints.save(12, found.tensors | change, found.state)
+    method = Regression()
+    before = {name: tensor.clone() for name, tensor in method.state_dict().items()}
+    with pytest.raises(
+        SettingsError, match=rf"step_000000012 does not fit: .*{sentence}.*; start over with --restart$"
+    ):
+        trained(tmp_path, run=replace(RUN, resume=True), method=method)
+    assert same(before, method.state_dict())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
@@ -439,7 +625,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         trained(tmp_path, method=Breaks())
     found = Checkpoints(tmp_path / "checkpoint").load()
     assert found is not None
-    assert all(torch.isfinite(tensor).all() for tensor in found[1].values())
+    assert all(torch.isfinite(tensor).all() for tensor in found.tensors.values())
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_a_recipe_leaves_all_that_it_promises(name: str, finished: Any, tmp_path
 
     again = recipe(name, *RECIPES[name], *SMALL, "--runs", folder.parent, check=False)
     assert again.returncode == 1
-    assert "holds a run already: go on with --resume, or give another --name" in again.stderr
+    assert "holds a run already: go on with --resume, delete it with --restart, or give another --name" in again.stderr
     recipe("finetune", "--encoder", folder / "encoder.safetensors", "--epochs", 1, "--runs", tmp_path, "--workers", 0)
     assert (tmp_path / "finetune" / "result.json").exists()
 

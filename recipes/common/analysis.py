@@ -66,16 +66,15 @@ def load_method(folder: Path, *, needs: str = "", of: str = "") -> tuple[Any, An
     recipe = recipe_of(name)
     config = from_json(type(next(iter(recipe.presets.values()))), settings)
     found = Checkpoints(folder / "checkpoint").load()
-    if found is None:
+    if found is None or not found.step:
         raise SettingsError(f"{folder} has no checkpoint yet")
-    step, tensors, _ = found
     # The initial weights are part of the checkpoint, so their file is no longer needed
     channels = config.data.channels
     method = recipe.method(replace(config, weights=None), Normalize([0.0] * channels, [1.0] * channels))
     if not hasattr(method, needs or "encoder"):
         raise SettingsError(f"{folder} is no run of {of}")
-    method.load_state_dict(method_weights(tensors))
-    print(f"{folder}: {name} after {step} steps")
+    method.load_state_dict(method_weights(found.tensors))
+    print(f"{folder}: {name} after {found.step} steps")
     return method.eval(), config
 
 

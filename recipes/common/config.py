@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -23,6 +24,19 @@ class SettingsError(ValueError):
     """A user error, in one sentence that says how to correct it. Programs print it without a traceback."""
 
 
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn errors of the disk, and of files that are not JSON, into a sentence: `what`, a colon and the reason.
+
+    Raises:
+        SettingsError: if the block raises an `OSError`, or reads text that is damaged.
+    """
+    try:
+        yield
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise SettingsError(f"{what}: {getattr(error, 'strerror', None) or error}") from error
+
+
 @dataclass(frozen=True)
 class Must:
     """A constraint on the values of a setting, in words and as a predicate; NaN never satisfies it."""
@@ -33,6 +47,11 @@ class Must:
 
 class _MayDiffer:
     """Marks a setting that may change when a run is resumed, because it does not affect the result."""
+
+
+def _is_inside(name: str) -> bool:
+    """Return whether a name is empty, or a relative path of a subfolder."""
+    return not name or all(part.strip() not in ("", ".", "..") and part.isprintable() for part in name.split("/"))
 
 
 MayDiffer = Annotated[T, _MayDiffer()]
@@ -52,12 +71,14 @@ Area = Annotated[tuple[float, float], Must("two shares, the smaller one first", 
 class Run:
     """Where and how the program runs."""
 
-    name: MayDiffer[str] = ""
+    name: MayDiffer[Annotated[str, Must("a name, or several joined by /, without .. or empty parts", _is_inside)]] = ""
     """subfolder of --runs for this run; empty: the name of the recipe"""
     runs: MayDiffer[Path] = Path("runs")
     """folder that contains all runs"""
     resume: MayDiffer[bool] = False
     """resume an interrupted run with its original settings (start a new run if there is none)"""
+    restart: MayDiffer[bool] = False
+    """delete the files of the run in the folder, and start over"""
     seed: int = 0
     """every random draw depends only on this number, the step and the sample"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -66,6 +87,10 @@ class Run:
     """auto: bf16 autocast on a GPU with native bf16, else fp32"""
     compile: MayDiffer[Literal["auto", "on", "off"]] = "auto"
     """torch.compile; auto: on a GPU only (on a CPU it takes a minute and gains little)"""
+    shard: MayDiffer[bool] = False
+    """on several devices: shard parameters, gradients and optimizer states (FSDP2) instead of replicating them (DDP)"""
+    activation_checkpointing: MayDiffer[bool] = False
+    """recompute the activations of each block in the backward pass, to save memory"""
     workers: MayDiffer[Annotated[int, Must("-1 or more", lambda x: x >= -1)]] = -1
     """data-loading processes per device; -1: one per free core, at most 16"""
     checkpoint_minutes: MayDiffer[NonNegative] = 5.0
@@ -186,7 +211,8 @@ def parse(
     path = config.run.runs / (config.run.name or name) / "config.json"
     before: Any = started_with(type(preset), path) if config.run.resume and not explicit else None
     if before is not None:  # its folder may have been moved since
-        before = replace(before, run=replace(before.run, runs=config.run.runs, name=config.run.name))
+        given = ("runs", "name", "restart")
+        before = replace(before, run=replace(before.run, **{name: getattr(config.run, name) for name in given}))
         config = tyro.cli(type(preset), default=before, args=args, description=about)
     check(config)
     return config
@@ -210,10 +236,15 @@ def program(main: Callable[[C], None], kind: type[C], *, name: str, description:
 
 
 def started_with(kind: type[C], path: Path) -> C | None:
-    """Return the settings in the `config.json` of a run, or None if it does not exist or its fields differ."""
+    """Return the settings in the `config.json` of a run, or None if it does not exist or its fields differ.
+
+    Raises:
+        SettingsError: if the file cannot be read.
+    """
     if not path.is_file():
         return None
-    values = json.loads(path.read_text())
+    with explained(f"{path} cannot be read"):
+        values = json.loads(path.read_text())
     values.pop("recipe", None)
     try:
         return from_json(kind, values)

@@ -1,12 +1,13 @@
 """Atomic file writes: a temporary file is flushed, then renamed. Tensors are safetensors, settings are JSON."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.config import SettingsError
+from common.config import SettingsError, explained
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -14,13 +15,23 @@ from torch import Tensor
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file atomically: after an interruption it holds either the old or the new content."""
+    """Write a file atomically: after an interruption it holds either the old or the new content.
+
+    Raises:
+        SettingsError: if the disk is full or read-only, or permission is denied; the old content is kept.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with explained(f"{path} cannot be written"):
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -29,8 +40,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text())
+    """Read a JSON file.
+
+    Raises:
+        SettingsError: if it is missing, damaged or not readable.
+    """
+    with explained(f"{path} cannot be read"):
+        return json.loads(path.read_text())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
@@ -43,10 +59,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors of a safetensors file by name, and its metadata.
 
     Raises:
-        SettingsError: if the file is damaged or not a safetensors file.
+        SettingsError: if the file is missing, damaged or not a safetensors file.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with explained(f"{path} cannot be read"), safe_open(path, framework="pt") as file:
             metadata = {key: _json_or_text(value) for key, value in (file.metadata() or {}).items()}
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except SafetensorError as error:
@@ -60,7 +76,8 @@ def _json_or_text(value: str) -> Any:
         return value
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
+    """Flush the names in a folder to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

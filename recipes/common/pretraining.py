@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.config import SettingsError, parse
+from common.config import SettingsError, explained, parse
 from common.data.loading import Loader, ViewDataset
 from common.data.normalize import normalization
 from common.data.sources import Data, open_data
@@ -68,7 +68,8 @@ def _pretrain(recipe: Recipe, config: BaseConfig, name: str, processes: Processe
     method = recipe.method(config, normalize)
     if config.weights is not None:
         processes.print(f"{config.weights}:\n{recipe.load(method, config.weights)}")
-    prepare(folder, name, config, resume=run.resume, processes=processes)
+    resume = {"resume": run.resume, "restart": run.restart}
+    prepare(folder, name, config, **resume, stages=EVALUATIONS, processes=processes)
     encoder, all_of_it = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (method.encoder, method))
     processes.print(f"encoder {encoder:.1f} M parameters, with all that trains it {all_of_it:.1f} M")
 
@@ -92,7 +93,8 @@ def _pretrain(recipe: Recipe, config: BaseConfig, name: str, processes: Processe
         titles = {key: kind.title for key, kind in EVALUATIONS.items()}
         curves = {"pre-training": folder} | {titles[key]: folder / key for key in evaluations}
         metrics = {title: read_metrics(where / "metrics.jsonl") for title, where in curves.items()}
-        draw_curves(folder / "curves.png", {title: records for title, records in metrics.items() if records})
+        with explained(f"{folder / 'curves.png'} cannot be written"):
+            draw_curves(folder / "curves.png", {title: records for title, records in metrics.items() if records})
         processes.print(table(name, result, titles, folder))
     return result
 
@@ -117,7 +119,9 @@ def pretrain_method(method: nn.Module, config: BaseConfig, stage: Stage) -> dict
         few = min(8, len(source))
         chosen = [(0, index * len(source) // few) for index in range(few)]
         images = to_device(next(iter(Loader(views, [chosen]))), processes.device)
-        draw_pictures(into / "reconstruction.png", draw_some(made, images, few, seed=run.seed))
+        pictures = draw_some(made, images, few, seed=run.seed)
+        with explained(f"{into / 'reconstruction.png'} cannot be written"):
+            draw_pictures(into / "reconstruction.png", pictures)
 
     return train(method, load, num_images=len(source), settings=config.optimization, stage=stage, draw=draw)
 

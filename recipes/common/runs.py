@@ -1,13 +1,21 @@
 """A run: its folder, its settings and its stages."""
 
+import contextlib
+import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import Run, SettingsError, changed_settings, to_json
+from common.config import Run, SettingsError, changed_settings, explained, to_json
 from common.data.sources import Data
 from common.files import read_json, write_json
+from common.locks import join, lock
+from common.training.checkpoint import Checkpoints
 from common.training.distributed import Processes
+
+RESULTS = ("result.json", "budget.json", "encoder.safetensors", "classifier.safetensors")  # of a run or a stage
+RECORDS = ("metrics.jsonl", "events.out.tfevents.*", "reconstruction.png", "curves.png")  # of no use without results
 
 
 @dataclass(frozen=True)
@@ -33,25 +41,105 @@ class Stage:
         self.processes.print(f"{self.title}: {text}")
 
 
-def prepare(folder: Path, recipe: str, config: Any, *, resume: bool, processes: Processes) -> None:
-    """Create the folder of a run, and write its recipe and settings to `config.json`.
+def prepare(
+    folder: Path,
+    recipe: str,
+    config: Any,
+    *,
+    resume: bool,
+    restart: bool = False,
+    stages: Iterable[str] = (),
+    processes: Processes,
+) -> None:
+    """Lock the folder of a run for this program, and write its recipe and settings to `config.json`.
+
+    Args:
+        folder: folder of the run.
+        recipe: name of the program.
+        config: its settings.
+        resume: go on with the run in the folder, or start a new one if the folder holds none.
+        restart: delete the run in the folder and start a new one.
+        stages: subfolders with the files of later stages, which belong to the run, too.
+        processes: the processes of the run; every one must see the folder.
 
     Raises:
-        SettingsError: if the folder already holds a run, unless it is resumed with the same recipe and settings.
+        SettingsError: if the folder cannot be written, another program writes in it, it is not on a shared disk, or it
+            holds a run, unless this is restarted, or resumed with the same recipe and settings.
     """
-    files = [folder / name for name in ("checkpoint", "result.json", "metrics.jsonl")]
-    started = any(path.exists() and path.stat().st_size for path in files)
-    processes.barrier()  # every process checks before the main one writes
-    if started and not resume:
-        raise SettingsError(f"{folder} holds a run already: go on with --resume, or give another --name")
-    if started:
-        before = read_json(folder / "config.json")
-        if before["recipe"] != recipe:
-            raise SettingsError(
-                f"{folder} holds a run of {before['recipe']}, which {recipe} cannot resume: give another --name"
-            )
+    token, folders = secrets.token_hex(8), [folder, *(folder / stage for stage in stages)]
+    with processes.together():
+        if processes.is_main:
+            with explained(f"{folder} cannot be written"):
+                folder.mkdir(parents=True, exist_ok=True)
+            lock(folder, token)
+    token = processes.broadcast(token)
+    with processes.together():
+        if not processes.is_main:
+            join(folder, token)
+    with processes.together():
+        if processes.is_main:
+            _open(folders, recipe, config, resume=resume, restart=restart)
+
+
+def has_results(folder: Path) -> bool:
+    """Return whether the folder of a run or stage has what must not be lost: a checkpoint, weights or a result."""
+    return any(Checkpoints(folder / "checkpoint").steps()) or any((folder / name).exists() for name in RESULTS)
+
+
+def resumable(folder: Path) -> bool:
+    """Return whether the folder of a run has a checkpoint to resume from."""
+    return bool(Checkpoints(folder / "checkpoint").steps())
+
+
+def _open(folders: list[Path], recipe: str, config: Any, *, resume: bool, restart: bool) -> None:
+    """Check what the folders of a run and its stages hold, clean them, and write the settings of a new run."""
+    folder, settings = folders[0], folders[0] / "config.json"
+    valuable = any(map(has_results, folders))
+    if resume and restart:
+        raise SettingsError("--resume goes on with a run, and --restart deletes it: choose one of them")
+    if valuable and not (resume or restart):
+        raise SettingsError(
+            f"{folder} holds a run already: go on with --resume, delete it with --restart, or give another --name"
+        )
+    going_on = resume and (valuable or settings.exists())
+    before = _settings_before(settings, recipe, needed=going_on, any_recipe=not valuable and not resume)
+    if going_on:
         for option, (now, then) in changed_settings(config, before).items():
             raise SettingsError(f"{folder} was started with {option} {then} and cannot be resumed with {now}")
-    elif processes.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", {"recipe": recipe, **to_json(config)})
+        if not resumable(folder):
+            raise SettingsError(f"{folder} has no checkpoint to resume from: start over with --restart")
+    _clean(folders, everything=not going_on)
+    if not going_on:
+        write_json(settings, {"recipe": recipe, **to_json(config)})
+
+
+def _settings_before(path: Path, recipe: str, *, needed: bool, any_recipe: bool) -> dict[str, Any]:
+    """Return the content of `config.json`; it must be that of a run, and of the same recipe unless any may be."""
+    try:
+        before = read_json(path)
+    except SettingsError as error:
+        if needed:
+            raise SettingsError(f"{error}; restore this file, or start over with --restart") from error
+        return {}
+    name = before.get("recipe") if isinstance(before, dict) else None
+    if name is None:
+        raise SettingsError(f"{path} is not that of a run: give another --name")
+    if name != recipe and not any_recipe:
+        raise SettingsError(f"{path.parent} holds a run of {name}, which {recipe} cannot resume: give another --name")
+    return before
+
+
+def _clean(folders: list[Path], *, everything: bool) -> None:
+    """Delete what processes that were killed while writing have left or, with `everything`, all files of the run."""
+    with explained(f"{folders[0]} cannot be cleaned"):
+        for folder in folders:
+            names = ("config.json", *RESULTS, *RECORDS)
+            checkpoints = Checkpoints(folder / "checkpoint")
+            checkpoints.remove(everything=everything)
+            patterns = [f".{name}.[0-9]*" for name in names]
+            for pattern in [*patterns, *reversed(names)] if everything else patterns:
+                for path in folder.glob(pattern):
+                    path.unlink()
+            if everything and folder != folders[0]:
+                with contextlib.suppress(OSError):  # it does not exist, or others have files in it
+                    folder.rmdir()

@@ -1,6 +1,7 @@
 """Datasets of views, and loaders of batches."""
 
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
 Sample = tuple[int, int]  # epoch, index of the image
+LAST_SECONDS = 20  # of a worker after SIGTERM: longer than its parent needs to stop
 
 
 class ViewDataset(Dataset[Any]):
@@ -202,5 +204,9 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Move the worker to its own process group, so that signals reach only the parent, which shuts workers down."""
-    os.setpgid(0, 0)
+    """Keep a worker at work while a signal to the whole program lets its parent stop, which then shuts workers down."""
+    os.setpgid(0, 0)  # signals to the process group, as of Ctrl-C, do not arrive
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # queues send SIGTERM to every process of a job; a worker that its parent ends in this way dies somewhat later
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LAST_SECONDS))

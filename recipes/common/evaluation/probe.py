@@ -12,7 +12,7 @@ from common.files import write_json
 from common.networks.encoder import Encoder
 from common.report.curves import draw_curves
 from common.report.tables import probe_table
-from common.runs import Stage, prepare
+from common.runs import Stage, has_results, prepare
 from common.training.distributed import join_processes
 from common.training.log import read_metrics
 from common.weights.encoders import open_encoder
@@ -89,7 +89,9 @@ def probe(
             data.splits()  # before anything is written
             if finetuning := getattr(config.settings, "finetune", None):
                 check_finetuning(finetuning, data, world_size=processes.world_size)
-            prepare(folder, name, config, resume=run.resume, processes=processes)
+            # without checkpoints, an evaluation that was interrupted starts anew
+            resume = run.resume and (finetuning is not None or has_results(folder))
+            prepare(folder, name, config, resume=resume, restart=run.restart, processes=processes)
             stage = Stage(processes, data, run, folder, title)
             result = evaluation(encoder, normalize, settings=config.settings, stage=stage)
             if processes.is_main:

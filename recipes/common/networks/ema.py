@@ -3,7 +3,7 @@
 import copy
 import math
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +50,11 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: Tensor | float)
     share = 1 - momentum
     if isinstance(share, Tensor) and share.device.type == "cpu":
         share = float(share)
-    floating: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+    floating: dict[Any, list[tuple[Tensor, Tensor]]] = {}
     for name, tensor in old.items():
         if tensor.is_floating_point():
-            floating.setdefault(tensor.dtype, []).append((tensor, new[name]))
+            kind = tensor.dtype, type(tensor)  # parameters may be sharded, unlike buffers
+            floating.setdefault(kind, []).append((tensor, new[name]))
         else:
             tensor.copy_(new[name])
     for pairs in floating.values():
@@ -64,7 +65,7 @@ def lerp_all(pairs: list[tuple[Tensor, Tensor]], share: Tensor | float, *, toget
     """Move the first tensor of each pair toward the second, in place.
 
     Args:
-        pairs: tensors of one dtype.
+        pairs: tensors of one dtype and type.
         share: fraction of the way.
         together: take few launches, if the share is a number; on a CPU, a loop is faster.
     """

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from common.config import Run, SettingsError
+from common.locks import release
+from common.training.signals import stopping_at_once
 
 import torch
 import torch.distributed as dist
@@ -39,18 +41,59 @@ class Processes:
             dist.barrier()
 
     def maximum(self, flags: list[float]) -> list[float]:
-        """Return the maximum of each flag over all processes, so that all make the same decision."""
+        """Return the maximum of each flag over all processes, so that all make the same decision.
+
+        The hosts exchange the flags; nothing waits for a device.
+        """
         if self.world_size == 1:
             return flags
-        together = torch.tensor(flags, device=self.device)
-        dist.all_reduce(together, dist.ReduceOp.MAX)
-        return together.tolist()
+        highest = torch.tensor(flags, dtype=torch.float64)
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        return highest.tolist()
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensors of all processes, stacked in the order of their ranks, on every process."""
+        tensors = tensor.new_zeros(self.world_size, *tensor.shape)
+        tensors[self.rank] = tensor
+        return self.sum(tensors)
+
+    def broadcast(self, text: str, *, source: int = 0) -> str:
+        """Return the text that the process `source` passes, on every process."""
+        if self.world_size == 1:
+            return text
+        content = text.encode()
+        length = torch.tensor(len(content))
+        dist.broadcast(length, source)
+        letters = torch.zeros(int(length) + 1, dtype=torch.uint8)
+        if self.rank == source:
+            letters[:-1] = torch.tensor(list(content), dtype=torch.uint8)
+        dist.broadcast(letters, source)
+        return bytes(letters[:-1].tolist()).decode()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block on every process; if it fails with a `SettingsError` on one, all raise that of the lowest rank.
+
+        Raises:
+            SettingsError: if the block raises it on any process.
+        """
+        own = None
+        try:
+            yield
+        except SettingsError as error:
+            own = error
+        failed = int(self.maximum([0.0 if own is None else self.world_size - self.rank])[0])
+        if failed:
+            raise SettingsError(self.broadcast(str(own or ""), source=self.world_size - failed)) from own
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all processes, in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+
+ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 @contextlib.contextmanager
@@ -67,15 +110,21 @@ def join_processes(device: str = "auto") -> Iterator[Processes]:
         raise SettingsError("--device cuda: PyTorch finds no GPU here; use --device cpu, or auto")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
-        yield Processes(0, 1, torch.device(device))
+        try:
+            with stopping_at_once():
+                yield Processes(0, 1, torch.device(device))
+        finally:
+            release()
         return
     own = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
         torch.cuda.set_device(own)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     try:
-        yield Processes(dist.get_rank(), world_size, own)
+        with stopping_at_once():
+            yield Processes(dist.get_rank(), world_size, own)
     finally:
+        release()
         dist.destroy_process_group()
 
 

@@ -12,26 +12,25 @@ Every random draw depends only on (seed, step, sample), so an interrupted and re
 uninterrupted one. Distributing it over devices or micro-batches changes only the order of sums.
 """
 
-import contextlib
-import signal
-import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from common.config import Optimization, SettingsError
 from common.runs import Stage
-from common.training.checkpoint import Checkpoints, method_weights
+from common.training.checkpoint import Checkpoint, Checkpoints, check_fit
 from common.training.distributed import in_bf16
 from common.training.log import Log, read_metrics
 from common.training.optimizer import clip, parameter_groups
+from common.training.parallel import compiled, own, restore, synchronized, trainable
 from common.training.schedules import learning_rate, peak_rate
-from common.training.step import Batches, all_finite, compiled, to_device
+from common.training.sharded import read_shards
+from common.training.signals import Stopped, StopSignal
+from common.training.step import Batches, all_finite, to_device
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 
@@ -72,8 +71,9 @@ def train(
         training, and the names of unreadable images.
 
     Raises:
-        SettingsError: if a loss or weight is not finite (the last good checkpoint is kept), or if there are fewer
-            images than a batch has.
+        SettingsError: if a loss or weight is not finite or the disk is full (the last good checkpoint is kept), if
+            checkpoints are damaged or do not fit, or if there are fewer images than a batch has.
+        Stopped: if a signal stops the run, after a checkpoint is written.
     """
     training = _Training(
         method, Batches(num_images, settings, stage.processes, seed=stage.run.seed), settings, stage, depth
@@ -81,15 +81,17 @@ def train(
     training.resume()
     training.announce(num_images)
     loader = load(training.batches.since(training.done))
-    with _StopSignal() as stop:
+    processes = stage.processes
+    with StopSignal(processes.maximum, world_size=processes.world_size, step=training.done) as stop:
         training.run(loader, stop)
+    restore(method, training.method, processes)
     if loader.unreadable:
         names = ", ".join(loader.unreadable)
         stage.print(f"{len(loader.unreadable)} unreadable images were skipped: {names}")
-    if draw is not None and stage.processes.is_main:
+    if draw is not None and processes.is_main:
         with torch.compiler.set_stance("force_eager"):  # other shapes would trigger recompilation
             draw(stage.folder)
-    stage.processes.barrier()
+    processes.barrier()
     return training.result() | {"unreadable": sorted(loader.unreadable)}
 
 
@@ -98,12 +100,14 @@ class _Training:
 
     def __init__(self, method: nn.Module, batches: Batches, settings: Optimization, stage: Stage, depth: int) -> None:
         stage.folder.mkdir(parents=True, exist_ok=True)
-        self.method, self.batches, self.settings, self.stage = method, batches, settings, stage
+        self.batches, self.settings, self.stage = batches, settings, stage
         self.checkpoints = Checkpoints(stage.folder / "checkpoint", keep=stage.run.keep)
         device = stage.processes.device
-        method.to(device).train()
+        self.method = method = trainable(method, stage.run, stage.processes)
+        method.train()
         groups = parameter_groups(method, settings, depth=depth)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.parameter_names = [name for group in groups for name in group["names"]]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=1e-8, fused=True)
         self.model = compiled(method, stage.run, stage.processes, static=batches.count == 1)
         self.bf16, self.noise = in_bf16(stage.run, stage.processes), batches.noise()
@@ -118,19 +122,59 @@ class _Training:
 
     def resume(self) -> None:
         """Restore the newest checkpoint, if the run is resumed and there is one."""
-        found = self.checkpoints.load() if self.stage.run.resume else None
+        found = self.checkpoints.load_together(self.stage.processes) if self.stage.run.resume else None
         if found is None:
             return
-        self.done, tensors, state = found
-        self.stored = self.done
-        self.method.load_state_dict(method_weights(tensors))
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".")
-                self.optimizer.state[self.parameters[int(index)]][name] = value.to(self.progress.device)
-        self.window = tensors["window"].to(self.progress.device) if "window" in tensors else None
-        self.names, self.last, self.seconds = state["names"], state["last"], state["seconds"]
-        self.stage.print(f"resuming at step {self.done} of {self.batches.steps}")
+        self.stage.print(f"resuming at step {found.step} of {self.batches.steps}")
+        self.done = self.stored = found.step
+        if not found.step:  # stopped before the first step: the initial weights follow from the settings
+            return
+        described = found.described
+        self.check(found, described)
+        moments = {name: tensor for name, tensor in described.items() if name.startswith("optimizer.")}
+        parameters = dict(zip(self.parameter_names, self.parameters, strict=True))
+        for key, moment in moments.items():
+            parameter, _, name = key.removeprefix("optimizer.").rpartition(".")
+            like = parameters[parameter].detach() if moment.ndim else self.progress.float()
+            self.optimizer.state[parameters[parameter]][name] = torch.zeros_like(like)
+        windows = None
+        if "window" in described:
+            windows = torch.zeros_like(described["window"], device=self.progress.device)
+        read_shards(found.folder, self.tensors(windows))
+        self.window = None if windows is None else self.own_window(windows)
+        self.names, self.last, self.seconds = (found.state[key] for key in ("names", "last", "seconds"))
+
+    def own_window(self, windows: Tensor) -> Tensor:
+        """Return this process's sums of losses; if there were more or fewer processes, one takes all."""
+        processes = self.stage.processes
+        if len(windows) == processes.world_size:
+            return windows[processes.rank]
+        return windows.sum(dim=0) * processes.is_main
+
+    def check(self, found: Checkpoint, described: Mapping[str, Tensor]) -> None:
+        """Check that a checkpoint fits this training, before anything is restored.
+
+        Raises:
+            SettingsError: naming the first tensor whose name, shape or dtype differs.
+        """
+        expected = {f"method.{name}": tensor for name, tensor in self.method.state_dict().items()}
+        for name, parameter in zip(self.parameter_names, self.parameters, strict=True):
+            moments = {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.zeros(())}
+            expected |= {f"optimizer.{name}.{moment}": tensor for moment, tensor in moments.items()}
+        processes = len(described["window"]) if "window" in described else 1
+        expected["window"] = torch.zeros(processes, len(found.state["names"]) + 1)
+        try:  # a parameter without gradient has no moments, and right after a record the window is empty
+            check_fit(described, expected, optional=("optimizer.", "window"))
+        except SettingsError as error:
+            raise SettingsError(f"{found.folder} does not fit: {error}; start over with --restart") from error
+
+    def tensors(self, windows: Tensor | None) -> dict[str, Tensor]:
+        """Return the tensors of a checkpoint by name: those of method and optimizer, and the losses to be logged."""
+        tensors = {f"method.{name}": tensor for name, tensor in self.method.state_dict().items()}
+        for name, parameter in zip(self.parameter_names, self.parameters, strict=True):
+            moments = self.optimizer.state[parameter]
+            tensors |= {f"optimizer.{name}.{moment}": value for moment, value in moments.items()}
+        return tensors if windows is None else tensors | {"window": windows}
 
     def announce(self, num_images: int) -> None:
         """Print the number of images, epochs and steps, the batch size and the learning rate."""
@@ -143,10 +187,10 @@ class _Training:
             f"micro-batch(es); learning rate {settings.base_lr:g} × {scale} / 256 = {peak_rate(settings):g}"
         )
 
-    def run(self, loader: Loader, stop: "_StopSignal") -> None:
-        """Train to the end, or until the process receives a stop signal."""
+    def run(self, loader: Loader, stop: StopSignal) -> None:
+        """Train to the end, or until a process receives a stop signal."""
         stage, steps = self.stage, self.batches.steps
-        shown, run = stage.processes.is_main, stage.run
+        shown = stage.processes.is_main
         stream = iter(loader) if self.done < steps else iter(())
         log = Log(stage.folder, self.done) if shown else None
         total = {"total": steps, "initial": self.done, "unit": "step", "leave": False}
@@ -156,27 +200,40 @@ class _Training:
         try:
             while self.done < steps:
                 self.step(stream)
+                stop.deferred = True
                 bar.update()
-                # Losses are read at intervals: only here does the host synchronize with the device
-                boundary = self.done % run.log_every == 0 or self.done == steps
-                if not boundary and not (stop.requested and stage.processes.world_size == 1):
-                    continue
-                due = self.done == steps or time.perf_counter() - self.saved_at > run.checkpoint_minutes * 60
-                stopping, due = self.agree(stop, due)
-                if boundary:
-                    self.read_losses(log, bar, since=max(first, (self.done - 1) // run.log_every * run.log_every))
-                if due or stopping:
-                    self.save()
-                if stopping and self.done < steps:
-                    stage.processes.barrier()
-                    stage.print(f"stopped by a signal at step {self.done} of {steps}; go on with --resume")
-                    sys.exit(0)
+                self.after(log, bar, first=first, stopping=stop.agreed(self.done, last=self.done == steps))
             self.seconds += time.perf_counter() - self.began if first < steps else 0.0
+        except Stopped as stopped:
+            if not stopped.said:  # a signal before the end of the first step: there is nothing new to save
+                if shown and self.stored < 0:
+                    self.checkpoints.save(0, {"progress": self.progress}, {})
+                self.say_stopped()
+            raise Stopped(said=True) from None
         finally:
             bar.close()
             if log is not None:
                 log.close()
             del stream  # shuts down the loader's processes
+
+    def after(self, log: Log | None, bar: Any, *, first: int, stopping: bool) -> None:
+        """Log, save and stop after a step, if it is time; only here does the host synchronize with the device."""
+        run, last = self.stage.run, self.done == self.batches.steps
+        recording = self.done % run.log_every == 0 or last
+        if not recording and not stopping:
+            return
+        due = self.agree(last or stopping or time.perf_counter() - self.saved_at > run.checkpoint_minutes * 60)
+        if recording:
+            self.read_losses(log, bar, since=max(first, (self.done - 1) // run.log_every * run.log_every))
+        if due:
+            self.save()
+        if stopping:
+            self.say_stopped()
+            raise Stopped(said=True)
+
+    def say_stopped(self) -> None:
+        """Print the step at which a signal stopped the training."""
+        self.stage.print(f"stopped by a signal at step {self.done} of {self.batches.steps}; go on with --resume")
 
     def step(self, stream: Iterator[Any]) -> None:
         """Take one optimizer step."""
@@ -191,8 +248,7 @@ class _Training:
             batch = to_device(next(stream), device)
             self.waited += time.perf_counter() - asked
             noise = method.noise(self.noise.at(self.done, i), batches.micro_batch)
-            accumulating = i < batches.count - 1 and isinstance(self.model, DistributedDataParallel)
-            with self.model.no_sync() if accumulating else contextlib.nullcontext():  # pyright: ignore
+            with synchronized(self.model, last=i == batches.count - 1):
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
                     losses = self.model(batch, noise, self.progress)
                 (losses["loss"] / batches.count).backward()
@@ -213,18 +269,17 @@ class _Training:
                 method.after_step(torch.tensor(self.done / batches.steps, dtype=torch.float64))
         self.done += 1
 
-    def agree(self, stop: "_StopSignal", due: bool) -> tuple[bool, bool]:
-        """Agree among all processes on whether to stop and to save; check that losses and weights are finite."""
-        flags = [float(self.bad_step), float(stop.requested), float(due)]
-        bad_step, stopping, due_somewhere = self.stage.processes.maximum(flags)
+    def agree(self, due: bool) -> bool:
+        """Agree among all processes on whether to save; check that losses and weights are finite."""
+        bad_step, due_somewhere = self.stage.processes.maximum([float(self.bad_step), float(due)])
         if bad_step >= 0:
             raise SettingsError(f"the loss of step {int(bad_step)} is not finite; {self.what_is_kept()}")
-        if due_somewhere or stopping:  # losses precede the step, so the updated weights are checked, too
+        if due_somewhere:  # losses precede the step, so the updated weights are checked, too
             states = (tensor for state in self.optimizer.state.values() for tensor in state.values())
-            finite = all_finite([*self.method.state_dict().values(), *states])
+            finite = all_finite(map(own, [*self.method.state_dict().values(), *states]))
             if self.stage.processes.maximum([1.0 - float(finite)])[0]:
                 raise SettingsError(f"the weights after step {self.done} are not finite; {self.what_is_kept()}")
-        return bool(stopping), bool(due_somewhere)
+        return bool(due_somewhere)
 
     def what_is_kept(self) -> str:
         """Describe the checkpoint from which the run can be resumed."""
@@ -253,15 +308,20 @@ class _Training:
             stage.print(f"{self.done}/{steps} steps, loss {self.last['loss']:.4f}, {speed}")
 
     def save(self) -> None:
-        """Write a checkpoint, unless this step already has one."""
-        now = time.perf_counter()
-        if self.stage.processes.is_main and self.stored != self.done:
-            tensors = {f"method.{name}": tensor for name, tensor in self.method.state_dict().items()}
-            for i, parameter in enumerate(self.parameters):
-                tensors |= {f"optimizer.{i}.{name}": value for name, value in self.optimizer.state[parameter].items()}
-            tensors |= {} if self.window is None else {"window": self.window}
-            state = {"last": self.last, "names": self.names, "seconds": self.seconds + now - self.began}
-            self.checkpoints.save(self.done, tensors, state)
+        """Write a checkpoint, unless this step already has one; collective.
+
+        Raises:
+            SettingsError: on every process, if it cannot be written.
+        """
+        if self.stored != self.done:
+            processes = self.stage.processes
+            windows = None if self.window is None else processes.gather(self.window)
+            seconds = self.seconds + time.perf_counter() - self.began
+            state = {"last": self.last, "names": self.names, "seconds": seconds}
+            try:
+                self.checkpoints.save(self.done, self.tensors(windows), state, processes)
+            except SettingsError as error:
+                raise SettingsError(f"{error}; {self.what_is_kept()}") from error
         self.stored, self.saved_at = self.done, time.perf_counter()
 
     def result(self) -> dict[str, Any]:
@@ -275,23 +335,3 @@ class _Training:
             "waiting": sum(waits) / max(1, len(waits)),
             "seconds": self.seconds,
         }
-
-
-class _StopSignal:
-    """Record SIGTERM instead of terminating, so that the loop can stop after a checkpoint."""
-
-    def __init__(self) -> None:
-        self.requested, self.before = False, None
-
-    def __enter__(self) -> "_StopSignal":
-        with contextlib.suppress(ValueError):  # signals can only be handled in the main thread
-            self.before: Any = signal.signal(signal.SIGTERM, self.note)
-        return self
-
-    def note(self, *_: Any) -> None:
-        """Record the signal."""
-        self.requested = True
-
-    def __exit__(self, *_: Any) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGTERM, self.before)

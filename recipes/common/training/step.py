@@ -1,16 +1,15 @@
-"""Batches, micro-batches and compilation."""
+"""Batches and micro-batches."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from common.config import Optimization, Run, SettingsError
+from common.config import Optimization, SettingsError
 from common.randomness import Noise, epoch_order
 from common.training.distributed import Processes
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 
 def micro_batches(settings: Optimization, world_size: int) -> tuple[int, int]:
@@ -68,21 +67,6 @@ class Batches:
             device=self.processes.device,
             seed=self.seed,
         )
-
-
-def compiled(method: nn.Module, run: Run, processes: Processes, *, static: bool) -> Callable[..., dict[str, Tensor]]:
-    """Compile a method as a whole on one device; on several, compile each block and wrap the method in DDP."""
-    wanted = run.compile == "on" or (run.compile == "auto" and processes.device.type == "cuda")
-    if wanted:
-        torch.compiler.reset()  # free the compile cache of the previous stage
-    if processes.world_size == 1:
-        return torch.compile(method, fullgraph=True, dynamic=False) if wanted else method
-    if wanted:
-        torch._dynamo.config.optimize_ddp = False  # else each block is cut into graphs at DDP's buckets
-        for part in method.modules():
-            if getattr(part, "compile_alone", False):
-                part.compile(fullgraph=True, dynamic=False)
-    return DistributedDataParallel(method, gradient_as_bucket_view=True, static_graph=static, broadcast_buffers=False)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
