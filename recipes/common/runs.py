@@ -121,7 +121,7 @@ def resumable(folder: Path) -> bool:
 def _open(
     folders: list[Path], recipe: str, config: Any, data: Data, *, accept: bool, resume: bool, restart: bool
 ) -> None:
-    """Check what the folders of a run and its stages hold, clean them, and write settings and fingerprint of the run."""
+    """Check what the folders of a run and its stages hold, clean them, and write the settings and the fingerprint."""
     folder, settings, images = folders[0], folders[0] / "config.json", folders[0] / "data.json"
     valuable = any(map(has_results, folders))
     if resume and restart:
