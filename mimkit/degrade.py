@@ -24,7 +24,7 @@ def area_resize(images: Float[Tensor, "*batch c H0 W0"], *, H: int, W: int) -> F
         W: new width in pixels.
 
     Raises:
-        ValueError: if an old or new side is smaller than one pixel.
+        ValueError: if a new side is not an integer, or any side is smaller than one pixel.
 
     Example:
         >>> area_resize(torch.tensor([[[0.0, 4.0]]]), H=1, W=3)
@@ -32,6 +32,7 @@ def area_resize(images: Float[Tensor, "*batch c H0 W0"], *, H: int, W: int) -> F
 
     Source: Beyond Masking, arXiv 2203.14313 (the published code uses it for every resize).
     """
+    _check_integers(H=H, W=W)
     if min(*images.shape[-2:], H, W) < 1:
         raise ValueError(f"images of {images.shape[-2]} × {images.shape[-1]} pixels cannot be resized to {H} × {W}")
     return F.adaptive_avg_pool2d(images.flatten(0, -3), (H, W)).reshape(*images.shape[:-2], H, W)
@@ -48,7 +49,7 @@ def central_crop(images: Shaped[Tensor, "*batch c H0 W0"], *, H: int, W: int) ->
         W: width of the crop in pixels; the margins to the left and right must be equal.
 
     Raises:
-        ValueError: if the crop does not fit, or cannot be centered on the pixel grid.
+        ValueError: if a side is not an integer, or the crop does not fit or cannot be centered on the pixel grid.
 
     Example:
         >>> central_crop(torch.arange(12).view(1, 3, 4), H=1, W=2)
@@ -56,6 +57,7 @@ def central_crop(images: Shaped[Tensor, "*batch c H0 W0"], *, H: int, W: int) ->
 
     Source: Beyond Masking, arXiv 2203.14313, section on the integrated task.
     """
+    _check_integers(H=H, W=W)
     top, left = _margins(images, H, W)
     if (images.shape[-2] - H) % 2 or (images.shape[-1] - W) % 2:
         raise ValueError(
@@ -74,7 +76,8 @@ def zoom_in(images: Float[Tensor, "*batch c H W"], *, window_H: int, window_W: i
         window_W: width of the window in pixels; the margins to the left and right must be equal.
 
     Raises:
-        ValueError: if the window does not fit, is empty, or cannot be centered on the pixel grid.
+        ValueError: if a side is not an integer, or the window does not fit, is empty, or cannot be centered on the
+            pixel grid.
 
     Example:
         >>> zoom_in(torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]), window_H=1, window_W=2)
@@ -82,6 +85,7 @@ def zoom_in(images: Float[Tensor, "*batch c H W"], *, window_H: int, window_W: i
 
     Source: Beyond Masking, arXiv 2203.14313, task (a).
     """
+    _check_integers(window_H=window_H, window_W=window_W)
     return area_resize(central_crop(images, H=window_H, W=window_W), H=images.shape[-2], W=images.shape[-1])
 
 
@@ -99,7 +103,7 @@ def zoom_in_anywhere(
         window_W: width of the window in pixels.
 
     Raises:
-        ValueError: if the window does not fit or is empty, or the leading axes differ.
+        ValueError: if a side is not an integer, the window does not fit or is empty, or the leading axes differ.
 
     Example:
         >>> zoom_in_anywhere(torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]), torch.tensor([0.0, 0.9]), window_H=1, window_W=2)
@@ -107,6 +111,7 @@ def zoom_in_anywhere(
 
     Source: Beyond Masking, arXiv 2203.14313, appendix A.3.
     """
+    _check_integers(window_H=window_H, window_W=window_W)
     _check_noise(noise, images, 2, "a row and a column")
     _margins(images, window_H, window_W)
     H, W = images.shape[-2:]
@@ -131,7 +136,8 @@ def mirror_fill(
         W: width of the canvas in pixels, at least w.
 
     Raises:
-        ValueError: if an image is empty or does not fit onto its canvas, or the leading axes differ.
+        ValueError: if a side is not an integer, an image is empty or does not fit onto its canvas, or the leading axes
+            differ.
 
     Example:
         >>> mirror_fill(torch.tensor([[[1, 2]]]), torch.tensor([0.0, 0.6]), H=1, W=7)
@@ -140,6 +146,7 @@ def mirror_fill(
     Source: Beyond Masking, arXiv 2203.14313, task (b). The published code uses one place per batch, never the last row
     or column, and fails where the reflection is wider than the image or the margin is zero.
     """
+    _check_integers(H=H, W=W)
     _check_noise(noise, images, 2, "a row and a column")
     h, w = images.shape[-2:]
     _check_fits(h, w, H, W)
@@ -203,7 +210,8 @@ def zoom_out(
         small_W: width of the small image in pixels.
 
     Raises:
-        ValueError: if the small image is empty or larger than the images, or the leading axes differ.
+        ValueError: if a side is not an integer, the small image is empty or larger than the images, or the leading axes
+            differ.
 
     Example:
         >>> zoom_out(torch.tensor([[[1.0, 1.0, 5.0, 5.0]]]), torch.tensor([0.0, 0.0]), small_H=1, small_W=2)
@@ -211,6 +219,7 @@ def zoom_out(
 
     Source: Beyond Masking, arXiv 2203.14313, task (b); the published code computes the loss on the canvas.
     """
+    _check_integers(small_H=small_H, small_W=small_W)
     H, W = images.shape[-2:]
     _check_noise(noise, images, 2, "a row and a column")
     _check_fits(small_H, small_W, H, W)
@@ -232,7 +241,8 @@ def zoom_out_any_size(
         sizes: heights and widths of small images in pixels, such as `((96, 96), (128, 128), (160, 160), (192, 192))`.
 
     Raises:
-        ValueError: if `sizes` is empty, a size is empty or larger than the images, or the leading axes differ.
+        ValueError: if `sizes` is empty, a size is not of integers, empty or larger than the images, or the leading axes
+            differ.
 
     Example:
         >>> images = torch.tensor([[[1.0, 1.0, 5.0, 5.0]]])
@@ -245,7 +255,8 @@ def zoom_out_any_size(
     if not sizes:
         raise ValueError("sizes is empty")
     H, W = images.shape[-2:]
-    for height, width in sizes:
+    for i, (height, width) in enumerate(sizes):
+        _check_integers(**{f"sizes[{i}][0]": height, f"sizes[{i}][1]": width})
         _check_fits(height, width, H, W)
     dtype, images, which = images.dtype, images.float(), _whole(noise[..., 2], len(sizes) - 1)
     rows, down = _shrunken_axis(noise[..., 0], which, [height for height, _ in sizes], H)
@@ -370,7 +381,7 @@ def random_kernels(noise: Float[Tensor, "*batch k k"], *, mean: float, std: floa
         float32.
 
     Raises:
-        ValueError: if a number is not finite, or `std` is negative.
+        ValueError: if a number is not finite, `std` is negative, or the kernels are not square.
 
     Example:
         >>> random_kernels(torch.tensor([[0.5]]), mean=1.0, std=0.02)
@@ -378,6 +389,8 @@ def random_kernels(noise: Float[Tensor, "*batch k k"], *, mean: float, std: floa
 
     Source: Beyond Masking, arXiv 2203.14313, task (d); mean and std are those of the published code for k = 7.
     """
+    if noise.ndim < 2 or noise.shape[-1] != noise.shape[-2]:
+        raise ValueError(f"noise {tuple(noise.shape)} does not hold square kernels")
     if not (abs(mean) < math.inf and 0 <= std < math.inf):
         raise ValueError(f"mean={mean} and std={std} are not both finite, or std is negative")
     return mean + std * _normal(noise)
@@ -404,8 +417,8 @@ def random_kernels_any_size(
         float32.
 
     Raises:
-        ValueError: if a size is not odd or the largest is not k, `std` is not finite or negative, or the leading axes
-            differ.
+        ValueError: if a size is not an odd integer or the largest is not k, `std` is not finite or negative, or the
+            leading axes differ.
 
     Example:
         >>> noise = torch.full((1, 3, 3), 0.5)
@@ -416,12 +429,13 @@ def random_kernels_any_size(
 
     Source: Beyond Masking, arXiv 2203.14313, task (d), "rand." in the table of parameters.
     """
-    k = noise.shape[-1]
-    if size_noise.shape != noise.shape[:-3] or noise.shape[-2] != k:
+    _check_integers(**{f"sizes[{i}]": size for i, size in enumerate(sizes)})
+    if noise.ndim < 3 or size_noise.shape != noise.shape[:-3] or noise.shape[-1] != noise.shape[-2]:
         raise ValueError(
             f"noise {tuple(noise.shape)} and size_noise {tuple(size_noise.shape)} do not hold square kernels and one "
             "size per image"
         )
+    k = noise.shape[-1]
     if not sizes or max(sizes) != k or any(size < 1 or size % 2 == 0 for size in sizes):
         raise ValueError(f"sizes={sizes} are not odd numbers with {k} as the largest")
     if not 0 <= std < math.inf:
@@ -512,8 +526,8 @@ def decolorize(
 
 
 def _whole(noise: Float[Tensor, "*batch"], most: int | Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
-    """Return integers from 0 to `most`, equally likely."""
-    return (noise.float() * (most + 1)).long().clamp(max=most)
+    """Return integers from 0 to `most`, equally likely; NaN counts as 0, and other noise as the nearest in [0, 1]."""
+    return (noise.float().nan_to_num(0.0).clamp(0, 1) * (most + 1)).long().clamp(max=most)
 
 
 def _listed(which: Int[Tensor, "*batch"], numbers: list[int]) -> Int[Tensor, "*batch"]:
@@ -616,3 +630,10 @@ def _margins(images: Tensor, H: int, W: int) -> tuple[int, int]:
             f"a window of {H} × {W} pixels does not fit into images of {images.shape[-2]} × {images.shape[-1]}"
         )
     return (images.shape[-2] - H) // 2, (images.shape[-1] - W) // 2
+
+
+def _check_integers(**numbers: int) -> None:
+    for name, number in numbers.items():
+        # A symbolic integer of a compiler has an index, too; so has a tensor, but reading it would synchronize
+        if isinstance(number, (bool, Tensor)) or not hasattr(number, "__index__"):
+            raise ValueError(f"{name}={number!r} is not an integer")

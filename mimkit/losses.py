@@ -55,7 +55,7 @@ def channel_normalized_patches(patches: Float[Tensor, "*batch n d"], *, channels
         float32.
 
     Raises:
-        ValueError: if d is not a multiple of `channels`, or a patch has fewer than two pixels.
+        ValueError: if `channels` is not an integer that divides d, or a patch has fewer than two pixels.
 
     Example:
         >>> channel_normalized_patches(torch.tensor([[1.0, 10.0, 2.0, 20.0, 3.0, 30.0]]), channels=2)
@@ -63,6 +63,7 @@ def channel_normalized_patches(patches: Float[Tensor, "*batch n d"], *, channels
 
     Source: Beyond Masking, arXiv 2203.14313 (published code).
     """
+    _check_integers(channels=channels)
     if channels < 1 or patches.shape[-1] % channels or patches.shape[-1] < 2 * channels:
         raise ValueError(
             f"patches of {patches.shape[-1]} values do not divide into two or more pixels of {channels} channels"
@@ -86,7 +87,7 @@ def window_normalized(images: Float[Tensor, "*batch c H W"], *, window: int) -> 
         float32.
 
     Raises:
-        ValueError: if the window is even or below 3, or an image has fewer than two pixels.
+        ValueError: if the window is not an odd integer of at least 3, or an image has fewer than two pixels.
 
     Example:
         >>> window_normalized(torch.tensor([[[1.0, 2.0, 3.0, 3.0]]]), window=3)
@@ -94,6 +95,7 @@ def window_normalized(images: Float[Tensor, "*batch c H W"], *, window: int) -> 
 
     Source: SimMIM, arXiv 2111.09886, as its authors train Swin Transformer V2, arXiv 2111.09883 (published code).
     """
+    _check_integers(window=window)
     H, W = images.shape[-2:]
     if window < 3 or window % 2 == 0:
         raise ValueError(f"window={window} is not an odd number of pixels of at least 3")
@@ -170,7 +172,8 @@ def band_error(
         top, bottom, left, right.
 
     Raises:
-        ValueError: if the shapes differ, or the center does not leave equal margins on opposite sides.
+        ValueError: if a number is not an integer, the shapes differ, or the center does not leave equal margins on
+            opposite sides.
 
     Example:
         >>> view = torch.zeros(1, 4, 4)
@@ -180,6 +183,7 @@ def band_error(
 
     Source: Beyond Masking, arXiv 2203.14313 (published code; the paper gives no formula).
     """
+    _check_integers(inner_H=inner_H, inner_W=inner_W)
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
     H, W = prediction.shape[-2:]
@@ -306,3 +310,10 @@ def _window_count(length: int, window: int, device: torch.device) -> Float[Tenso
     """Return how many places of a window around each place lie within the length."""
     places, reach = torch.arange(length, device=device), window // 2
     return ((places + reach).clamp(max=length - 1) - (places - reach).clamp(min=0) + 1).float()
+
+
+def _check_integers(**numbers: int) -> None:
+    for name, number in numbers.items():
+        # A symbolic integer of a compiler has an index, too; so has a tensor, but reading it would synchronize
+        if isinstance(number, (bool, Tensor)) or not hasattr(number, "__index__"):
+            raise ValueError(f"{name}={number!r} is not an integer")

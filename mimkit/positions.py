@@ -25,7 +25,7 @@ def sincos(
         dim: number of features, a multiple of 4.
 
     Raises:
-        ValueError: if `dim` is not a positive multiple of 4, or a side is negative.
+        ValueError: if a number is not an integer, `dim` is not a positive multiple of 4, or a side is negative.
 
     Example:
         >>> sincos(height=1, width=2, dim=4)
@@ -35,6 +35,7 @@ def sincos(
     Source: MAE, arXiv 2111.06377, appendix A.1. The variable names of the published code suggest that the row comes
     first, but in its output, as here, the column does.
     """
+    _check_integers(height=height, width=width, dim=dim)
     if dim < 4 or dim % 4:
         raise ValueError(f"dim={dim} is not a positive multiple of 4: it holds sine and cosine of row and column")
     _check_grid(height, width)
@@ -64,7 +65,7 @@ def sinusoid(
         dim: number of features, even.
 
     Raises:
-        ValueError: if `dim` is odd or not positive, or a side is negative.
+        ValueError: if a number is not an integer, `dim` is odd or not positive, or a side is negative.
 
     Example:
         >>> sinusoid(height=1, width=2, dim=2)
@@ -73,6 +74,7 @@ def sinusoid(
 
     Source: Beyond Masking, arXiv 2203.14313 (published code); Attention Is All You Need, arXiv 1706.03762.
     """
+    _check_integers(height=height, width=width, dim=dim)
     if dim < 2 or dim % 2:
         raise ValueError(f"dim={dim} is not a positive even number: it holds sine and cosine of each angle")
     _check_grid(height, width)
@@ -97,7 +99,7 @@ def resize_table(
         new_width: columns of the new grid, in patches.
 
     Raises:
-        ValueError: if the table does not have `height` · `width` rows, or a side is not positive.
+        ValueError: if a side is not an integer or not positive, or the table does not have `height` · `width` rows.
 
     Example:
         >>> resize_table(torch.ones(4, 8), height=2, width=2, new_height=1, new_width=3).shape
@@ -105,6 +107,7 @@ def resize_table(
 
     Source: MAE, arXiv 2111.06377 (published code).
     """
+    _check_integers(height=height, width=width, new_height=new_height, new_width=new_width)
     if table.shape[-2] != height * width:
         raise ValueError(f"a table of {table.shape[-2]} rows is not one of a grid of {height} × {width}")
     if min(height, width, new_height, new_width) < 1:
@@ -158,7 +161,7 @@ def permute_positions(
         positions: one per token.
         dropped: `True` = the token gets the position of another dropped token (or by chance its own).
         noise: uniform in [0, 1). The published code draws one permutation for the whole batch; for this, pass the same
-            noise in every row.
+            noise in every row. NaN counts as 0; only dropped tokens ever get another position.
 
     Raises:
         ValueError: if the shapes do not match.
@@ -175,7 +178,7 @@ def permute_positions(
         raise ValueError(f"dropped {tuple(dropped.shape)} and noise {tuple(noise.shape)} differ in shape")
     places = (~dropped).int().argsort(dim=-1, stable=True)  # dropped tokens first, then the others
     # the same with the dropped tokens shuffled; inf, because noise may round to 1 in bfloat16
-    sources = torch.where(dropped, noise, torch.inf).argsort(dim=-1, stable=True)
+    sources = torch.where(dropped, noise.nan_to_num(0.0), torch.inf).argsort(dim=-1, stable=True)
     source = torch.zeros_like(places).scatter(-1, places, sources)
     return positions.gather(-2, source.unsqueeze(-1).expand(positions.shape))
 
@@ -187,7 +190,7 @@ def shuffle(noise: Float[Tensor, "*batch k"]) -> tuple[Int[Tensor, "*batch k"], 
     infer a dropped position from the raster order of the tokens; shuffling prevents this.
 
     Args:
-        noise: uniform in [0, 1); every permutation is equally likely.
+        noise: uniform in [0, 1); every permutation is equally likely. NaN counts as 0.
 
     Returns:
         order, back: with `mimkit.tokens.take`, `take(take(tokens, order), back)` equals `tokens`.
@@ -203,7 +206,7 @@ def shuffle(noise: Float[Tensor, "*batch k"]) -> tuple[Int[Tensor, "*batch k"], 
     """
     if not noise.ndim:
         raise ValueError("noise is 0-d and has no axis to shuffle")
-    order = noise.argsort(dim=-1, stable=True)
+    order = noise.nan_to_num(0.0).argsort(dim=-1, stable=True)
     places = torch.arange(noise.shape[-1], device=noise.device).expand_as(order)
     return order, torch.zeros_like(order).scatter(-1, order, places)
 
@@ -226,7 +229,7 @@ def smoothed_targets(
         float32. Select rows by index: `smoothed_targets(…)[visible]`.
 
     Raises:
-        ValueError: if a side is negative.
+        ValueError: if a side is not an integer, or negative.
 
     Example:
         >>> smoothed_targets(torch.tensor(1.0), height=1, width=2)
@@ -236,6 +239,7 @@ def smoothed_targets(
     Source: DropPos, arXiv 2309.03576, section 3. For images of 224 pixels and patches of 16, its published code
     computes the targets for a grid of 16 × 16 instead of 14 × 14.
     """
+    _check_integers(height=height, width=width)
     _check_grid(height, width)
     variance = sigma.float().square()[..., None, None]
 
@@ -281,10 +285,17 @@ def attentive_weights(
 
 
 def _check_dropped(positions: Tensor, dropped: Tensor) -> None:
-    if positions.shape[:-1] != dropped.shape:
+    if positions.ndim < 2 or positions.shape[:-1] != dropped.shape:
         raise ValueError(f"positions {tuple(positions.shape)} and dropped {tuple(dropped.shape)} do not match")
 
 
 def _check_grid(height: int, width: int) -> None:
     if height < 0 or width < 0:
         raise ValueError(f"a grid of {height} × {width} patches has a negative side")
+
+
+def _check_integers(**numbers: int) -> None:
+    for name, number in numbers.items():
+        # A symbolic integer of a compiler has an index, too; so has a tensor, but reading it would synchronize
+        if isinstance(number, (bool, Tensor)) or not hasattr(number, "__index__"):
+            raise ValueError(f"{name}={number!r} is not an integer")

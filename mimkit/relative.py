@@ -46,7 +46,7 @@ def piecewise_index(
             f"alpha={alpha}, beta={beta} and gamma={gamma} do not satisfy 0 < alpha < beta and alpha < gamma"
         )
     far = distance.double().abs()
-    slope = (beta - alpha) / torch.tensor(gamma / alpha, dtype=torch.float64).log()
+    slope = (beta - alpha) / torch.full((), gamma / alpha, dtype=torch.float64, device=far.device).log()
     logarithmic = (alpha + (far.clamp(min=alpha) / alpha).log() * slope).round().clamp(max=beta).trunc()
     return (torch.where(far <= alpha, far.round(), logarithmic) * distance.sign()).long()
 
@@ -63,7 +63,7 @@ def num_buckets(*, method: Method = "product", ratio: float = 1.9, num_prefix: i
         num_prefix: number of tokens before the patches; they share one bucket.
 
     Raises:
-        ValueError: if `num_prefix` is negative, `ratio` is not above 0, or the method is unknown.
+        ValueError: if `num_prefix` is not an integer or negative, `ratio` is not above 0, or the method is unknown.
 
     Example:
         >>> num_buckets()
@@ -71,6 +71,7 @@ def num_buckets(*, method: Method = "product", ratio: float = 1.9, num_prefix: i
 
     Source: iRPE, arXiv 2107.14222.
     """
+    _check_integers(num_prefix=num_prefix)
     if method not in ("product", "rows", "columns", "euclidean", "quantized"):
         raise ValueError(f"method={method} is not one of product, rows, columns, euclidean and quantized")
     if not ratio > 0:
@@ -114,7 +115,8 @@ def relative_buckets(
         a row per query and a column per key, from 0 to `num_buckets` − 1, patches in raster order.
 
     Raises:
-        ValueError: if a side or `num_prefix` is negative, `ratio` is not above 0, or the method is unknown.
+        ValueError: if a side or `num_prefix` is not an integer or negative, `ratio` is not above 0, or the method is
+            unknown.
 
     Example:
         >>> relative_buckets(height=1, width=2)
@@ -125,6 +127,7 @@ def relative_buckets(
     Source: iRPE, arXiv 2107.14222, section 3.2; "quantized" follows the published code, which does not rank the
     distances.
     """
+    _check_integers(height=height, width=width)
     last = num_buckets(method=method, ratio=ratio, num_prefix=num_prefix) - 1
     if min(height, width) < 0:
         raise ValueError(f"a grid of {height} × {width} patches has a negative side")
@@ -207,14 +210,10 @@ def contextual_bias(
         raise ValueError(f"a table {tuple(table.shape)} does not hold vectors of {queries.shape[-1]} features")
     if queries.shape[-2] != buckets.shape[-2] or (buckets.ndim > 2 and buckets.shape[:-2] != queries.shape[:-3]):
         raise ValueError(f"buckets {tuple(buckets.shape)} and queries {tuple(queries.shape)} do not match")
-    # With few keys, look up a vector for each pair and multiply: the backward pass then scatters into the table alone
-    # and not for each image. With more keys than buckets this would take more products than one per bucket.
     with _no_autocast(queries):
-        if buckets.ndim == 2 and len(table) == 1 and buckets.shape[-1] <= table.shape[-1]:
-            vectors = table[0].index_select(1, buckets.flatten()).unflatten(1, buckets.shape)
-            return torch.einsum("...id,dij->...ij", queries, vectors.to(queries.dtype))
-        scores = queries @ table.to(queries.dtype)
-    return scores.gather(-1, _per_head(buckets, scores))
+        if _by_pair(queries.device.type, table.shape, buckets.shape):
+            return _bias_by_pair(queries, table, buckets)
+        return _bias_by_bucket(queries, table, buckets)
 
 
 def contextual_values(
@@ -277,6 +276,37 @@ def relative_bias(
     return table[:, buckets].movedim(0, -3)
 
 
+def _by_pair(device: str, table: tuple[int, ...], buckets: tuple[int, ...]) -> bool:
+    """Tell whether to multiply queries with a vector for each pair of tokens instead of one for each bucket.
+
+    With more keys than buckets this takes more products. But its backward pass adds into the table alone, a number per
+    pair and feature, whereas the other one adds a number per image, head and pair into few places. These additions
+    cost little on a CPU; a GPU makes them one after the other, and the products in parallel.
+
+    Args:
+        device: type of the device.
+        table: shape of the table; only vectors that all heads share are looked up by pair.
+        buckets: shape of the buckets, which must be shared by the batch.
+    """
+    return len(buckets) == 2 and table[0] == 1 and (device == "cuda" or buckets[-1] <= table[-1])
+
+
+def _bias_by_pair(
+    queries: Float[Tensor, "*batch h k d"], table: Float[Tensor, "1 d buckets"], buckets: Int[Tensor, "k n"]
+) -> Float[Tensor, "*batch h k n"]:
+    """Look up a vector for each pair of tokens and multiply it with the query."""
+    vectors = table[0].index_select(1, buckets.flatten()).unflatten(1, buckets.shape)
+    return torch.einsum("...id,dij->...ij", queries, vectors.to(queries.dtype))
+
+
+def _bias_by_bucket(
+    queries: Float[Tensor, "*batch h k d"], table: Float[Tensor, "heads d buckets"], buckets: Int[Tensor, "*images k n"]
+) -> Float[Tensor, "*batch h k n"]:
+    """Multiply each query with the vectors of all buckets, and look up the product for each key."""
+    scores = queries @ table.to(queries.dtype)
+    return scores.gather(-1, _per_head(buckets, scores))
+
+
 def _no_autocast(like: Tensor) -> torch.autocast:
     """Disable autocast, also on devices without it such as meta, so that the result has the dtype of the input."""
     kind = like.device.type
@@ -293,3 +323,10 @@ def _per_head(buckets: Tensor, like: Tensor) -> Tensor:
 def _check_heads(table: Tensor, per_head: Tensor) -> None:
     if len(table) not in (1, per_head.shape[-3]):
         raise ValueError(f"a table {tuple(table.shape)} is neither for {per_head.shape[-3]} heads nor shared by all")
+
+
+def _check_integers(**numbers: int) -> None:
+    for name, number in numbers.items():
+        # A symbolic integer of a compiler has an index, too; so has a tensor, but reading it would synchronize
+        if isinstance(number, (bool, Tensor)) or not hasattr(number, "__index__"):
+            raise ValueError(f"{name}={number!r} is not an integer")

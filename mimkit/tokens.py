@@ -21,7 +21,7 @@ def patchify(images: Shaped[Tensor, "*batch c H W"], *, patch: int) -> Shaped[Te
         patch: side of a patch in pixels; divides H and W.
 
     Raises:
-        ValueError: if a side of the images is not a multiple of `patch`.
+        ValueError: if `patch` is not an integer, or a side of the images not a multiple of it.
 
     Example:
         >>> import torch
@@ -47,7 +47,8 @@ def unpatchify(
         patch: side of a patch in pixels.
 
     Raises:
-        ValueError: if n is not `height` · `width`, or d is not a multiple of `patch` squared.
+        ValueError: if a number is not an integer, n is not `height` · `width`, or d is not a multiple of `patch`
+            squared.
 
     Example:
         >>> import torch
@@ -57,6 +58,7 @@ def unpatchify(
 
     Source: MAE, arXiv 2111.06377.
     """
+    _check_integers(height=height, width=width, patch=patch)
     n, d = patches.shape[-2:]
     if min(height, width) < 0 or n != height * width:
         raise ValueError(f"{n} patches do not fill a grid of {height} × {width}")
@@ -79,13 +81,16 @@ def split(
         visible, masked: indices for `take` and `put`.
 
     Raises:
-        ValueError: if `num_masked` is outside 0…n.
+        ValueError: if `num_masked` is not an integer from 0 to n, or `mask` is 0-d.
 
     Example:
         >>> import torch
         >>> split(torch.tensor([True, False, True, False]), num_masked=2)
         (tensor([1, 3]), tensor([0, 2]))
     """
+    _check_integers(num_masked=num_masked)
+    if not mask.ndim:
+        raise ValueError("mask is 0-d and does not hold one value per token")
     n = mask.shape[-1]
     if not 0 <= num_masked <= n:
         raise ValueError(f"num_masked={num_masked} of {n} tokens cannot be masked")
@@ -129,7 +134,8 @@ def take_patches(
         patch: side of a patch in pixels; divides H and W.
 
     Raises:
-        ValueError: if a side of the images is not a multiple of `patch`, or the leading axes differ.
+        ValueError: if `patch` is not an integer, a side of the images is not a multiple of it, or the leading axes
+            differ.
 
     Example:
         >>> import torch
@@ -182,6 +188,14 @@ def _check_batches(tokens: Tensor, indices: Tensor) -> None:
 
 
 def _check_cut(images: Tensor, patch: int) -> None:
+    _check_integers(patch=patch)
     height, width = images.shape[-2:]
     if patch < 1 or height % patch or width % patch:
         raise ValueError(f"images of {height} × {width} pixels cannot be cut into patches of {patch} × {patch}")
+
+
+def _check_integers(**numbers: int) -> None:
+    for name, number in numbers.items():
+        # A symbolic integer of a compiler has an index, too; so has a tensor, but reading it would synchronize
+        if isinstance(number, (bool, Tensor)) or not hasattr(number, "__index__"):
+            raise ValueError(f"{name}={number!r} is not an integer")

@@ -11,7 +11,8 @@ def random_anchors(
     """Place windows uniformly at random in the grid, independently of each other.
 
     Args:
-        noise: uniform in [0, 1); row and column of each window, every place equally likely.
+        noise: uniform in [0, 1); row and column of each window, every place equally likely. NaN counts as 0, and other
+            values as the nearest one, so every window lies in the grid.
         height: rows of the grid, in patches.
         width: columns of the grid, in patches.
         window_height: rows of a window, in patches, 1 to `height`.
@@ -21,20 +22,23 @@ def random_anchors(
         row and column of the top left patch of each window.
 
     Raises:
-        ValueError: if a window does not fit into the grid, or `noise` does not end in 2.
+        ValueError: if a number is not an integer, a window does not fit into the grid, or `noise` does not end in 2.
 
     Example:
         >>> random_anchors(torch.tensor([[0.9, 0.0]]), height=4, width=4, window_height=2, window_width=2)
         tensor([[2, 0]])
     """
-    if noise.shape[-1] != 2:
+    _check_integers(height=height, width=width, window_height=window_height, window_width=window_width)
+    if noise.shape[-1:] != (2,):
         raise ValueError(
             f"noise of shape {tuple(noise.shape)} does not end in 2: a value for the row and one for the column"
         )
     if not (1 <= window_height <= height and 1 <= window_width <= width):
         raise ValueError(f"a window of {window_height} × {window_width} does not fit into a grid of {height} × {width}")
-    choices = torch.tensor([height - window_height + 1, width - window_width + 1], device=noise.device)
-    return torch.minimum((noise.float() * choices).long(), choices - 1)
+    row, column = noise.float().nan_to_num(0.0).clamp(0, 1).unbind(dim=-1)
+    lowest, rightmost = height - window_height, width - window_width
+    row, column = (row * (lowest + 1)).long(), (column * (rightmost + 1)).long()
+    return torch.stack([row.clamp(max=lowest), column.clamp(max=rightmost)], dim=-1)
 
 
 def distinct_anchors(
@@ -46,7 +50,7 @@ def distinct_anchors(
 
     Args:
         row_noise: uniform in [0, 1), one value per possible first row: `height` − `window_height` + 1 values. The
-            windows use the rows with the smallest noise, in ascending order of the noise.
+            windows use the rows with the smallest noise, in ascending order of the noise. NaN counts as 0.
         column_noise: the same for the columns.
         num_windows: 0 to the smaller number of possible rows and columns.
 
@@ -54,8 +58,8 @@ def distinct_anchors(
         row and column of the top left patch of each window.
 
     Raises:
-        ValueError: if there are more windows than possible rows or columns (the published code then returns fewer
-            windows), or the leading axes differ.
+        ValueError: if `num_windows` is not an integer, there are more windows than possible rows or columns (the
+            published code then returns fewer windows), the leading axes differ, or the noise is 0-d.
 
     Example:
         >>> distinct_anchors(torch.tensor([0.9, 0.1, 0.5]), torch.tensor([0.2, 0.3]), num_windows=2)
@@ -64,6 +68,9 @@ def distinct_anchors(
 
     Source: LoMaR, arXiv 2206.00790 (published code).
     """
+    _check_integers(num_windows=num_windows)
+    if not (row_noise.ndim and column_noise.ndim):
+        raise ValueError("row_noise or column_noise is 0-d and does not hold one value per row or column")
     rows, columns = row_noise.shape[-1], column_noise.shape[-1]
     if row_noise.shape[:-1] != column_noise.shape[:-1]:
         raise ValueError(
@@ -73,8 +80,9 @@ def distinct_anchors(
         raise ValueError(
             f"num_windows={num_windows} in {rows} × {columns} places is not between 0 and {min(rows, columns)}"
         )
-    orders = (noise.argsort(dim=-1, stable=True)[..., :num_windows] for noise in (row_noise, column_noise))
-    return torch.stack(list(orders), dim=-1)
+    noises = row_noise.nan_to_num(0.0), column_noise.nan_to_num(0.0)
+    orders = [noise.argsort(dim=-1, stable=True)[..., :num_windows] for noise in noises]
+    return torch.stack(orders, dim=-1)
 
 
 def window_patches(
@@ -94,7 +102,8 @@ def window_patches(
         ascending, in 0…`height` · `width` − 1.
 
     Raises:
-        ValueError: if a window is wider than the grid or empty, or `anchors` does not end in 2.
+        ValueError: if a number is not an integer, a window is wider than the grid or empty, or `anchors` does not end
+            in 2.
 
     Example:
         >>> window_patches(torch.tensor([1, 2]), width=5, window_height=2, window_width=3)
@@ -102,10 +111,18 @@ def window_patches(
 
     Source: LoMaR, arXiv 2206.00790.
     """
-    if anchors.shape[-1] != 2:
+    _check_integers(width=width, window_height=window_height, window_width=window_width)
+    if anchors.shape[-1:] != (2,):
         raise ValueError(f"anchors of shape {tuple(anchors.shape)} do not end in 2: a row and a column")
     if window_height < 1 or not 1 <= window_width <= width:
         raise ValueError(f"a window of {window_height} × {window_width} does not fit into a grid of width {width}")
     rows = anchors[..., :1] + torch.arange(window_height, device=anchors.device)
     columns = anchors[..., 1:] + torch.arange(window_width, device=anchors.device)
     return (rows.unsqueeze(-1) * width + columns.unsqueeze(-2)).flatten(-2)
+
+
+def _check_integers(**numbers: int) -> None:
+    for name, number in numbers.items():
+        # A symbolic integer of a compiler has an index, too; so has a tensor, but reading it would synchronize
+        if isinstance(number, (bool, Tensor)) or not hasattr(number, "__index__"):
+            raise ValueError(f"{name}={number!r} is not an integer")

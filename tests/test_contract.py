@@ -2,14 +2,17 @@
 
 import importlib
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from strategies import SOURCES, copied, seeded
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # PyTorch warns about the variance of an empty batch
 pytestmark = pytest.mark.filterwarnings("ignore:.*degrees of freedom")
@@ -110,16 +113,26 @@ every_block = pytest.mark.parametrize("name", ROWS)
 every_block_of_tensors = pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.tensors])
 
 
+def function(name: str, *, checked: bool = True) -> Callable[..., Any]:
+    """Return the block of a row, with the type checker of the tests or without it, as users have it."""
+    theme, name = name.split()[0].split(".")
+    return getattr(importlib.import_module(f"mimkit.{theme}") if checked else copied(theme), name)
+
+
+def by_name(name: str) -> dict[str, Tensor]:
+    """Return the tensors of a row by the names of their arguments."""
+    places = [place for place in inspect.signature(function(name)).parameters if place not in ROWS[name].numbers]
+    return dict(zip(places, ROWS[name].tensors, strict=False))
+
+
 def block(name: str, *, checked: bool = True) -> Callable[..., tuple[Tensor, ...]]:
     """Return the block with its numbers filled in: a function from tensors to a tuple of tensors."""
-    theme, function = name.split()[0].split(".")
-    call = getattr(importlib.import_module(f"mimkit.{theme}") if checked else copied(theme), function)
-    numbers = ROWS[name].numbers
-    places = [parameter for parameter in inspect.signature(call).parameters if parameter not in numbers]
+    call, numbers = function(name, checked=checked), ROWS[name].numbers
+    places = list(by_name(name))
 
     def results(*tensors: Tensor, **device: str) -> tuple[Tensor, ...]:
         there = {key: x.to(tensors[0].device) if isinstance(x, Tensor) else x for key, x in numbers.items()}
-        result = call(**dict(zip(places, tensors, strict=False)), **there, **device)
+        result = call(**dict(zip(places, tensors, strict=True)), **there, **device)
         return result if isinstance(result, tuple) else (result,)
 
     return results
@@ -209,13 +222,30 @@ def test_a_block_compiles_in_one_graph(name):
     torch.testing.assert_close(compiled(*tensors), block(name)(*tensors))
 
 
-@pytest.mark.parametrize("name", ["degrade.random_kernels", "degrade.wave", "degrade.zoom_out_any_size"])
-def test_numbers_may_be_symbolic_in_a_dynamic_graph(name):
-    """Only these blocks compute with their numbers before they reach a tensor."""
-    tensors = ROWS[name].tensors
+@every_block
+def test_sizes_and_numbers_may_be_symbolic_in_a_dynamic_graph(name):
+    call, tensors, numbers = function(name, checked=False), by_name(name), ROWS[name].numbers
     torch.compiler.reset()
-    compiled = torch.compile(block(name, checked=False), fullgraph=True, dynamic=True, backend="eager")
-    torch.testing.assert_close(compiled(*tensors), block(name)(*tensors))
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="eager")
+    for size in (6, 4):
+        some = {key: tensor[:size] for key, tensor in tensors.items()}
+        torch.testing.assert_close(compiled(**some, **numbers), call(**some, **numbers))
+
+
+@every_block
+def test_numbers_make_no_tensor_that_is_copied_to_the_device(name):
+    """Such a copy would synchronize in every step. What is made of numbers with `torch.tensor` is lifted to a graph."""
+
+    class Lifted(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.found += func is torch.ops.aten.lift_fresh.default
+            return func(*args, **(kwargs or {}))
+
+    with Lifted() as lifted:
+        block(name)(*ROWS[name].tensors)
+    assert lifted.found == 0
 
 
 class Exportable(nn.Module):
@@ -249,3 +279,91 @@ def test_mixed_precision_keeps_the_dtype_of_the_input_and_losses_stay_float32(na
         results, from_half = block(name)(*exact), block(name)(*lowered(exact))
     torch.testing.assert_close(results, expected)
     torch.testing.assert_close(from_half, tuple(result.to(half) for result in expected))
+
+
+def spoiled(value: Any, bad: Any) -> Iterator[tuple[str, Any]]:
+    """Yield a number, or the nested numbers of a tuple one at a time, replaced, and the indices of what is replaced."""
+    if not isinstance(value, tuple):
+        yield "", bad(value)
+        return
+    for i, part in enumerate(value):
+        yield from ((f"[{i}]{rest}", (*value[:i], other, *value[i + 1 :])) for rest, other in spoiled(part, bad))
+
+
+def integers(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, tuple) and all(map(integers, value)))
+
+
+@pytest.mark.parametrize("bad", [float, str, lambda _: True, torch.tensor, lambda _: None])
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if any(map(integers, row.numbers.values()))])
+def test_a_number_that_is_not_an_integer_is_refused_where_one_is_needed(name, bad):
+    call, numbers = function(name, checked=False), ROWS[name].numbers
+    for key in filter(lambda key: integers(numbers[key]), numbers):
+        for place, other in spoiled(numbers[key], bad):
+            if isinstance(other, Tensor) and key == "num_hard":
+                continue  # may follow a schedule
+            with pytest.raises(ValueError, match=rf"^{re.escape(key + place)}=.* is not an integer$"):
+                call(**by_name(name), **(numbers | {key: other}))
+
+
+def test_integers_of_numpy_are_integers():
+    call, noise = function("masking.random_tokens", checked=False), seeded(3, 8)
+    assert call(noise, num_masked=np.int64(5)).equal(call(noise, num_masked=5))
+
+
+def test_all_files_check_integers_in_the_same_way():
+    """Each has a copy of the check, because a file works alone."""
+    sources = {inspect.getsource(copied(path.stem)._check_integers) for path in SOURCES}
+    assert len(sources) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if any("noise" in place for place in by_name(name))])
+def test_noise_without_axes_is_refused_with_one_sentence(name):
+    for place in by_name(name):
+        if "noise" in place:
+            call = function(name, checked=False)
+            with pytest.raises(ValueError, match=r"0-d|\(\)"):
+                call(**(by_name(name) | {place: torch.tensor(0.5)}), **ROWS[name].numbers)
+    if not name.startswith("degrade."):  # nor has anything else an axis
+        alone = {place: tensor.flatten()[0] for place, tensor in by_name(name).items()}
+        with pytest.raises(ValueError, match=r"0-d|\(\)"):
+            function(name, checked=False)(**alone, **ROWS[name].numbers)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan, -0.5, -1e30, -torch.inf, torch.inf, 1.0, 1e30])
+@pytest.mark.parametrize("name", [name for name in ROWS if any("noise" in place for place in by_name(name))])
+def test_noise_out_of_range_never_gives_another_count_or_a_place_outside(name, bad):
+    """Counts are the same in every row, permutations are complete, and nothing is read out of place."""
+    tensors = by_name(name)
+    noises = [place for place in tensors if "noise" in place]
+    good = block(name)(*tensors.values())
+    for some in (slice(None), slice(0, 1)):  # all noise, or one value of each row
+        other = {place: tensor.clone() for place, tensor in tensors.items()}
+        for place in noises:
+            other[place][..., some] = bad
+        for one, expected in zip(block(name)(*other.values()), good, strict=True):
+            assert one.shape == expected.shape
+            if one.dtype == torch.bool:
+                assert one.sum(dim=-1).equal(expected.sum(dim=-1))
+            elif name == "positions.shuffle":
+                assert one.sort().values.equal(expected.sort().values)
+            elif name == "windows.distinct_anchors":
+                assert all(len(set(column.tolist())) == one.shape[-2] for row in one for column in row.T)
+            if one.dtype == torch.int64:
+                assert one.min() >= 0
+            if name == "windows.random_anchors":
+                assert (one <= torch.tensor([4, 2])).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -1.0])
+def test_the_hardest_tokens_are_masked_whatever_the_noise(bad):
+    difficulty = seeded(6, 8, seed=1)
+    mask = function("masking.easy_to_hard")(difficulty, torch.full((6, 8), bad), num_masked=5, num_hard=3)
+    assert mask.gather(-1, difficulty.topk(3).indices).all()
+
+
+@pytest.mark.parametrize("num_hard", [torch.tensor(2.0), torch.tensor(True), torch.tensor([2])])
+def test_a_scheduled_count_is_a_single_integer(num_hard):
+    call = function("masking.easy_to_hard", checked=False)
+    with pytest.raises(ValueError, match=r"^num_hard, torch\.\w+ of shape \(1?,?\), is not a single integer$"):
+        call(seeded(6, 8), seeded(6, 8), num_masked=5, num_hard=num_hard)

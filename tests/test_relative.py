@@ -4,6 +4,7 @@ import math
 import re
 from typing import Any
 
+from mimkit import relative
 from mimkit.relative import (
     buckets_of,
     contextual_bias,
@@ -326,6 +327,9 @@ def with_gradients(call: Any, left: Tensor, table: Tensor, buckets: Tensor) -> t
     return answer, *torch.autograd.grad((answer * weight).sum(), inputs)
 
 
+BOTH_FORMS = relative._bias_by_pair, relative._bias_by_bucket
+
+
 def close(left: Any, right: Any) -> None:
     torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-10)
 
@@ -344,6 +348,33 @@ def test_few_and_many_keys_take_two_paths_to_the_same_result(n):
     expected = with_gradients(obvious_bias, queries, table, buckets)
     close(with_gradients(contextual_bias, queries, table, buckets), expected)
     close(with_gradients(contextual_bias, queries, table, buckets.expand(2, 5, n)), expected)
+
+
+@fast
+@given(contexts())
+def test_vectors_by_pair_and_by_bucket_give_the_same_bias_and_gradients(arguments):
+    queries, table, buckets = arguments
+    buckets, table = buckets.flatten(0, -3)[0] if buckets.ndim > 2 and buckets.numel() else buckets, table[:1]
+    if buckets.ndim == 2:
+        forms = [with_gradients(form, queries, table, buckets) for form in BOTH_FORMS]
+        close(*forms)
+
+
+def test_a_gpu_looks_up_vectors_by_pair_for_any_number_of_keys_and_a_cpu_for_few():
+    forms = [relative._by_pair(device, (1, 4, 50), (5, n)) for device in ("cuda", "cpu") for n in (50, 51, 197)]
+    assert forms == [True, True, True, True, False, False]
+    for device in ("cuda", "cpu"):  # neither with a table for each head nor with buckets for each image
+        assert not relative._by_pair(device, (3, 4, 50), (5, 7))
+        assert not relative._by_pair(device, (1, 4, 50), (2, 5, 7))
+
+
+def test_the_form_for_a_gpu_is_the_one_for_a_cpu(monkeypatch):
+    queries, table, buckets = normal(2, 3, 5, 4), normal(1, 4, 50, seed=1), (50 * seeded(5, 60, seed=2)).long()
+    forms, choose = [], relative._by_pair
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(relative, "_by_pair", lambda _, *shapes, device=device: choose(device, *shapes))
+        forms.append(with_gradients(contextual_bias, queries, table, buckets))
+    close(*forms)
 
 
 @fast

@@ -5,7 +5,7 @@ from typing import Any, cast
 from common.config import Network
 from common.data.normalize import Normalize
 from common.networks.attention import Attention, attend
-from common.networks.decoder import Decoder
+from common.networks.decoder import Decoder, in_raster_order
 from common.networks.initialization import initialize_mae, initialize_truncated
 from common.networks.vit import SIZES, Block, PatchEmbed, ViT, drop_path
 from common.weights.resizing import resize_positions
@@ -264,6 +264,27 @@ def test_the_decoder_is_that_of_the_paper_which_puts_the_tokens_back_in_order(pa
     expected = reads.head(reads.norm(x))[:, class_token:]
     order = torch.cat([visible, masked], dim=1)
     close(reads(latent, visible, masked, visible_too=True), take(expected, order))
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("visible_too", [True, False])
+def test_with_relative_positions_the_raster_order_of_a_gpu_changes_no_prediction_and_no_gradient(
+    class_token: bool, visible_too: bool, monkeypatch: pytest.MonkeyPatch
+):
+    visible, masked = split(seeded(2, N).argsort().argsort() < 4, num_masked=4)
+    reads, latent = decoder(table=None, class_token=class_token), normal(2, class_token + N - 4, 8)
+    results = []
+    for raster in (False, True):
+        monkeypatch.setattr("common.networks.decoder.in_raster_order", lambda _, raster=raster: raster)
+        found = reads(latent, visible, masked, visible_too=visible_too)
+        results.append([found, *torch.autograd.grad(found.square().sum(), list(reads.parameters()))])
+    for one, other in zip(*results, strict=True):
+        close(one, other)
+
+
+def test_only_a_gpu_puts_tokens_with_relative_positions_in_raster_order():
+    assert in_raster_order(torch.device("cuda"))
+    assert not in_raster_order(torch.device("cpu"))
 
 
 def test_permuting_the_masked_patches_permutes_their_predictions():

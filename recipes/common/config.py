@@ -86,7 +86,7 @@ class Run:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if available"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast on a GPU, fp32 on a CPU"""
+    """auto: bf16 autocast on a GPU with native bf16, else fp32"""
     compile: MayDiffer[Literal["auto", "on", "off"]] = "auto"
     """torch.compile; auto: on a GPU only (on a CPU it takes a minute and gains little)"""
     shard: MayDiffer[bool] = False

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,8 +131,6 @@ class Loader:
             only once; a list can be used repeatedly.
         workers: number of loading processes; 0: load in this process.
         pin: copy the batches to pinned memory, for a GPU.
-        collate: `collate(batch, seed)`, applied to each batch in the worker; the seed depends only on the dataset's
-            seed and the first sample of the batch.
 
     Raises:
         SettingsError: if more than 1 percent of the images of the source cannot be read.
@@ -145,12 +143,11 @@ class Loader:
         *,
         workers: int = 0,
         pin: bool = False,
-        collate: Callable[[Any, int], Any] | None = None,
     ) -> None:
         self.unreadable: dict[str, str] = {}
         self._total = len(views)
         self._loader = DataLoader(
-            _Batches(views, collate),
+            _Batches(views),
             sampler=batches,
             batch_size=None,  # the items of the sampler are whole batches
             num_workers=workers,
@@ -181,8 +178,8 @@ class _Batch:
 class _Batches(Dataset[_Batch]):
     """Whole batches, indexed by lists of samples."""
 
-    def __init__(self, views: ViewDataset, collate: Callable[[Any, int], Any] | None) -> None:
-        self.views, self.collate = views, collate
+    def __init__(self, views: ViewDataset) -> None:
+        self.views = views
 
     def __getitem__(self, samples: Sequence[Sample]) -> _Batch:
         items, unreadable = [], {}
@@ -192,10 +189,7 @@ class _Batches(Dataset[_Batch]):
             if item is None:
                 return _Batch(None, unreadable)
             items.append(item)
-        content = _stack(items)
-        if self.collate is not None:
-            content = self.collate(content, seed_of("batch", self.views.seed, *samples[0]))
-        return _Batch(content, unreadable)
+        return _Batch(_stack(items), unreadable)
 
 
 def _stack(items: Sequence[Any]) -> Any:

@@ -2,14 +2,16 @@
 
 A method is an `nn.Module` with
 
-- `noise(rand, batch)`: all its randomness, as a dict of uniform tensors whose first axis is the batch;
+- `noise(rand, batch)`: all its randomness, as a dict of uniform tensors whose first axis is the batch, or which are
+  shared by all images of a step (`rand.shared`);
 - `forward(batch, noise, progress)`: a dict of 0-d losses; the one named "loss" is minimized, all are logged;
 - `after_step(progress)`, optional, called after the optimizer step, for example for an EMA update.
 
-`progress` is the fraction of the training that is done, a 0-d tensor in double precision.
+`progress` is the fraction of the training that is done, a 0-d tensor in double precision, in `after_step` on the CPU.
 
-Every random draw depends only on (seed, step, sample), so an interrupted and resumed run is bitwise identical to an
-uninterrupted one. Distributing it over devices or micro-batches changes only the order of sums.
+Every random draw depends only on (seed, step, sample) and is the same on every device, so on a CPU an interrupted and
+resumed run is bitwise identical to an uninterrupted one. Distributing it over devices or micro-batches changes only the
+order of sums; on a GPU this order also differs from run to run, because some backward passes add atomically.
 """
 
 import time
@@ -266,7 +268,7 @@ class _Training:
         self.optimizer.zero_grad(set_to_none=True)
         if hasattr(method, "after_step"):
             with torch.no_grad():
-                method.after_step(self.progress)
+                method.after_step(torch.tensor(self.done / batches.steps, dtype=torch.float64))
         self.done += 1
 
     def agree(self, due: bool) -> bool:

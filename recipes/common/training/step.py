@@ -60,7 +60,6 @@ class Batches:
     def noise(self) -> Noise:
         """Return the noise generator for the micro-batches of this process."""
         return Noise(
-            batch_size=self.batch_size,
             micro_batch=self.micro_batch,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
