@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from common.config import Optimization, Run
@@ -115,7 +116,7 @@ def in_micro_batches(method: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
 class _Images:
     """Random images, up to the number of batches at which the training is interrupted."""
 
-    unreadable = ()
+    unreadable = MappingProxyType[str, str]({})
 
     def __init__(self, batches: Any, last: int) -> None:
         self.batches, self.last = batches, last

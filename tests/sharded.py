@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from common.config import DataSettings, Optimization, Run
@@ -25,7 +26,7 @@ STEPS = 12  # three epochs of 4 steps
 class Images:
     """A loader of images that depend only on epoch and index; the process ends at batch number `end`."""
 
-    unreadable = ()
+    unreadable = MappingProxyType[str, str]({})
 
     def __init__(self, batches: Iterable[list[tuple[int, int]]], end: int) -> None:
         self.batches, self.end = batches, end

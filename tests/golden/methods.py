@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from common.config import DataSettings, Network, Optimization, Run
@@ -213,7 +214,7 @@ def step_names(params: dict[str, Any]) -> Iterator[str]:
 class Recorded(list[Tensor]):
     """The batches of a file, as the engine reads them."""
 
-    unreadable = ()
+    unreadable = MappingProxyType[str, str]({})
 
 
 def trained(
