@@ -366,5 +366,5 @@ def a_run(training: Training, start: dict[str, Tensor], steps: int) -> tuple[Ten
 
 def drawn(device: torch.device) -> Tensor:
     """Return noise for 64 images, on the host."""
-    noise = Noise(batch_size=64, micro_batch=64, rank=0, world_size=1, device=device, seed=0)
+    noise = Noise(micro_batch=64, rank=0, world_size=1, device=device, seed=0)
     return noise.at(1, 0)(64, 196).cpu()
