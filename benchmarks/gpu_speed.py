@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))  # recipes are sc
 
 from common.data.loading import Loader
 from common.data.sources import Folder
+from common.randomness import Noise
 from common.recipe import changed
 from common.training.distributed import in_bf16, num_workers
 from mimkit.relative import contextual_bias, num_buckets, relative_buckets
@@ -112,7 +113,8 @@ def counted_flops(bench: Bench, method: str, size: str) -> float:
     images = synthetic_batch(module, config)
     module.to("meta")
     images = images.to("meta") if isinstance(images, Tensor) else tuple(view.to("meta") for view in images)
-    noise = module.noise(partial(torch.rand, device="meta"), batch)
+    rand = Noise(micro_batch=batch, rank=0, world_size=1, device=torch.device("cpu"), seed=0).at(0, 0)
+    noise = {name: values.to("meta") for name, values in module.noise(rand, batch).items()}
     with FlopCounterMode(display=False) as counter:
         module(images, noise, torch.zeros((), dtype=torch.float64, device="meta"))["loss"].backward()
     return counter.get_total_flops() / batch
