@@ -9,9 +9,8 @@ the same tensors, random numbers too, and must give the same result (within the 
 timed. One thread and processor time, so that other programs disturb little. Each round runs both once, in random order;
 a ratio is that of two times of one round, above 1 where the block is faster.
 
-Memory comes as in the recipes, who let PyTorch lay large buffers in large pages. Without (THP_MEM_ALLOC_ENABLE=0) a
-batch of 64, 38 MB, and each intermediate result of its size is 9,400 page faults, at 2.5 µs as long as the quicker
-blocks take; the loop's small results lie where the last ones were.
+Freed memory is kept, as in the recipes. Returned to the system instead, a batch of 64, 38 MB, and each intermediate
+result of its size would cost 9,400 page faults, as long as the quicker blocks take; a loop's small results would not.
 
 A row also says whether the block is one graph (it compiles with `fullgraph=True` and then gives the same result) and
 whether it runs without reading anything back to the host (it does on the meta device, where there is nothing to read).
@@ -24,7 +23,6 @@ what is kept for the backward pass, which is part of the row then. Another one i
 """
 
 import math
-import os
 import random
 import statistics
 import sys
@@ -508,8 +506,7 @@ def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
     print_circumstances(chosen_device("cpu"), "torch", "numpy")
     H, W = settings.size
-    pages = f"THP_MEM_ALLOC_ENABLE={os.environ['THP_MEM_ALLOC_ENABLE']}"
-    print(f"{settings.images} images of 3 × {H} × {W}, float32, {settings.rounds} rounds, {pages}\n")
+    print(f"{settings.images} images of 3 × {H} × {W}, float32, {settings.rounds} rounds\n")
     print(
         f"{'block':<20}{'one image at a time':<24}{'ours ms':>8}{'loop ms':>10}{'ratio':>8}{'min':>7}{'max':>7}"
         f"{'one graph':>11}{'no host sync':>15}"

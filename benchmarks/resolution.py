@@ -23,7 +23,7 @@ must give the same values and gradients in fp32; a step of LoMaR beside a plain 
 
 Each round runs all variants of a table, or both sides of a row, once and in random order; a ratio is that of two times
 of one round. On a CPU: one thread and processor time, so that other programs disturb little. On a GPU: CUDA events. The
-networks and images are drawn at random; memory comes as in the recipes (`THP_MEM_ALLOC_ENABLE`).
+networks and images are drawn at random; freed memory is kept, as in the recipes.
 """
 
 import os
@@ -98,7 +98,7 @@ def config_of(method: str, side: int, network: Network) -> Any:
 
 
 def module_of(config: Any, method: str, device: torch.device) -> Any:
-    return step.RECIPES[method].METHOD(config, Normalize(IMAGENET_MEAN, IMAGENET_STD)).to(device)
+    return step.RECIPES[method].RECIPE.method(config, Normalize(IMAGENET_MEAN, IMAGENET_STD)).to(device)
 
 
 def batch_of(module: Any, side: int, images: int, device: torch.device) -> step.Batch:
@@ -373,8 +373,7 @@ def main() -> None:
     print_circumstances(device, "torch")
     print(
         f"ViT-{size}/{PATCH}, {'bf16' if settings.bf16 else 'fp32'}, batch {settings.batch}, {settings.rounds} rounds, "
-        f"decoder of MAE {network.decoder_depth} × {network.decoder_dim}, "
-        f"THP_MEM_ALLOC_ENABLE={os.environ['THP_MEM_ALLOC_ENABLE']}"
+        f"decoder of MAE {network.decoder_depth} × {network.decoder_dim}"
     )
     check_arithmetic()
     titles: dict[Table, str] = {

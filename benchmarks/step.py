@@ -28,6 +28,7 @@ Each round runs every variant once, in random order; a ratio is that of two time
 processor time, so that other programs disturb little. On a GPU: CUDA events around 20 steps.
 """
 
+import gc
 import os
 import random
 import statistics
@@ -334,7 +335,8 @@ def recipe_variant(
 ) -> Variant:
     """Run a recipe's module as the engine does."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    progress = torch.tensor(PROGRESS, dtype=torch.float64, device=device)
+    done = torch.tensor(PROGRESS, dtype=torch.float64)
+    progress = done.to(device)
 
     def loss(module: nn.Module, batch: Batch) -> Tensor:
         return module(batch.pixels, batch.noise, progress)["loss"]
@@ -346,7 +348,7 @@ def recipe_variant(
     def after_step() -> None:
         if hasattr(module, "after_step"):
             with torch.no_grad():
-                cast(Any, module).after_step(progress)
+                cast(Any, module).after_step(done)
 
     options: dict[str, Any] = {"clip": clip_ours, "after_step": after_step, "compiled": compiled, "fullgraph": True}
     return variant_of(name, module, loss, optimization, device, bf16=bf16, fused=True, **options)
@@ -360,7 +362,7 @@ def make_variants(size: str, precision: str, device: torch.device, settings: Set
     on_cpu, bf16 = device.type == "cpu", precision == "bf16"
     # Explicit attention has the faster backward pass on a CPU in bf16, at these lengths, and where a bias is trained.
     fused_attention = not (on_cpu and (bf16 or settings.method == "lomar"))
-    recipe: Any = RECIPES[settings.method].METHOD
+    recipe: Any = RECIPES[settings.method].RECIPE.method
     torch.manual_seed(0)
     method = recipe(config, Normalize(IMAGENET_MEAN, IMAGENET_STD))
     with torch.no_grad():
@@ -617,6 +619,7 @@ def main() -> None:
     for size in settings.size:
         for precision in settings.precision:
             measure(size, precision, device, settings, peak)
+            gc.collect()  # some peers refer to themselves; free them before the next are built
 
 
 if __name__ == "__main__":

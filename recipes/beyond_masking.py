@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from common.config import Must, Network, Optimization, PositiveShare, SettingsError, Share
 from common.networks import count_masked, encoder_and_decoder, initialize_truncated
 from common.pretraining import pretrain
-from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, digits, finetuning, folder
+from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, changed, digits, finetuning, folder
 from common.report import Pictures, gray_out, reconstruction
 from mimkit import degrade
 from mimkit.losses import channel_normalized_patches, squared_error
@@ -189,6 +189,7 @@ PRESETS = {
     "digits": digits(IMAGENET, kernels=(5,), **SMALL_DECODER),  # for images of 32 pixels; the paper's 9 are for 224
     "folder": folder(IMAGENET),
     "imagenet": IMAGENET,
+    "imagenet_large": changed(IMAGENET, size="large", decoder_dim=512, decoder_depth=8, decoder_heads=8),
 }
 RECIPE = Recipe(Task, PRESETS, NAMES)
 

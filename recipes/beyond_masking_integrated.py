@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from common.config import SettingsError
 from common.networks import count_masked, encoder_and_decoder, initialize_truncated
 from common.pretraining import pretrain
-from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, digits, folder
+from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, changed, digits, folder
 from common.report import Pictures, gray_out, shown
 from mimkit.degrade import area_resize, central_crop
 from mimkit.losses import band_error, channel_normalized_patches, squared_error
@@ -113,6 +113,7 @@ PRESETS = {
     "digits": digits(IMAGENET, view_size=(46, 46), evaluate=("finetune", "scratch", "budget"), **SMALL_DECODER),
     "folder": folder(IMAGENET),
     "imagenet": IMAGENET,
+    "imagenet_large": changed(IMAGENET, size="large", decoder_dim=512, decoder_heads=8),
 }
 RECIPE = Recipe(Integrated, PRESETS, NAMES)
 

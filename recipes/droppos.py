@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from common.config import Must, Network, NonNegatives, Optimization, SettingsError
 from common.networks import Predictor, build_vit, initialize_mae
 from common.pretraining import pretrain
-from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, digits, finetuning, folder
+from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, changed, digits, finetuning, folder
 from common.report import Pictures, gray_out
 from common.training.schedules import epoch_of
 from common.weights.published_names import MAE_FAMILY
@@ -107,11 +107,8 @@ class DropPos(nn.Module):
         """Return the replacements of dropped positions."""
         if self.config.dropped == "permuted":
             return permute_positions(positions, dropped, noise["permuted"])
-        return (
-            self.position_token.expand_as(positions)
-            if self.config.dropped == "learned"
-            else torch.zeros_like(positions)
-        )
+        learned = self.config.dropped == "learned"
+        return self.position_token.expand_as(positions) if learned else torch.zeros_like(positions)
 
     def sigma(self, progress: Tensor) -> Tensor:
         """Return the standard deviation of the smoothed targets, constant within an epoch."""
@@ -173,7 +170,9 @@ IMAGENET = Config(
     optimization=Optimization(epochs=200, warmup_epochs=10, clip=5.0, clip_each=True),
     finetune=finetuning.DROPPOS,
 )
+LARGE = changed(IMAGENET, size="large", epochs=800, warmup_epochs=40, finetune=finetuning.DROPPOS_LARGE)
 PRESETS = {"digits": digits(IMAGENET, **SMALL_DECODER), "folder": folder(IMAGENET), "imagenet": IMAGENET}
+PRESETS["imagenet_large"] = LARGE
 RECIPE = Recipe(DropPos, PRESETS, NAMES)
 
 if __name__ == "__main__":

@@ -51,13 +51,13 @@ PRESETS = {
     "digits": Config(UNSET, flip=0.0, finetune=finetuning.DIGITS),
     "folder": Config(UNSET, finetune=finetuning.FOLDER),
     "mae_base": Config(UNSET, finetune=finetuning.MAE),
-    "mae_large": Config(UNSET, finetune=of(finetuning.MAE, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2)),
-    "mae_huge": Config(UNSET, finetune=of(finetuning.MAE, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.3)),
+    "mae_large": Config(UNSET, finetune=finetuning.MAE_LARGE),
+    "mae_huge": Config(UNSET, finetune=finetuning.MAE_HUGE),
     "simmim_base": Config(UNSET, finetune=finetuning.SIMMIM),
     "beyond_masking": Config(UNSET, finetune=finetuning.BEYOND_MASKING),
     "lut_small": Config(UNSET, finetune=of(finetuning.LUT, epochs=300, base_lr=5e-4, layer_decay=0.75)),
     "lut_base": Config(UNSET, finetune=finetuning.LUT),
-    "lut_large": Config(UNSET, finetune=of(finetuning.LUT, epochs=50, base_lr=1e-3)),
+    "lut_large": Config(UNSET, finetune=finetuning.LUT_LARGE),
 }
 
 
@@ -76,7 +76,8 @@ def main(config: Config) -> None:
         sizes: Any = {"path": config.data, "flip": config.flip, "labels_per_class": config.labels_per_class}
         data = open_data(images_for(encoder, **sizes), seed=run.seed)
         check_finetuning(settings, data, world_size=processes.world_size)
-        prepare(folder, "finetune", config, resume=run.resume, restart=run.restart, processes=processes)
+        how = {"resume": run.resume, "restart": run.restart, "accept": run.accept_changed_data}
+        prepare(folder, "finetune", config, data=data, **how, processes=processes)
         title = EVALUATIONS["scratch" if config.scratch else "finetune"].title
         result = finetune(encoder, normalize, settings=settings, stage=Stage(processes, data, run, folder, title))
         if processes.is_main:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from common.analysis import AnalysisConfig, load_method
 from common.config import MayDiffer, SettingsError, program, to_json
 from common.data.sources import open_data
-from common.evaluation.finetuning import finetune
+from common.evaluation.finetuning import check_finetuning, finetune
 from common.files import write_json
 from common.runs import Stage, prepare, resumable
 from common.training.distributed import join_processes
@@ -45,6 +45,8 @@ class Config(AnalysisConfig):
     """embedded digits only: labeled images per class"""
     workers: MayDiffer[int] = -1
     """data-loading processes; -1: one per free core, at most 16"""
+    accept_changed_data: MayDiffer[bool] = False
+    """go on although names or labels of the images have changed since the comparison was started"""
 
 
 class Half(nn.Module):
@@ -80,10 +82,12 @@ def main(config: Config) -> None:
         for seed in config.seeds:
             images = replace(trained.data, path=path, labels_per_class=config.labels_per_class)
             data = open_data(images, seed=seed)
+            check_finetuning(settings, data, world_size=processes.world_size)
             for part in config.parts:
                 run = replace(trained.run, seed=seed, resume=True, workers=config.workers)
                 folder = config.run / "half_patches" / f"{part}-{seed}"
-                prepare(folder, "half_patches", config, resume=resumable(folder), processes=processes)
+                how = {"resume": resumable(folder), "accept": config.accept_changed_data}
+                prepare(folder, "half_patches", config, data=data, **how, processes=processes)
                 encoder, normalize = load_encoder(
                     config.run / "encoder.safetensors",
                     class_token=settings.pool == "class",

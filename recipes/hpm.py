@@ -13,7 +13,7 @@ from typing import Any, Literal
 from common.config import Optimization, Positive, SettingsError, Shares
 from common.networks import Predictor, count_masked, ema_copy, ema_update, encoder_and_decoder, initialize_mae
 from common.pretraining import pretrain
-from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, digits, finetuning, folder
+from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, changed, digits, finetuning, folder
 from common.report import Pictures, gray_out, heat_maps, reconstruction
 from common.training.schedules import epoch_of
 from common.weights.published_names import MAE_FAMILY
@@ -126,9 +126,8 @@ class HPM(nn.Module):
     def after_step(self, progress: Tensor) -> None:
         """Update the teacher, an exponential moving average."""
         (start, end), epoch = self.config.momentum, epoch_of(progress, self.config.optimization.epochs)
-        ema_update(
-            self.teacher, self.student(), start + (end - start) * (epoch / self.config.momentum_epochs).clamp(max=1)
-        )
+        momentum = start + (end - start) * (epoch / self.config.momentum_epochs).clamp(max=1)
+        ema_update(self.teacher, self.student(), momentum)
 
     def pictures(self, images: Tensor, noise: dict[str, Tensor]) -> Pictures:
         """Draw the predicted difficulty, the masks of the last epoch and the reconstructions."""
@@ -161,6 +160,7 @@ PRESETS = {
     "digits": digits(IMAGENET, momentum=(0.99, 0.99), **SMALL_DECODER),
     "folder": folder(IMAGENET),
     "imagenet": IMAGENET,
+    "imagenet_large": changed(IMAGENET, size="large", epochs=800, warmup_epochs=40, finetune=finetuning.HPM_LARGE),
 }
 RECIPE = Recipe(HPM, PRESETS, NAMES)
 

@@ -14,7 +14,7 @@ from common import networks
 from common.config import Count, Must, NonNegative, Optimization, Share
 from common.data.views import WeakStrong
 from common.pretraining import pretrain
-from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, digits, finetuning, folder
+from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, changed, digits, finetuning, folder
 from common.report import Pictures, gray_out, reconstruction
 from common.weights.published_names import MAE_FAMILY
 from mimkit.losses import cosine_distance, normalized_patches, squared_error
@@ -171,6 +171,7 @@ PRESETS = {
     "digits": digits(IMAGENET, sqrt_rule_at=None, **DIGITS, **SMALL_DECODER),
     "folder": folder(IMAGENET, sqrt_rule_at=None, head_width=2048),
     "imagenet": IMAGENET,
+    "imagenet_large": changed(IMAGENET, size="large", finetune=finetuning.LUT_LARGE),
 }
 NAMES = {r"head\.": "projector.", **MAE_FAMILY}
 RECIPE = Recipe(LUT, PRESETS, NAMES, optional=(r"decoder\.", r"projector\.", r"predictor\."))

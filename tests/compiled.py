@@ -4,7 +4,8 @@
 
 RUNS is JSON, a list of runs `{"program": …, "options": [words], "backend": …, "size": null or that of the nano
 encoder}`. The program is a path below the root of the repository. The backend is one of the compiler's; "eager"
-captures graphs and does not lower them, which is cheap. The first process writes a line of JSON per run to REPORT: for
+captures graphs and does not lower them, which is cheap. DDP's buckets are smaller than a block, as those of a large
+network are. The first process writes a line of JSON per run to REPORT: for
 each of its trainings the number of steps, and the step in which each graph was captured. In one process a second graph
 is an error.
 """
@@ -19,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 from common.networks.vit import SIZES
-from common.training import engine
+from common.training import engine, parallel
 
 import torch
 import torch.distributed as dist
@@ -50,6 +51,13 @@ def counting_compile(backend: str) -> Any:
     return lambda model, **options: compile_(model, **options, backend=counting)
 
 
+class SmallBuckets(torch.nn.parallel.DistributedDataParallel):
+    """DDP with buckets of a kilobyte."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, bucket_cap_mb=1e-3)  # pyright: ignore
+
+
 def do_nothing(*args: Any, **kwargs: Any) -> None:
     """Keep the process group for the next program: `torchrun` gives its processes one meeting place."""
 
@@ -60,6 +68,8 @@ def main(report: Path, runs: list[dict[str, Any]]) -> None:
             module.train = counting_train  # pyright: ignore
     torch.optim.AdamW.step = counting_step
     if "RANK" in os.environ:
+        parallel.DistributedDataParallel = SmallBuckets
+        dist._DEFAULT_FIRST_BUCKET_BYTES = 1000  # pyright: ignore
         dist.init_process_group("gloo")
         dist.init_process_group = dist.destroy_process_group = do_nothing
     else:

@@ -15,8 +15,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
+from common.data.mixing import Mixing
 from common.data.normalize import Normalize
-from common.networks.vit import SIZES
+from common.evaluation.finetuning import Classifier
+from common.networks.vit import SIZES, ViT
+from common.randomness import Noise
 from common.report.reconstruction import pictures_of
 
 import beyond_masking
@@ -133,6 +136,29 @@ def check(recipe: ModuleType, form: dict[str, Any], backend: str) -> None:
         method.after_step(progress)
 
 
+def check_classifier() -> None:
+    """Fine-tune compiled and eager for four steps, with all that mixes, and take a step where nothing can be read."""
+    torch.manual_seed(0)
+    encoder = ViT(height=2, width=3, patch=8, channels=3, dim=12, depth=2, heads=2)
+    form: Any = {"pool": "mean", "head_scale": 1.0, "mixing": Mixing(5)}
+    classifier = Classifier(encoder, Normalize([0.5] * 3, [0.5] * 3), 5, **form).train()
+    device, progress = torch.device("cpu"), torch.zeros((), dtype=torch.float64)
+    rand = Noise(micro_batch=4, rank=0, world_size=1, device=device, seed=0)
+    images = (255 * rand.at(9, 0)(4, 3, 16, 24)).to(torch.uint8)
+    batch: Any = images, torch.tensor([4, 0, 1, 1])
+    torch.compiler.reset()
+    compiled = torch.compile(classifier, fullgraph=True, dynamic=False, backend="aot_eager")
+    for step in range(4):
+        noise = classifier.noise(rand.at(step, 0), 4)
+        both = [call(batch, noise, progress)["loss"] for call in (classifier, compiled)]
+        torch.testing.assert_close(both[1], both[0])
+        gradients = [torch.autograd.grad(loss, classifier.head.weight)[0] for loss in both]
+        torch.testing.assert_close(gradients[1], gradients[0])
+    nowhere: Any = tuple(part.to("meta") for part in batch)
+    noise = {name: chance.to("meta") for name, chance in classifier.noise(rand.at(4, 0), 4).items()}
+    classifier.to("meta")(nowhere, noise, progress.to("meta"))["loss"].backward()
+
+
 if __name__ == "__main__":
     torch._dynamo.config.error_on_recompile = True
     SIZES["nano"] = {"dim": 12, "depth": 1, "heads": 2}  # the graphs around the network are what matters
@@ -140,3 +166,5 @@ if __name__ == "__main__":
         for i, form in enumerate(forms):
             print(recipe.__name__, *form.values(), flush=True)
             check(recipe, form, "aot_eager" if (recipe, i) in LOWERED else "eager")
+    print("classifier", flush=True)
+    check_classifier()

@@ -39,7 +39,9 @@ class Images:
             yield torch.stack(images).to(torch.uint8)
 
 
-def trained(folder: Path, processes: Processes, *, steps: int = STEPS, **run: Any) -> dict[str, Tensor]:
+def trained(
+    folder: Path, processes: Processes, *, steps: int = STEPS, clip_each: bool = False, **run: Any
+) -> dict[str, Tensor]:
     """Train for a number of steps, and return the weights of the method."""
     torch.manual_seed(0)
     digits = hpm.PRESETS["digits"]
@@ -58,7 +60,7 @@ def trained(folder: Path, processes: Processes, *, steps: int = STEPS, **run: An
             method,
             lambda batches: Images(batches, (steps - first) * per_step if steps < STEPS else -1),
             num_images=35,
-            settings=SETTINGS,
+            settings=replace(SETTINGS, clip_each=clip_each),
             stage=stage,
         )
     return method.state_dict()

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import RECIPES, SMALL, finished, in_one_program, kept, metrics, once, pretrained, weights
+from small_runs import RECIPES, SMALL, TUNED, finished, in_one_program, kept, metrics, once, pretrained, weights
 
 TWELVE = {"dim": 12, "depth": 12, "heads": 2}
 BLOCKS = shlex.split(
     "--image-size 16 16 --patch 4 --epochs 1 --batch-size 260 --warmup-epochs 1 --workers 0 --evaluate finetune "
-    "--finetune.epochs 1 --finetune.batch-size 50 --compile on --device cpu"
+    "--finetune.epochs 1 --finetune.batch-size 48 --finetune.mixup 0.8 --finetune.cutmix 1 --finetune.erasing 0.25 "
+    "--compile on --device cpu"
 )
 DECODER = shlex.split("--decoder-dim 12 --decoder-heads 2 --decoder-depth 12")
 # What differs between blocks: encoder or decoder, which tokens they read and return, with gradients or without
@@ -32,10 +33,10 @@ GRAPHS = {
     "lomar": (1, ["--window-size", "2", "--windows", "2"]),
 }
 # Runs of two processes that must equal those of one, and their options
-PLAIN = ["--evaluate", "--compile", "off", "--device", "cpu"]
+PLAIN = ["--compile", "off", "--device", "cpu", "--evaluate"]
 ALIKE = {
     "whole": ("mae", []),
-    "mae": ("mae", ["--device-batch", "65"]),
+    "mae": ("mae", ["--device-batch", "65", "--finetune.device-batch", "10", *TUNED]),
     "hpm": ("hpm", ["--device-batch", "65"]),
     "lomar": ("lomar", ["--device-batch", "65"]),
 }
@@ -67,7 +68,8 @@ def two_processes(factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
         ]
         alike = [*PLAIN, "--runs", str(folder / "alike"), "--name"]
         for run, (name, options) in ALIKE.items():
-            runs.append(run_of(name, [*SMALL, *RECIPES[name], *options, *alike, run]))
+            evaluate = ["--evaluate", "finetune"] if run == "mae" else []
+            runs.append(run_of(name, [*SMALL, *RECIPES[name], *options, *alike, run, *evaluate]))
         runs.append(run_of("lut", [*WITH_BATCH_NORM, *alike, "lut"]))
         runs.append({"program": "tests/two_devices.py", "options": [], "backend": "eager", "size": None})
         reports = in_one_program(folder, runs, processes=2)
@@ -109,7 +111,7 @@ def test_two_processes_compile_one_graph_per_form_of_a_block_and_none_after_the_
     assert pretraining["step"] == 5
     assert pretraining["captured"] == [0] * GRAPHS[name][0]
     assert finetuning["step"] == 2
-    assert finetuning["captured"] == [0]
+    assert finetuning["captured"] == [0, 0]  # mixing, and the blocks
 
 
 @pytest.mark.parametrize("run", ALIKE)
@@ -126,6 +128,9 @@ def test_two_processes_equal_one(run: str, tmp_path_factory: pytest.TempPathFact
     for key, tensor in kept(one).items():
         if key.startswith("method.teacher") and key.endswith("weight"):
             torch.testing.assert_close(kept(two)[key], tensor, rtol=1e-4, atol=1e-5)
+    if run == "mae":  # fine-tuned, too, with mixed pairs
+        for record, other in zip(metrics(one / "finetune"), metrics(two / "finetune"), strict=True):
+            assert record["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
 def test_two_processes_equal_one_with_the_statistics_of_batch_norm(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Must, SettingsError, changed_settings, check, from_json, parse, settings_of, to_json
+from common.networks.vit import SIZES
 from common.recipe import Recipe
 
 import mae
@@ -96,12 +97,49 @@ def test_the_imagenet_presets_are_those_of_the_papers():
     assert (dropped.drop_ratio, dropped.sigma, dropped.temperature, dropped.dropped) == (0.75, (1, 0), 0.1, "learned")
 
 
+# Width, blocks, heads and patch of the encoder; width, blocks and heads of the decoder; epochs and warm-up; and epochs,
+# learning rate, layer decay and drop path of fine-tuning
+LARGE = {
+    ("mae", "imagenet_large"): ((1024, 24, 16, 16), (512, 8, 16), (1600, 40), (50, 1e-3, 0.75, 0.2)),
+    ("mae", "imagenet_huge"): ((1280, 32, 16, 14), (512, 8, 16), (1600, 40), (50, 1e-3, 0.75, 0.3)),
+    ("hpm", "imagenet_large"): ((1024, 24, 16, 16), (512, 8, 16), (800, 40), (50, 5e-4, 0.8, 0.1)),
+    ("droppos", "imagenet_large"): ((1024, 24, 16, 16), (512, 2, 16), (800, 40), (50, 1e-3, 0.8, 0.1)),
+    ("lut", "imagenet_large"): ((1024, 24, 16, 16), (512, 8, 16), (1600, 40), (50, 1e-3, 0.65, 0.1)),
+    ("beyond_masking", "imagenet_large"): ((1024, 24, 16, 16), (512, 8, 8), (300, 20), (100, 1e-3, 0.75, 0.1)),
+    ("beyond_masking_integrated", "imagenet_large"): (
+        (1024, 24, 16, 16),
+        (512, 4, 8),
+        (300, 20),
+        (100, 1e-3, 0.75, 0.1),
+    ),
+}
+
+
+def test_the_presets_of_larger_networks_are_those_of_the_papers_and_else_those_of_vit_b():
+    assert LARGE.keys() == {pair for pair in EVERY if pair[1].endswith(("_large", "_huge")) and "imagenet" in pair[1]}
+    for (recipe, preset), (encoder, decoder, length, tuning) in LARGE.items():
+        found, base = PRESETS[recipe][preset], PRESETS[recipe]["imagenet"]
+        network, tuned = found.network, found.finetune.optimization
+        assert (*SIZES[network.size].values(), network.patch) == encoder
+        assert (network.decoder_dim, network.decoder_depth, network.decoder_heads) == decoder
+        assert (found.optimization.epochs, found.optimization.warmup_epochs) == length
+        assert (tuned.epochs, tuned.base_lr, tuned.layer_decay, found.finetune.drop_path) == tuning
+        same = replace(base.optimization, epochs=length[0], warmup_epochs=length[1])
+        assert replace(found, network=base.network, finetune=base.finetune) == replace(base, optimization=same)
+
+
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["--preset", "cifar"], "--preset cifar: choose one of digits, folder, imagenet"),
-        (["--preset=cifar"], "--preset cifar: choose one of digits, folder, imagenet"),
-        (["--seed", "1", "--preset"], "--preset : choose one of digits, folder, imagenet"),
+        (
+            ["--preset", "cifar"],
+            "--preset cifar: choose one of digits, folder, imagenet, imagenet_large, imagenet_huge",
+        ),
+        (["--preset=cifar"], "--preset cifar: choose one of digits, folder, imagenet, imagenet_large, imagenet_huge"),
+        (
+            ["--seed", "1", "--preset"],
+            "--preset : choose one of digits, folder, imagenet, imagenet_large, imagenet_huge",
+        ),
     ],
 )
 def test_an_unknown_preset_is_one_sentence(args: list[str], sentence: str):

@@ -1,8 +1,9 @@
 """A teacher follows its student as a moving average."""
 
 import copy
+from typing import Any
 
-from common.networks.ema import ema_copy, ema_update
+from common.networks.ema import ema_copy, ema_update, lerp_all
 
 import pytest
 import torch
@@ -85,6 +86,27 @@ def test_a_small_step_is_not_lost_beside_one() -> None:
         student.weight.fill_(1.0)
     ema_update(teacher, student, torch.tensor(0.9999, dtype=torch.float64))
     assert float(teacher.weight.detach()) == pytest.approx(1e-4, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_all_weights_together_equal_one_after_the_other(dtype: torch.dtype) -> None:
+    shapes = [(), (3,), (17, 5), (2, 3, 4)]
+    together, alone = ([(torch.sin(torch.ones(s)).to(dtype), torch.ones(s, dtype=dtype)) for s in shapes] for _ in "ab")
+    lerp_all(together, 0.3, together=True)
+    lerp_all(alone, 0.3, together=False)
+    for one, other in zip(together, alone, strict=True):
+        assert one[0].equal(other[0])
+        assert (one[0] > torch.sin(torch.ones(())).to(dtype)).all()
+
+
+def test_a_gpu_takes_few_launches_if_the_momentum_is_known_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for the parameters, one for the buffers; the meta device stands for the GPU."""
+    teacher, student = Network(0).to("meta"), Network(1).to("meta")
+    launches: list[tuple[int, Any]] = []
+    monkeypatch.setattr(torch, "_foreach_lerp_", lambda old, new, share: launches.append((len(old), share)))
+    for momentum in (0.9, torch.tensor(0.9, dtype=torch.float64)):
+        ema_update(teacher, student, momentum)
+    assert launches == [(3, pytest.approx(0.1)), (2, pytest.approx(0.1))] * 2
 
 
 def test_nothing_is_read_back() -> None:

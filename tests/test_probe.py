@@ -105,7 +105,7 @@ def test_new_blocks_resume_behind_their_own_encoder_only(encoder: Path, tmp_path
         ("nonlinear_probe", "--flip -1", "--flip -1.0: must be between 0 and 1"),
         ("nonlinear_probe", "--batch-size 101", "100 labeled images do not fill a batch of 101"),
         ("nonlinear_probe", "--randaugment nonsense", "--randaugment nonsense: timm knows no such policy"),
-        ("nonlinear_probe", "--batch-size 25 --mixup 0.8", "--batch-size 25: mixup and cutmix mix pairs"),
+        ("nonlinear_probe", "--batch-size 25 --mixup 0.8", "--batch-size 25: mixup and cutmix mix pairs, and micro-"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence_and_writes_nothing(

@@ -97,6 +97,7 @@ def test_a_run_that_was_killed_is_resumed_bit_for_bit(tmp_path: Path) -> None:
     assert [r["loss"] for r in metrics(tmp_path / "whole")] == [r["loss"] for r in metrics(tmp_path / "cut")]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_gpu_compiles_the_whole_training(name: str, tmp_path: Path) -> None:

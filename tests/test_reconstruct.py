@@ -10,7 +10,7 @@ from typing import Any
 from common.analysis import load_method
 from common.data.sources import Digits
 from common.data.views import CenterCrop
-from common.files import read_tensors, write_tensors
+from common.files import read_tensors
 from common.pretraining import pretrain
 from common.training.checkpoint import Checkpoints
 
@@ -67,7 +67,7 @@ def test_a_trained_method_is_loaded_as_it_was_saved(name: str, run_of: Callable[
     assert config.run.runs == run.parent
     found = Checkpoints(run / "checkpoint").load()
     assert found is not None
-    saved = {key.removeprefix("method."): value for key, value in found[1].items() if key.startswith("method.")}
+    saved = {key.removeprefix("method."): value for key, value in found.tensors.items() if key.startswith("method.")}
     state = method.state_dict()
     assert state.keys() == saved.keys()
     assert all(value.equal(state[key]) for key, value in saved.items())
@@ -80,7 +80,7 @@ def test_a_run_that_is_still_training_gives_its_newest_checkpoint_that_is_whole(
     checkpoints = Checkpoints(run / "checkpoint")
     found = checkpoints.load()
     assert found is not None
-    step, tensors, state = found
+    step, tensors, state = found.step, found.tensors, found.state
     checkpoints.save(step + 1, tensors | {"method.decoder.mask_token": torch.full((1, 1, 48), 3.0)}, state)
     assert (load_method(run)[0].decoder.mask_token == 3).all()
     assert capsys.readouterr().out == f"{run}: mae after {step + 1} steps\n"
@@ -186,10 +186,11 @@ def test_the_losses_are_those_of_the_trained_method_on_these_images(
 
 def test_other_weights_have_other_losses(run: Path, capsys: Any):
     before = drawn(capsys, run=run, count=2)
-    tensors = next((run / "checkpoint").glob("*/tensors.safetensors"))
-    changed = read_tensors(tensors)[0]
-    changed["method.decoder.head.bias"] += 1
-    write_tensors(tensors, changed)
+    checkpoints = Checkpoints(run / "checkpoint")
+    found = checkpoints.load()
+    assert found is not None
+    found.tensors["method.decoder.head.bias"] += 1
+    checkpoints.save(found.step, found.tensors, found.state)
     after = drawn(capsys, run=run, count=2)
     assert all(new["loss"] > old["loss"] + 0.5 for old, new in zip(before, after, strict=True))
 

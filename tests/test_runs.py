@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from common import locks
-from common.config import SettingsError, check, parse
+from common.config import DataSettings, SettingsError, check, parse
+from common.data.sources import open_data
 from common.runs import prepare
 from common.training.checkpoint import Checkpoints
 from common.training.distributed import join_processes
@@ -24,14 +25,15 @@ import torch
 from forked import ended, fork, ranks, until
 
 STAGES = ("finetune", "linear")
+DIGITS = open_data(DataSettings(channels=1), seed=0)
 
 
 def opened(folder: Path, *args: str, recipe: str = "mae", after: Callable[[], object] = lambda: None) -> None:
     """Prepare the folder of a run, as a program does at its start, and do something before its end."""
     config = parse(mae.PRESETS, ["--runs", str(folder.parent), "--name", folder.name, *args], name="mae")
-    run = config.run
+    run, how = config.run, {"restart": config.run.restart, "stages": STAGES}
     with join_processes("cpu") as processes:
-        prepare(folder, recipe, config, resume=run.resume, restart=run.restart, stages=STAGES, processes=processes)
+        prepare(folder, recipe, config, data=DIGITS, resume=run.resume, **how, processes=processes)
         after()
 
 
@@ -40,7 +42,9 @@ def checkpoint(folder: Path, step: int = 5) -> None:
 
 
 def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {locks.FILE}
+    """The files in a folder but for the lock and the fingerprint of the images, which every run has."""
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return found - {locks.FILE, "data.json"}
 
 
 def refuses(folder: Path, sentence: str, *args: str, **options: Any) -> None:
@@ -224,7 +228,7 @@ def test_a_program_may_prepare_the_same_folder_again(tmp_path: Path) -> None:
     config = parse(mae.PRESETS, ["--runs", str(tmp_path)], name="mae")
     with join_processes("cpu") as processes:
         for _ in range(2):
-            prepare(tmp_path / "mae", "mae", config, resume=False, processes=processes)
+            prepare(tmp_path / "mae", "mae", config, data=DIGITS, resume=False, processes=processes)
     assert locks._held == {}
 
 

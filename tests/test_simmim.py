@@ -454,7 +454,7 @@ def test_the_encoder_of_a_published_checkpoint_is_loaded_alone(tmp_path: Path, c
     patches = patchify(normalize(views()[..., :16]), patch=4)
     close(encoder(patches, encoder.positions), original.encoder(patches, original.encoder.positions))
     torch.save({name: t for name, t in read_foreign(path).items() if ".1.attn.qkv" not in name}, path)
-    with pytest.raises(ValueError, match=r"^1 of \d+ weights are missing in the file: blocks.1.attn.qkv.weight"):
+    with pytest.raises(ValueError, match=r"simmim.pth is no encoder of \d blocks: it lacks blocks.1.attn.qkv.weight$"):
         load_encoder(path)
 
 
@@ -529,7 +529,7 @@ def test_fine_tuning_reads_the_mean_and_trains_the_tables(exported: tuple[ViT, P
     classifier = Classifier(encoder, normalize, 5, pool="mean", head_scale=1.0)
     images = (256 * seeded(2, 3, 8, 12)).to(torch.uint8)
     noise = classifier.noise(lambda *shape: seeded(*shape), 2)
-    classifier((images, torch.eye(5)[:2]), noise, torch.tensor(0.0))["loss"].backward()
+    classifier((images, torch.arange(2)), noise, torch.tensor(0.0))["loss"].backward()
     untrained = {name for name, parameter in classifier.named_parameters() if parameter.grad is None}
     assert untrained == {"encoder.norm.weight", "encoder.norm.bias"}
     groups = parameter_groups(classifier, Optimization(layer_decay=0.5), depth=2)

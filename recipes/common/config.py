@@ -77,6 +77,8 @@ class Run:
     """folder that contains all runs"""
     resume: MayDiffer[bool] = False
     """resume an interrupted run with its original settings (start a new run if there is none)"""
+    accept_changed_data: MayDiffer[bool] = False
+    """resume a run although names or labels of its images have changed since it was started"""
     restart: MayDiffer[bool] = False
     """delete the files of the run in the folder, and start over"""
     seed: int = 0
@@ -84,7 +86,7 @@ class Run:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if available"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast on a GPU, fp32 on a CPU"""
+    """auto: bf16 autocast on a GPU with native bf16, else fp32"""
     compile: MayDiffer[Literal["auto", "on", "off"]] = "auto"
     """torch.compile; auto: on a GPU only (on a CPU it takes a minute and gains little)"""
     shard: MayDiffer[bool] = False
@@ -211,7 +213,7 @@ def parse(
     path = config.run.runs / (config.run.name or name) / "config.json"
     before: Any = started_with(type(preset), path) if config.run.resume and not explicit else None
     if before is not None:  # its folder may have been moved since
-        given = ("runs", "name", "restart")
+        given = ("runs", "name", "restart", "accept_changed_data")
         before = replace(before, run=replace(before.run, **{name: getattr(config.run, name) for name in given}))
         config = tyro.cli(type(preset), default=before, args=args, description=about)
     check(config)

@@ -52,7 +52,18 @@ def read_json(path: Path) -> Any:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
     """Write a safetensors file atomically; the values of `metadata` are stored as JSON."""
     apart = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    write(path, save(apart, metadata={key: json.dumps(value) for key, value in (metadata or {}).items()}))
+    content = save(apart, metadata={key: json.dumps(value) for key, value in (metadata or {}).items()})
+    write(path, _sorted(content) if metadata else content)
+
+
+def _sorted(content: bytes) -> bytes:
+    """Sort the metadata of a safetensors file, whose order is random, so that equal files are equal bytes."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -49,7 +49,8 @@ def uniform(*shape: int, key: int, first: int = 0, device: torch.device | str | 
 
 
 class Noise:
-    """Uniform noise for a micro-batch: `noise(batch, …)` returns float32 values in [0, 1) on the device.
+    """Uniform noise for a micro-batch: `noise(batch, …)` returns float32 values in [0, 1) on the device,
+    and `noise.shared(…)` values that all images of a step have in common.
 
     The first axis is the batch. The noise of an image depends only on the seed, the step, the number of the call in
     the step and the place of the image in the batch of all processes; so it is the same on every device and for any
@@ -77,9 +78,18 @@ class Noise:
     def __call__(self, batch: int, *shape: int) -> Tensor:
         if batch != self.micro_batch:
             raise ValueError(f"noise for {batch} images was requested in a micro-batch of {self.micro_batch}")
-        key = seed_of(self.seed, "noise", self.step, self.calls)
+        return uniform(
+            batch, *shape, key=self._next_key(), first=self.first_image * math.prod(shape), device=self.device
+        )
+
+    def shared(self, *shape: int) -> Tensor:
+        """Return noise that all images of a step have in common, the same in every process and micro-batch."""
+        return uniform(*shape, key=self._next_key(), device=self.device)
+
+    def _next_key(self) -> int:
+        """Return the key of the next call."""
         self.calls += 1
-        return uniform(batch, *shape, key=key, first=self.first_image * math.prod(shape), device=self.device)
+        return seed_of(self.seed, "noise", self.step, self.calls - 1)
 
 
 @contextmanager

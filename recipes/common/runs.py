@@ -1,16 +1,20 @@
 """A run: its folder, its settings and its stages."""
 
 import contextlib
+import json
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.config import Run, SettingsError, changed_settings, explained, to_json
+from common.data.fingerprint import changes, fingerprint
+from common.data.loading import check_readable, unreadable_images
 from common.data.sources import Data
 from common.files import read_json, write_json
 from common.locks import join, lock
+from common.randomness import seed_of
 from common.training.checkpoint import Checkpoints
 from common.training.distributed import Processes
 
@@ -40,31 +44,49 @@ class Stage:
         """Print a line prefixed with the title."""
         self.processes.print(f"{self.title}: {text}")
 
+    def report_unreadable(self, unreadable: Mapping[str, str], total: int) -> dict[str, str]:
+        """Print which of `total` images could not be read in any process, and return their errors by name.
+
+        Every process must call this.
+
+        Raises:
+            SettingsError: if they are more than 1 percent.
+        """
+        together = self.processes.union(unreadable)
+        check_readable(together, total)
+        if together:
+            self.print(f"{unreadable_images(together, total, most=20)}; the next images replaced them")
+        return together
+
 
 def prepare(
     folder: Path,
     recipe: str,
     config: Any,
     *,
+    data: Data,
     resume: bool,
     restart: bool = False,
+    accept: bool = False,
     stages: Iterable[str] = (),
     processes: Processes,
 ) -> None:
-    """Lock the folder of a run for this program, and write its recipe and settings to `config.json`.
+    """Lock the folder of a run for this program, and write its settings and a fingerprint of its images.
 
     Args:
         folder: folder of the run.
         recipe: name of the program.
         config: its settings.
+        data: the images of the run.
         resume: go on with the run in the folder, or start a new one if the folder holds none.
         restart: delete the run in the folder and start a new one.
+        accept: go on even if the images have changed.
         stages: subfolders with the files of later stages, which belong to the run, too.
         processes: the processes of the run; every one must see the folder.
 
     Raises:
         SettingsError: if the folder cannot be written, another program writes in it, it is not on a shared disk, or it
-            holds a run, unless this is restarted, or resumed with the same recipe and settings.
+            holds a run, unless this is restarted, or resumed with the same recipe, settings and images.
     """
     token, folders = secrets.token_hex(8), [folder, *(folder / stage for stage in stages)]
     with processes.together():
@@ -72,13 +94,18 @@ def prepare(
             with explained(f"{folder} cannot be written"):
                 folder.mkdir(parents=True, exist_ok=True)
             lock(folder, token)
-    token = processes.broadcast(token)
+    token, digest = processes.broadcast(token), str(seed_of(json.dumps(fingerprint(data))))
+    others = processes.broadcast(digest)
     with processes.together():
+        if digest != others:
+            raise SettingsError(
+                f"the processes see different images: {data.settings.path} must be the same on all nodes"
+            )
         if not processes.is_main:
             join(folder, token)
     with processes.together():
         if processes.is_main:
-            _open(folders, recipe, config, resume=resume, restart=restart)
+            _open(folders, recipe, config, data, accept=accept, resume=resume, restart=restart)
 
 
 def has_results(folder: Path) -> bool:
@@ -91,9 +118,11 @@ def resumable(folder: Path) -> bool:
     return bool(Checkpoints(folder / "checkpoint").steps())
 
 
-def _open(folders: list[Path], recipe: str, config: Any, *, resume: bool, restart: bool) -> None:
-    """Check what the folders of a run and its stages hold, clean them, and write the settings of a new run."""
-    folder, settings = folders[0], folders[0] / "config.json"
+def _open(
+    folders: list[Path], recipe: str, config: Any, data: Data, *, accept: bool, resume: bool, restart: bool
+) -> None:
+    """Check what the folders of a run and its stages hold, clean them, and write the settings and the fingerprint."""
+    folder, settings, images = folders[0], folders[0] / "config.json", folders[0] / "data.json"
     valuable = any(map(has_results, folders))
     if resume and restart:
         raise SettingsError("--resume goes on with a run, and --restart deletes it: choose one of them")
@@ -106,9 +135,15 @@ def _open(folders: list[Path], recipe: str, config: Any, *, resume: bool, restar
     if going_on:
         for option, (now, then) in changed_settings(config, before).items():
             raise SettingsError(f"{folder} was started with {option} {then} and cannot be resumed with {now}")
+        if not accept and images.exists() and (changed := changes(data, read_json(images))):
+            raise SettingsError(
+                f"{folder} was started with other images: {changed}; "
+                "restore them, give another --name, or go on with --accept-changed-data"
+            )
         if not resumable(folder):
             raise SettingsError(f"{folder} has no checkpoint to resume from: start over with --restart")
     _clean(folders, everything=not going_on)
+    write_json(images, fingerprint(data))
     if not going_on:
         write_json(settings, {"recipe": recipe, **to_json(config)})
 
@@ -133,7 +168,7 @@ def _clean(folders: list[Path], *, everything: bool) -> None:
     """Delete what processes that were killed while writing have left or, with `everything`, all files of the run."""
     with explained(f"{folders[0]} cannot be cleaned"):
         for folder in folders:
-            names = ("config.json", *RESULTS, *RECORDS)
+            names = ("config.json", "data.json", *RESULTS, *RECORDS)
             checkpoints = Checkpoints(folder / "checkpoint")
             checkpoints.remove(everything=everything)
             patterns = [f".{name}.[0-9]*" for name in names]

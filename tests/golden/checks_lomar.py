@@ -285,8 +285,7 @@ def classifier(golden: Golden, _: Any) -> None:
     first.head.load_state_dict(mean.head.state_dict())
     golden.close("logits_cls", first.head(first.features(images)))
     golden.close("logits_gap", mean.head(mean.features(images)))
-    targets = F.one_hot(golden["labels"], params["classes"]).float()
-    loss = mean((images, targets), {}, ZERO)["loss"]
+    loss = mean((images, golden["labels"]), {}, ZERO)["loss"]
     loss.backward()
     golden.close("ce_gap", loss)
     parameters = {name.removeprefix("encoder."): p for name, p in mean.named_parameters() if p.requires_grad}

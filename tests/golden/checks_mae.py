@@ -3,7 +3,7 @@
 from typing import Any
 
 from common.config import Optimization
-from common.data.augment import Mix
+from common.data.mixing import cutmix_weights, mix_pairs, smoothed
 from common.data.views import one_shot_crop_size
 from common.evaluation.finetuning import Classifier
 from common.networks.building import count_masked
@@ -19,7 +19,6 @@ from mimkit.tokens import patchify, put, split, take, unpatchify
 import mae
 import numpy as np
 import pytest
-import timm.data.mixup
 import torch
 from goldens import Golden, check
 from methods import as_they_are, classifier_of, compare_gradients, groups_of, losses_of, order_of, settings_for
@@ -136,19 +135,21 @@ def one_shot_crop(golden: Golden, _: Any) -> None:
 
 
 @check("mae_mixup")
-def mixup(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
-    mix = Mix(golden.params["classes"], smoothing=golden.params["smoothing"])
-    for kind, images, target in (("mix", "mixed", "target_mix"), ("cut", "cut", "target_cut")):
-        draw = float(golden[f"lam_{kind}"]), kind == "cut"
-        monkeypatch.setattr(timm.data.mixup.Mixup, "_params_per_batch", lambda self, draw=draw: draw)
-        center = iter(golden["cy_cx"].tolist())
-        monkeypatch.setattr(np.random, "randint", lambda *args, center=center, **kwargs: next(center))
-        mixed, targets = mix((golden["image"], golden["label"]), 0)
-        golden.close(images, mixed)
-        golden.close(target, targets)
-    classifier = nn.Identity()
-    loss = Classifier.loss(classifier(golden["logits"]), golden["target_mix"])
-    golden.close("loss", loss)
+def mixup(golden: Golden, _: Any) -> None:
+    """The partner of an image in the file is its mirror image in the batch, ours its neighbor."""
+    images, labels = golden["image"], golden["label"]
+    B, _, H, W = images.shape
+    pairs = torch.stack([torch.arange(B // 2), B - 1 - torch.arange(B // 2)], dim=1).flatten()
+    targets = smoothed(labels, num_classes=golden.params["classes"], smoothing=golden.params["smoothing"])
+    noise = (golden["cy_cx"] + 0.5) / torch.tensor([H, W])
+    cut = cutmix_weights(golden["lam_cut"], noise, H=H, W=W)
+    golden.close("lam_cut_corrected", cut.mean())
+    inside = [(cut == 0).any(dim=axis).nonzero() for axis in (1, 0)]
+    golden.close("box", [int(end) for places in inside for end in (places.min(), places.max() + 1)])
+    for names, weights in (("mixed", "target_mix"), golden["lam_mix"].expand(H, W)), (("cut", "target_cut"), cut):
+        for name, mixed in zip(names, mix_pairs(images[pairs], targets[pairs], weights), strict=True):
+            golden.close(name, mixed[pairs.argsort()])
+    golden.close("loss", Classifier.loss(golden["logits"], golden["target_mix"]))
 
 
 @check("mae_model_norm")
@@ -204,8 +205,8 @@ def mae_classifier(golden: Golden, _: Any) -> None:
         classifier = fresh()
         golden.close(f"feature_{pool}", classifier.features(images))
         golden.close(f"logits_{pool}", classifier.head(classifier.features(images)))
-        targets, noise = nn.functional.one_hot(labels, params["classes"]).float(), {"drop_path": None}
-        loss = classifier((images, targets), noise, torch.tensor(0.0))["loss"]
+        noise: Any = {"drop_path": None}
+        loss = classifier((images, labels), noise, torch.tensor(0.0))["loss"]
         loss.backward()
         golden.close(f"ce_{pool}", loss)
         found: dict[str, Any] = {
@@ -220,7 +221,7 @@ def mae_classifier(golden: Golden, _: Any) -> None:
         for group in groups:
             group["lr"] = 1e-3 * group["lr_scale"]
         stepper = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
-        losses = losses_of(stepper, lambda c=classifier: c((images, targets), noise, torch.tensor(0.0))["loss"])  # noqa: B023
+        losses = losses_of(stepper, lambda c=classifier: c((images, labels), noise, torch.tensor(0.0))["loss"])  # noqa: B023
         golden.close(f"adamw_losses_{pool}", torch.stack(list(losses)))
         if ours == "class":
             norm = nn.BatchNorm1d(params["dim"], affine=False, eps=1e-6)

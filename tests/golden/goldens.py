@@ -55,7 +55,6 @@ NOT_OURS = {
     "lut_whole": r".*teacher/.*num_batches_tracked",
     "mae_linprobe_crop": "i|j",
     "mae_masking": "ids_(restore|shuffle)_.*",
-    "mae_mixup": "box|lam_cut_corrected",
 }
 
 

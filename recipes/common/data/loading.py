@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ class ViewDataset(Dataset[Any]):
     def __getitem__(self, sample: Sample) -> Any:
         views, unreadable = self.load(*sample)
         if views is None:
-            raise SettingsError(_complaint(unreadable, len(self)))
+            raise SettingsError(unreadable_images(unreadable, len(self)))
         return views
 
     def load(self, epoch: int, index: int) -> tuple[Any, dict[str, str]]:
@@ -93,15 +93,30 @@ def _read(source: Source, index: int) -> Tensor | str:
     return image
 
 
-def _too_many(unreadable: dict[str, str], total: int) -> bool:
+def _too_many(unreadable: Mapping[str, str], total: int) -> bool:
     return 100 * len(unreadable) > total
 
 
-def _complaint(unreadable: dict[str, str], total: int) -> str:
+def check_readable(unreadable: Mapping[str, str], total: int) -> None:
+    """Check that at most 1 percent of the images cannot be read.
+
+    Args:
+        unreadable: errors by image name.
+        total: number of images.
+
+    Raises:
+        SettingsError: if it is more.
+    """
+    if _too_many(unreadable, total):
+        raise SettingsError(unreadable_images(unreadable, total))
+
+
+def unreadable_images(unreadable: Mapping[str, str], total: int, *, most: int = 3) -> str:
+    """Describe unreadable images: how many there are, the names of at most `most`, and the error of the first."""
     names = list(unreadable)
     return (
         f"{len(names)} of {total} images ({len(names) / total:.1%}) cannot be read: "
-        f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}; the first: {unreadable[names[0]]}"
+        f"{', '.join(names[:most])}{', …' if len(names) > most else ''}; the first: {unreadable[names[0]]}"
     )
 
 
@@ -116,8 +131,6 @@ class Loader:
             only once; a list can be used repeatedly.
         workers: number of loading processes; 0: load in this process.
         pin: copy the batches to pinned memory, for a GPU.
-        collate: `collate(batch, seed)`, applied to each batch in the worker; the seed depends only on the dataset's
-            seed and the first sample of the batch.
 
     Raises:
         SettingsError: if more than 1 percent of the images of the source cannot be read.
@@ -130,12 +143,11 @@ class Loader:
         *,
         workers: int = 0,
         pin: bool = False,
-        collate: Callable[[Any, int], Any] | None = None,
     ) -> None:
         self.unreadable: dict[str, str] = {}
         self._total = len(views)
         self._loader = DataLoader(
-            _Batches(views, collate),
+            _Batches(views),
             sampler=batches,
             batch_size=None,  # the items of the sampler are whole batches
             num_workers=workers,
@@ -149,8 +161,7 @@ class Loader:
     def __iter__(self) -> Iterator[Any]:
         for batch in self._loader:
             self.unreadable |= batch.unreadable
-            if _too_many(self.unreadable, self._total):
-                raise SettingsError(_complaint(self.unreadable, self._total))
+            check_readable(self.unreadable, self._total)
             yield batch.content
 
 
@@ -167,8 +178,8 @@ class _Batch:
 class _Batches(Dataset[_Batch]):
     """Whole batches, indexed by lists of samples."""
 
-    def __init__(self, views: ViewDataset, collate: Callable[[Any, int], Any] | None) -> None:
-        self.views, self.collate = views, collate
+    def __init__(self, views: ViewDataset) -> None:
+        self.views = views
 
     def __getitem__(self, samples: Sequence[Sample]) -> _Batch:
         items, unreadable = [], {}
@@ -178,10 +189,7 @@ class _Batches(Dataset[_Batch]):
             if item is None:
                 return _Batch(None, unreadable)
             items.append(item)
-        content = _stack(items)
-        if self.collate is not None:
-            content = self.collate(content, seed_of("batch", self.views.seed, *samples[0]))
-        return _Batch(content, unreadable)
+        return _Batch(_stack(items), unreadable)
 
 
 def _stack(items: Sequence[Any]) -> Any:

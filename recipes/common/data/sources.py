@@ -1,6 +1,7 @@
 """Sources of images, which are uint8 tensors of shape (channels, H, W)."""
 
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -19,7 +20,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 class Source(Protocol):
     """A map-style collection of images; any object with these members is a source.
 
-    Any exception raised by `image` marks the image as unreadable.
+    Any exception raised by `image` marks the image as unreadable. Names should identify the images wherever they are
+    stored: by names and labels a resumed run notices that its images have changed. A source of millions of images may
+    have a method `listing` that returns all of them at once, as `Folder` does.
     """
 
     channels: int
@@ -99,7 +102,7 @@ class Digits:
 
 
 class Folder:
-    """The images in ROOT/SPLIT/CLASS, searched recursively; hidden files and folders are ignored.
+    """The images in ROOT/SPLIT/CLASS, searched recursively; hidden files and folders are ignored, links are followed.
 
     Images directly in ROOT/SPLIT belong to no class. If ROOT has neither `train` nor `val`, the split `train` consists
     of all images below ROOT, without labels.
@@ -112,8 +115,8 @@ class Folder:
         classes: ordered class names, usually those of the training split; by default the sorted names found.
 
     Raises:
-        SettingsError: if a folder is missing or has no images, a class is unknown, labels are required but missing, or
-            `channels` is neither 1 nor 3.
+        SettingsError: if a folder is missing, cannot be read or has no images, a folder is in two classes by a link, a
+            link leads nowhere, a class is unknown, labels are required but missing, or `channels` is neither 1 nor 3.
     """
 
     def __init__(
@@ -130,11 +133,11 @@ class Folder:
                 f"files decode to 1 or 3 channels, not {channels}: for others give a map-style source from Python"
             )
         root = Path(root)
-        if not root.is_dir():
+        if not os.path.isdir(root):
             raise SettingsError(f"{root} is not a folder")
         folder, known = root / split, True
-        if not folder.is_dir():
-            if split != "train" or (root / "val").is_dir():
+        if not os.path.isdir(folder):
+            if split != "train" or os.path.isdir(root / "val"):
                 raise SettingsError(f"{root} has no folder {split}")
             folder, known = root, False
         names = _find_images(folder)
@@ -184,16 +187,50 @@ class Folder:
         """Return the path of the file."""
         return os.path.join(self._folder, os.fsdecode(bytes(self._names[index])))
 
+    def listing(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the paths of all files relative to the folder, as bytes, and their labels."""
+        return self._names, self._labels
+
 
 def _find_images(folder: Path) -> list[str]:
-    """Search a folder recursively for images, and return their sorted relative paths."""
-    found = []
-    start = len(os.path.join(folder, ""))
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        images = [name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
-        found += [os.path.join(parent, name)[start:] for name in images]
+    """Search a folder recursively for images, and return their sorted relative paths.
+
+    Links are followed after everything else has been searched, and a folder that was searched already, such as one that
+    contains its own link, is not searched again, so no image is found twice.
+
+    Raises:
+        SettingsError: if a folder cannot be read, a link leads nowhere, or a link puts a folder into a second class.
+    """
+    found, start = [], len(os.path.join(folder, ""))
+    seen = {_identity(parent): str(folder) for parent in folder.resolve().parents}
+    tops: list[str | Path] = [folder]
+    for top in tops:
+        for parent, folders, files in os.walk(top, onerror=_refuse_unreadable):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            before = seen.setdefault(_identity(parent), parent)
+            if before != parent:
+                folders.clear()
+                here, there = (path[start:].split(os.sep)[0] for path in (parent, before))
+                if there not in ("", here):
+                    raise SettingsError(f"{parent} and {before} are the same folder in two classes: remove the link")
+                continue
+            tops += [path for name in folders if os.path.islink(path := os.path.join(parent, name))]
+            images = [name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+            found += [os.path.join(parent, name)[start:] for name in images]
+            for path in (os.path.join(parent, name) for name in sorted(set(files) - set(images))):
+                if os.path.islink(path) and not os.path.exists(path):
+                    raise SettingsError(f"{path} is a link to {os.readlink(path)}, which cannot be found: remove it")
     return sorted(found)
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    """Return what identifies a folder, by whichever path it is reached."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    raise SettingsError(f"{error.filename} cannot be read: {error.strerror}; make it readable or remove it") from error
 
 
 def decode(file: str | Path, channels: int) -> Tensor:
@@ -201,7 +238,16 @@ def decode(file: str | Path, channels: int) -> Tensor:
 
     The EXIF orientation is applied, transparent pixels are blended with white, and 16-bit grayscale values are divided
     by 257 and rounded.
+
+    Raises:
+        ValueError: if the file is empty or not a regular file, or has no pixels that can be decoded; decoders raise
+            other exceptions, too.
     """
+    status = os.stat(file)
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait forever
+        raise ValueError("not a regular file")
+    if status.st_size == 0:
+        raise ValueError("the file is empty")
     with Image.open(file) as image:
         ImageOps.exif_transpose(image, in_place=True)
         pixels: Image.Image = image

@@ -72,12 +72,14 @@ def extract(
     crop = CenterCrop(stage.data.settings.image_size, crop_fraction=crop_fraction)
     mine = only[processes.rank :: processes.world_size]
     batches = [[(0, index) for index in mine[i : i + AT_A_TIME]] for i in range(0, len(mine), AT_A_TIME)]
+    loader = _loader(ViewDataset(source, crop, labels=True), batches, stage)
     bar = tqdm(total=len(mine), desc="encoding", unit="image", disable=None if processes.is_main else True, leave=False)
     parts = []
     with bar:
-        for features, labels in _extracted(extractor, ViewDataset(source, crop, labels=True), batches, stage):
+        for features, labels in _extracted(extractor, loader, stage):
             parts.append((features, labels))
             bar.update(len(labels))
+    stage.report_unreadable(loader.unreadable, len(source))
     features, labels = _gathered(parts, len(only), extractor.encoder.dim, processes)
     if not bool(features.isfinite().all()):
         raise SettingsError("the encoder's features are not finite: its weights are damaged")
@@ -96,11 +98,13 @@ def augmented(
             mine = [(epoch, only[i]) for i in chosen[rank::world_size].tolist()]
             yield from (mine[i : i + AT_A_TIME] for i in range(0, len(mine), AT_A_TIME))
 
-    stream = _extracted(extractor, views, micro_batches(), stage)
+    loader = _loader(views, micro_batches(), stage)
+    stream = _extracted(extractor, loader, stage)
     count = math.ceil(len(range(rank, batch, world_size)) / AT_A_TIME)
     for _ in range(epochs * (len(only) // batch)):
         parts = [next(stream) for _ in range(count)]
         yield _gathered(parts, batch, extractor.encoder.dim, stage.processes)
+    stage.report_unreadable(loader.unreadable, len(views))
 
 
 def orders(num_images: int, batch: int, epochs: int, *, seed: int) -> Iterator[tuple[int, Tensor]]:
@@ -110,19 +114,19 @@ def orders(num_images: int, batch: int, epochs: int, *, seed: int) -> Iterator[t
         yield from ((epoch, order[i : i + batch]) for i in range(0, num_images - batch + 1, batch))
 
 
-def _extracted(
-    extractor: FeatureExtractor, views: ViewDataset, batches: Iterable[list[tuple[int, int]]], stage: Stage
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _loader(views: ViewDataset, batches: Iterable[list[tuple[int, int]]], stage: Stage) -> Loader:
+    """Load batches with the workers of a stage."""
+    pin = stage.processes.device.type == "cuda"
+    return Loader(views, batches, workers=num_workers(stage.run, stage.processes), pin=pin)
+
+
+def _extracted(extractor: FeatureExtractor, loader: Loader, stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the features and labels of each batch."""
     device, bf16 = stage.processes.device, in_bf16(stage.run, stage.processes)
-    loader = Loader(views, batches, workers=num_workers(stage.run, stage.processes), pin=device.type == "cuda")
     for images, labels in loader:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             features = extractor(images.to(device, non_blocking=True))
         yield features.float(), labels.to(device)
-    if loader.unreadable:
-        names = ", ".join(loader.unreadable)
-        stage.print(f"{len(loader.unreadable)} unreadable images were replaced: {names}")
 
 
 def _gathered(parts: list[tuple[Tensor, Tensor]], total: int, dim: int, processes: Processes) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,9 @@ from common.config import (
     SettingsError,
     Share,
 )
-from common.data.augment import Augment, Mix, auto_augment_policy
+from common.data.augment import Augment, auto_augment_policy
 from common.data.loading import Loader, ViewDataset
+from common.data.mixing import Mixing
 from common.data.normalize import Normalize
 from common.data.sources import Data, Source
 from common.data.views import CenterCrop, CropFlip, Transform
@@ -83,16 +84,31 @@ def of(settings: Finetuning, *, drop_path: float = 0.1, **optimization: Any) -> 
 MAE = Finetuning()
 
 
+MAE_LARGE = of(MAE, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2)
+
+
+MAE_HUGE = of(MAE_LARGE, drop_path=0.3)
+
+
 FOLDER = of(MAE, batch_size=256)
 
 
 HPM = of(MAE, layer_decay=0.8)
 
 
+HPM_LARGE = of(HPM, epochs=50)
+
+
 DROPPOS = replace(of(MAE, base_lr=1e-3, layer_decay=0.8), train_positions=False)
 
 
+DROPPOS_LARGE = of(DROPPOS, epochs=50)
+
+
 LUT = of(MAE, base_lr=2.5e-4, sqrt_rule_at=1024)
+
+
+LUT_LARGE = of(LUT, epochs=50, base_lr=1e-3)
 
 
 BEYOND_MASKING = replace(
@@ -147,6 +163,7 @@ class Classifier(nn.Module):
         pool: input of the head.
         head_scale: standard deviation of the initial weights of the head.
         select: maps patches and uniform noise (b, n) to indices (b, k), to encode only these patches. Default: all.
+        mixing: erasing, mixup, cutmix and label smoothing in training. Default: none.
 
     Raises:
         SettingsError: if the class token is requested of an encoder that has none.
@@ -161,11 +178,13 @@ class Classifier(nn.Module):
         pool: Literal["mean", "class"],
         head_scale: float,
         select: nn.Module | None = None,
+        mixing: Mixing | None = None,
     ) -> None:
         super().__init__()
         if pool == "class" and encoder.cls_token is None:
             raise SettingsError("--pool class needs an encoder with a class token")
-        self.encoder, self.normalize, self.pool, self.select = encoder, normalize, pool, select
+        self.encoder, self.normalize, self.pool = encoder, normalize, pool
+        self.select, self.mixing = select, mixing
         if pool == "mean":  # the pre-trained norm is for single tokens, so their mean gets a new one
             self.fc_norm = nn.LayerNorm(encoder.dim, eps=1e-6)
             encoder.norm.requires_grad_(False)
@@ -174,13 +193,22 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def noise(self, rand: Any, batch: int) -> dict[str, Tensor]:
-        """Draw the noise of drop path and of the selection of patches."""
-        noise = {"drop_path": rand(batch, self.encoder.depth, 2)}
-        return noise if self.select is None else noise | {"select": rand(batch, len(self.encoder.positions))}
+        """Draw the noise of drop path, of the selection of patches and of mixing, for which `rand` is a `Noise`."""
+        encoder, noise = self.encoder, {"drop_path": rand(batch, self.encoder.depth, 2)}
+        if self.select is not None:
+            noise["select"] = rand(batch, len(encoder.positions))
+        if self.mixing is not None:
+            H, W = encoder.height * encoder.patch, encoder.width * encoder.patch
+            noise |= self.mixing.noise(rand, batch, encoder.channels, H, W)
+        return noise
 
     def features(self, images: Tensor, noise: Mapping[str, Tensor | None] = MappingProxyType({})) -> Tensor:
         """Return one feature vector per image; without noise, no path is dropped."""
-        encoder, patches = self.encoder, patchify(self.normalize(images), patch=self.encoder.patch)
+        return self.encode(self.normalize(images), noise)
+
+    def encode(self, normalized: Tensor, noise: Mapping[str, Tensor | None]) -> Tensor:
+        """Return one feature vector per normalized image."""
+        encoder, patches = self.encoder, patchify(normalized, patch=self.encoder.patch)
         positions, drop_path = encoder.positions, noise.get("drop_path")
         relative: dict[str, Any] = {}
         if self.select is not None:
@@ -196,13 +224,15 @@ class Classifier(nn.Module):
         return self.fc_norm(tokens[:, encoder.num_prefix :].mean(dim=1))
 
     def forward(self, batch: tuple[Tensor, Tensor], noise: dict[str, Tensor], progress: Tensor) -> dict[str, Tensor]:
-        """Return the loss of a batch of images and soft targets."""
-        images, targets = batch
-        return {"loss": self.loss(self.head(self.features(images, noise)), targets)}
+        """Return the loss of a batch of images and labels, which are mixed first."""
+        images, targets = self.normalize(batch[0]), batch[1]
+        if self.mixing is not None:
+            images, targets = self.mixing(images, targets, noise)
+        return {"loss": self.loss(self.head(self.encode(images, noise)), targets)}
 
     @staticmethod
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the cross entropy with soft targets, which include label smoothing, mixup and cutmix."""
+        """Return the cross entropy with labels or soft targets."""
         return F.cross_entropy(logits.float(), targets)
 
     @torch.no_grad()
@@ -235,18 +265,18 @@ def finetune(
     """
     labeled, test = stage.data.splits()
     torch.manual_seed(stage.run.seed)
-    classifier = Classifier(
-        encoder, normalize, len(labeled.classes), pool=settings.pool, head_scale=settings.head_scale, select=select
-    )
+    classes, names = len(labeled.classes), ("mixup", "cutmix", "smoothing", "erasing")
+    mixing = Mixing(classes, **{name: getattr(settings, name) for name in names})
+    form: Any = {"pool": settings.pool, "head_scale": settings.head_scale, "select": select, "mixing": mixing}
+    classifier = Classifier(encoder, normalize, classes, **form)
     if encoder.pos_embed is not None:
         encoder.pos_embed.requires_grad_(settings.train_positions)
     views = ViewDataset(labeled, training_view(settings, stage, normalize), seed=stage.run.seed, labels=True)
     workers, pin = num_workers(stage.run, stage.processes), stage.processes.device.type == "cuda"
-    mix = Mix(len(labeled.classes), mixup=settings.mixup, cutmix=settings.cutmix, smoothing=settings.smoothing)
 
     def load(batches: Iterable[list[tuple[int, int]]]) -> Loader:
-        """Load batches of augmented images and soft targets, given the (epoch, index) of the images."""
-        return Loader(views, batches, workers=workers, pin=pin, collate=mix)
+        """Load batches of augmented images and labels, given the (epoch, index) of the images."""
+        return Loader(views, batches, workers=workers, pin=pin)
 
     optimization = settings.optimization
     trained = train(classifier, load, num_images=len(labeled), settings=optimization, stage=stage, depth=encoder.depth)
@@ -258,16 +288,14 @@ def finetune(
 def training_view(settings: Finetuning, stage: Stage, normalize: Normalize) -> Transform:
     """Return the augmentation of the training images."""
     data = stage.data.settings
-    if not (settings.randaugment or settings.erasing):
+    if not settings.randaugment:
         return CropFlip(data.image_size, scale=settings.crop_scale, flip=data.flip)
     return Augment(
         data.image_size,
         mean=normalize.mean.flatten().tolist(),
-        std=normalize.std.flatten().tolist(),
         scale=settings.crop_scale,
         flip=data.flip,
-        auto_augment=settings.randaugment or None,
-        erasing=settings.erasing,
+        auto_augment=settings.randaugment,
     )
 
 
@@ -287,6 +315,7 @@ def accuracy(classifier: Classifier, test: Source, stage: Stage, crop_fraction: 
         with torch.compiler.set_stance("force_eager"), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             correct = classifier.predict(images.to(device)) == labels.to(device)
         counts += torch.stack([correct.sum(), torch.full_like(correct.sum(), len(correct))])
+    stage.report_unreadable(loader.unreadable, len(test))
     counts = processes.sum(counts)
     return 100 * float(counts[0] / counts[1])
 
@@ -310,9 +339,12 @@ def check_finetuning(settings: Finetuning, data: Data, *, world_size: int, prefi
         raise SettingsError(f"{len(labeled)} labeled images do not fill a batch of {batch}: use a smaller {option}")
     micro_batch, _ = micro_batches(settings.optimization, world_size)
     if (settings.mixup or settings.cutmix) and micro_batch % 2:
+        share, most = batch // world_size, settings.optimization.device_batch
+        even = [size for size in range(2, max(2, most) + 1, 2) if share % size == 0]
+        advice = f"--{prefix}device-batch {even[-1]}" if even else f"a multiple of {2 * world_size}"
         raise SettingsError(
             f"{option} {batch}: mixup and cutmix mix pairs, and micro-batches of {micro_batch} images are odd; "
-            f"choose others, or --{prefix}mixup 0 --{prefix}cutmix 0"
+            f"use {advice}, or --{prefix}mixup 0 --{prefix}cutmix 0"
         )
     if settings.randaugment:
         try:

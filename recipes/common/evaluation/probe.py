@@ -91,7 +91,8 @@ def probe(
                 check_finetuning(finetuning, data, world_size=processes.world_size)
             # without checkpoints, an evaluation that was interrupted starts anew
             resume = run.resume and (finetuning is not None or has_results(folder))
-            prepare(folder, name, config, resume=resume, restart=run.restart, processes=processes)
+            how = {"resume": resume, "restart": run.restart, "accept": run.accept_changed_data}
+            prepare(folder, name, config, data=data, **how, processes=processes)
             stage = Stage(processes, data, run, folder, title)
             result = evaluation(encoder, normalize, settings=config.settings, stage=stage)
             if processes.is_main:

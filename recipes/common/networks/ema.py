@@ -3,7 +3,7 @@
 import copy
 import math
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,8 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: Tensor | float)
     """Update the exponential moving average of a network, buffers included: θ ← θ + (1 − momentum) · (student − θ).
 
     Values that are equal in both networks remain bitwise unchanged; integer buffers (counters) are copied. A scheduled
-    momentum may be a tensor; the update does not synchronize with the device.
+    momentum may be a tensor. The update does not synchronize with the device; on a GPU, a momentum that is a number or
+    on the CPU takes few launches.
 
     Raises:
         ValueError: if the parameters or buffers of the two differ in name.
@@ -46,12 +47,33 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: Tensor | float)
     old, new = _state(teacher), _state(student)
     if old.keys() != new.keys():
         raise ValueError("teacher and student have different parameters or buffers")
-    share = torch.as_tensor(1 - momentum, dtype=torch.float32, device=next(iter(old.values())).device)
+    share = 1 - momentum
+    if isinstance(share, Tensor) and share.device.type == "cpu":
+        share = float(share)
+    floating: dict[Any, list[tuple[Tensor, Tensor]]] = {}
     for name, tensor in old.items():
         if tensor.is_floating_point():
-            tensor.lerp_(new[name], share.to(tensor.dtype))
+            kind = tensor.dtype, type(tensor)  # parameters may be sharded, unlike buffers
+            floating.setdefault(kind, []).append((tensor, new[name]))
         else:
             tensor.copy_(new[name])
+    for pairs in floating.values():
+        lerp_all(pairs, share, together=pairs[0][0].device.type != "cpu")
+
+
+def lerp_all(pairs: list[tuple[Tensor, Tensor]], share: Tensor | float, *, together: bool) -> None:
+    """Move the first tensor of each pair toward the second, in place.
+
+    Args:
+        pairs: tensors of one dtype and type.
+        share: fraction of the way.
+        together: take few launches, if the share is a number; on a CPU, a loop is faster.
+    """
+    if together and not isinstance(share, Tensor):
+        torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), share)  # pyright: ignore
+        return
+    for old, new in pairs:
+        old.lerp_(new, share.to(old.dtype) if isinstance(share, Tensor) else share)
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

@@ -1,10 +1,12 @@
 """Distributed training under `torchrun`, or a single process."""
 
 import contextlib
+import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from common.config import Run, SettingsError
 from common.locks import release
@@ -85,6 +87,14 @@ class Processes:
         if failed:
             raise SettingsError(self.broadcast(str(own or ""), source=self.world_size - failed)) from own
 
+    def union(self, mapping: Mapping[str, str]) -> dict[str, str]:
+        """Return the entries of the mappings of all processes, in the order of their ranks."""
+        if self.world_size == 1:
+            return dict(mapping)
+        mappings: list[Any] = [None] * self.world_size
+        dist.all_gather_object(mappings, dict(mapping))
+        return {key: value for each in mappings for key, value in each.items()}
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all processes, in place."""
         if self.world_size > 1:
@@ -128,8 +138,18 @@ def join_processes(device: str = "auto") -> Iterator[Processes]:
 
 
 def in_bf16(run: Run, processes: Processes) -> bool:
-    """Return whether networks run under bf16 autocast: if requested, or by default on a GPU."""
-    return run.precision == "bf16" or (run.precision == "auto" and processes.device.type == "cuda")
+    """Return whether networks run under bf16 autocast: if requested, or by default on a GPU with native bf16."""
+    if run.precision != "auto" or processes.device.type != "cuda":
+        return run.precision == "bf16"
+    return _native_bf16(processes)
+
+
+@functools.cache  # the line is printed once
+def _native_bf16(processes: Processes) -> bool:
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    if not native:
+        processes.print("this GPU has no native bf16: running in fp32")
+    return native
 
 
 def num_workers(run: Run, processes: Processes) -> int:
@@ -137,4 +157,5 @@ def num_workers(run: Run, processes: Processes) -> int:
     if run.workers >= 0:
         return run.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, max(1, cores // processes.world_size - 1))
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE", processes.world_size))  # those of this machine share its cores
+    return min(16, max(1, cores // devices - 1))

@@ -2,11 +2,12 @@
 
 A method is an `nn.Module` with
 
-- `noise(rand, batch)`: all its randomness, as a dict of uniform tensors whose first axis is the batch;
+- `noise(rand, batch)`: all its randomness, as a dict of uniform tensors whose first axis is the batch, or which are
+  shared by all images of a step (`rand.shared`);
 - `forward(batch, noise, progress)`: a dict of 0-d losses; the one named "loss" is minimized, all are logged;
 - `after_step(progress)`, optional, called after the optimizer step, for example for an EMA update.
 
-`progress` is the fraction of the training that is done, a 0-d tensor in double precision.
+`progress` is the fraction of the training that is done, a 0-d tensor in double precision, in `after_step` on the CPU.
 
 Every random draw depends only on (seed, step, sample) and is the same on every device, so on a CPU an interrupted and
 resumed run is bitwise identical to an uninterrupted one. Distributing it over devices or micro-batches changes only the
@@ -14,11 +15,12 @@ order of sums; on a GPU this order also differs from run to run, because some ba
 """
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from common.config import Optimization, SettingsError
+from common.data.loading import check_readable
 from common.runs import Stage
 from common.training.checkpoint import Checkpoint, Checkpoints, check_fit
 from common.training.distributed import in_bf16
@@ -39,8 +41,8 @@ class Loader(Protocol):
     """An iterable of batches."""
 
     @property
-    def unreadable(self) -> Collection[str]:
-        """Return the names of the images that could not be read."""
+    def unreadable(self) -> Mapping[str, str]:
+        """Return the errors of the images that could not be read, by their names."""
         ...
 
     def __iter__(self) -> Iterator[Any]: ...
@@ -73,7 +75,8 @@ def train(
 
     Raises:
         SettingsError: if a loss or weight is not finite or the disk is full (the last good checkpoint is kept), if
-            checkpoints are damaged or do not fit, or if there are fewer images than a batch has.
+            checkpoints are damaged or do not fit, if there are fewer images than a batch has, or if more than 1 percent
+            of them cannot be read.
         Stopped: if a signal stops the run, after a checkpoint is written.
     """
     training = _Training(
@@ -86,14 +89,12 @@ def train(
     with StopSignal(processes.maximum, world_size=processes.world_size, step=training.done) as stop:
         training.run(loader, stop)
     restore(method, training.method, processes)
-    if loader.unreadable:
-        names = ", ".join(loader.unreadable)
-        stage.print(f"{len(loader.unreadable)} unreadable images were skipped: {names}")
+    unreadable = stage.report_unreadable(loader.unreadable, num_images)
     if draw is not None and processes.is_main:
         with torch.compiler.set_stance("force_eager"):  # other shapes would trigger recompilation
             draw(stage.folder)
     processes.barrier()
-    return training.result() | {"unreadable": sorted(loader.unreadable)}
+    return training.result() | {"unreadable": sorted(unreadable)}
 
 
 class _Training:
@@ -114,6 +115,7 @@ class _Training:
         self.bf16, self.noise = in_bf16(stage.run, stage.processes), batches.noise()
         self.progress = torch.zeros((), dtype=torch.float64, device=device)
         self.bad_step = torch.full((), -1.0, device=device)  # the first step whose loss was not finite
+        self.unreadable = 0  # images that this process could not read, at the last check
         self.done, self.stored = 0, -1  # completed steps, and the step of the newest checkpoint
         self.window: Tensor | None = None  # sums of the losses since the last record, and the number of steps
         self.names: list[str] = []  # names of the losses
@@ -201,7 +203,7 @@ class _Training:
                 self.step(stream)
                 stop.deferred = True
                 bar.update()
-                self.after(log, bar, first=first, stopping=stop.agreed(self.done, last=self.done == steps))
+                self.after(log, bar, loader, first=first, stopping=stop.agreed(self.done, last=self.done == steps))
             self.seconds += time.perf_counter() - self.began if first < steps else 0.0
         except Stopped as stopped:
             if not stopped.said:  # a signal before the end of the first step: there is nothing new to save
@@ -215,13 +217,14 @@ class _Training:
                 log.close()
             del stream  # shuts down the loader's processes
 
-    def after(self, log: Log | None, bar: Any, *, first: int, stopping: bool) -> None:
+    def after(self, log: Log | None, bar: Any, loader: Loader, *, first: int, stopping: bool) -> None:
         """Log, save and stop after a step, if it is time; only here does the host synchronize with the device."""
         run, last = self.stage.run, self.done == self.batches.steps
         recording = self.done % run.log_every == 0 or last
         if not recording and not stopping:
             return
         due = self.agree(last or stopping or time.perf_counter() - self.saved_at > run.checkpoint_minutes * 60)
+        self.check_readable(loader)
         if recording:
             self.read_losses(log, bar, since=max(first, (self.done - 1) // run.log_every * run.log_every))
         if due:
@@ -265,7 +268,7 @@ class _Training:
         self.optimizer.zero_grad(set_to_none=True)
         if hasattr(method, "after_step"):
             with torch.no_grad():
-                method.after_step(self.progress)
+                method.after_step(torch.tensor(self.done / batches.steps, dtype=torch.float64))
         self.done += 1
 
     def agree(self, due: bool) -> bool:
@@ -279,6 +282,13 @@ class _Training:
             if self.stage.processes.maximum([1.0 - float(finite)])[0]:
                 raise SettingsError(f"the weights after step {self.done} are not finite; {self.what_is_kept()}")
         return bool(due_somewhere)
+
+    def check_readable(self, loader: Loader) -> None:
+        """Check that at most 1 percent of the images cannot be read, over all processes, if one has found another."""
+        processes, found = self.stage.processes, len(loader.unreadable)
+        if processes.maximum([float(found > self.unreadable)])[0]:
+            check_readable(processes.union(loader.unreadable), self.batches.num_images)
+        self.unreadable = found
 
     def what_is_kept(self) -> str:
         """Describe the checkpoint from which the run can be resumed."""

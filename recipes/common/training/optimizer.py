@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from common.config import Optimization
+from common.training.parallel import own, whole
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +47,15 @@ def clip(parameters: Collection[nn.Parameter], norm: float, *, each: bool = Fals
         nn.utils.clip_grad_norm_(parameters, norm)
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norms = torch._foreach_norm(gradients)  # pyright: ignore
-    torch._foreach_mul_(gradients, [(norm / (own + 1e-6)).clamp(max=1.0) for own in norms])  # pyright: ignore
+    norms = whole(torch.stack(torch._foreach_norm(gradients)))  # pyright: ignore
+    gradients = [own(gradient) for gradient in gradients]
+    shares = (norm / (norms + 1e-6)).clamp(max=1.0)
+    if shares.device.type == "cpu":  # where reading the shares is free, and multiplying by 1 is not
+        for gradient, share in zip(gradients, shares.tolist(), strict=True):
+            if share != 1:
+                gradient.mul_(share)
+        return
+    torch._foreach_mul_(gradients, shares.unbind())  # pyright: ignore
 
 
 class LARS(torch.optim.Optimizer):

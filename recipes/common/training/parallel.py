@@ -53,6 +53,7 @@ def compiled(method: nn.Module, run: Run, processes: Processes, *, static: bool)
     wanted = run.compile == "on" or (run.compile == "auto" and processes.device.type == "cuda")
     if wanted:
         torch.compiler.reset()  # free the compile cache of the previous stage
+        torch._dynamo.config.optimize_ddp = False  # else DDP cuts each compiled block into graphs at its buckets
     alone = processes.world_size == 1
     for block in blocks_of(method):
         forward: Any = block.forward

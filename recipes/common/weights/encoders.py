@@ -8,6 +8,7 @@ from common.files import read_tensors, write_tensors
 from common.networks.encoder import Encoder
 from common.networks.initialization import initialize_mae, initialize_simmim
 from common.networks.vit import ViT
+from common.weights.metadata import check_shapes, exported_arguments
 from common.weights.reading import load_weights, read_foreign
 from common.weights.resizing import own_tables, resize_positions
 from common.weights.timm_models import load_timm
@@ -52,15 +53,17 @@ def load_encoder(
         seed: seed of newly initialized parameters.
 
     Raises:
-        SettingsError: if the file does not contain an encoder, or the image size is not a multiple of the patch size.
+        SettingsError: if the file does not contain an encoder, its metadata or weights are damaged, or the image size
+            is not a multiple of the patch size.
     """
     content = read_foreign(path)
     about = read_tensors(path)[1] if path.suffix == ".safetensors" else {}
-    written = about.get("timm", about.get("mimkit"))
+    written = exported_arguments(about, path)
     exported = written is not None
     prefix = "encoder." if "encoder.patch_embed.proj.weight" in content else ""  # beside a pre-training head
     weights = {name.removeprefix(prefix): tensor for name, tensor in content.items() if name.startswith(prefix)}
     arguments = written or timm_arguments_of(weights, path)
+    check_shapes(arguments, weights, path)
     patch, (H, W) = arguments["patch_size"], image_size or arguments["img_size"]
     if H % patch or W % patch:
         raise SettingsError(f"images of {H} × {W} pixels are not made of patches of {patch} × {patch}")

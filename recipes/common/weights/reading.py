@@ -31,7 +31,8 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
     """Read the weights of a published checkpoint, a safetensors or `.pth` file, without executing pickled code.
 
     Raises:
-        SettingsError: if the file contains objects other than weights and plain settings, or no weights.
+        SettingsError: if the file contains objects other than weights and plain settings, or no weights, or a tensor of
+            which it does not store all values.
     """
     if not path.is_file():
         raise SettingsError(f"{path} is not a file")
@@ -53,6 +54,9 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
     )
     if not weights:
         raise SettingsError(f"{path} holds no weights")
+    for name, tensor in weights.items():
+        if tensor.layout != torch.strided or tensor.untyped_storage().nbytes() < tensor.nbytes:  # an expanded tensor
+            raise SettingsError(f"{name} in {path} is larger than what the file stores of it")
     return weights
 
 
@@ -68,7 +72,7 @@ def load_weights(
         optional: regular expressions for names that may be missing, such as those of an unpublished decoder.
 
     Raises:
-        SettingsError: if a required key is missing, or a shape differs.
+        SettingsError: if a required key is missing, a shape differs, or a value is not finite.
     """
     report, own, found = LoadReport(), module.state_dict(), {}
     for name, tensor in weights.items():
@@ -79,6 +83,8 @@ def load_weights(
             continue
         if own[target].shape != tensor.shape:
             raise SettingsError(f"{name} is {tuple(tensor.shape)} in the file but {tuple(own[target].shape)} here")
+        if not bool(tensor.isfinite().all()):
+            raise SettingsError(f"{name} in the file holds values that are not finite: the weights are damaged")
         found[target] = tensor
         if target != name:
             report.renamed[name] = target

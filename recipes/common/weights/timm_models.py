@@ -7,6 +7,7 @@ from typing import Any, cast
 from common.config import SettingsError
 from common.data.normalize import Normalize
 from common.files import read_tensors
+from common.weights.metadata import check_shapes, exported_arguments
 from common.weights.reading import load_weights, read_foreign
 from mimkit.positions import resize_table
 from mimkit.tokens import unpatchify
@@ -73,12 +74,15 @@ def load_timm(path: Path, name: str, *, image_size: tuple[int, int] | None = Non
         raise SettingsError(f"timm knows no model called {name}")
     weights = read_foreign(path)
     about = read_tensors(path)[1] if path.suffix == ".safetensors" else {}
+    arguments = exported_arguments(about, path)
+    if arguments is not None:
+        check_shapes(arguments, weights, path)
     kernel, table = weights.get("patch_embed.proj.weight"), weights.get("pos_embed")
     if kernel is None or kernel.ndim != 4 or table is None or table.ndim != 3:
         raise SettingsError(f"{path} is not a plain ViT, which has patch_embed.proj.weight and pos_embed")
     channels, patch = kernel.shape[1], kernel.shape[-1]
     side = math.isqrt(table.shape[1])
-    old = [size // patch for size in about["timm"]["img_size"]] if "timm" in about else [side, side]
+    old = [size // patch for size in arguments["img_size"]] if arguments else [side, side]
     H, W = image_size or (old[0] * patch, old[1] * patch)
     if H % patch or W % patch:
         raise SettingsError(f"images of {H} × {W} pixels are not made of patches of {patch} × {patch}")
@@ -93,10 +97,10 @@ def load_timm(path: Path, name: str, *, image_size: tuple[int, int] | None = Non
         prefix = table.shape[1] - old[0] * old[1]
         weights["pos_embed"] = torch.cat([table[:, :prefix], resize_table(table[:, prefix:], **sizes)], dim=1)
     loaded = load_weights(model, weights, renames={})
-    numbers = cast(dict[str, list[float]], about if "timm" in about else model.pretrained_cfg)
+    numbers = cast(dict[str, list[float]], about if arguments else model.pretrained_cfg)
     mean, std = numbers["mean"], numbers["std"]
     if len(mean) != channels:
         mean, std = ([sum(values) / len(values)] * channels for values in (mean, std))
-    if "timm" not in about:
+    if not arguments:
         print(f"{path}:\n{loaded}\nimages are normalized by mean {list(mean)} and std {list(std)}, timm's for {name}")
     return TimmViT(model), Normalize(mean, std)

@@ -1,6 +1,7 @@
 """Map encoders to timm's parameter names and model arguments."""
 
 import math
+import re
 from typing import Any, cast
 
 from common.config import SettingsError
@@ -83,9 +84,9 @@ def timm_arguments_of(weights: dict[str, Tensor], source: object) -> dict[str, A
         SettingsError: if the weights are not those of a plain ViT of a named size or of one with relative positions.
     """
     kernel, table = weights.get("patch_embed.proj.weight"), weights.get("pos_embed")
-    blocks = [int(name.split(".")[1]) for name in weights if name.startswith("blocks.")]
+    blocks = [int(found[1]) for name in weights if (found := re.match(r"blocks\.(\d+)\.", name))]
     relative = weights.get(SHARED_TABLE, weights.get(OWN_TABLE.format(0)))
-    if kernel is not None and relative is not None and blocks:
+    if kernel is not None and kernel.ndim == 4 and relative is not None and relative.ndim == 2 and blocks:
         dim, channels, patch, _ = kernel.shape
         side = (1 + math.isqrt(max(0, len(relative) - 3))) // 2
         if relative_rows(side, side) != len(relative):
@@ -107,7 +108,8 @@ def timm_arguments_of(weights: dict[str, Tensor], source: object) -> dict[str, A
     dim, channels, patch, _ = kernel.shape
     contextual = weights.get("blocks.0.attn.rpe_k.lookup_table_weight")
     heads = next((size["heads"] for size in SIZES.values() if size["dim"] == dim), None)
-    heads = heads if contextual is None else dim // contextual.shape[1]
+    if contextual is not None:  # (1, dim of a head, buckets)
+        heads = dim // contextual.shape[1] if contextual.ndim == 3 and contextual.shape[1] else None
     side = math.isqrt(table.shape[1])
     if heads is None or side**2 + ("cls_token" in weights) != table.shape[1]:
         raise SettingsError(f"{source}: width {dim} and {table.shape[1]} positions are not those of a known encoder")
