@@ -86,7 +86,7 @@ def main(config: Config) -> None:
             for part in config.parts:
                 run = replace(trained.run, seed=seed, resume=True, workers=config.workers)
                 folder = config.run / "half_patches" / f"{part}-{seed}"
-                how = {"resume": resumable(folder), "accept": config.accept_changed_data}
+                how: Any = {"resume": resumable(folder), "accept": config.accept_changed_data}
                 prepare(folder, "half_patches", config, data=data, **how, processes=processes)
                 encoder, normalize = load_encoder(
                     config.run / "encoder.safetensors",
