@@ -271,7 +271,7 @@ def zoom_out_any_size(
 def fisheye(
     images: Float[Tensor, "*batch c H W"], noise: Float[Tensor, "*batch 3"], *, least_twist: float, most_twist: float
 ) -> Float[Tensor, "*batch c H W"]:
-    """Distort each image towards its own random center; the distortion grows with the distance from it.
+    """Distort each image toward its own random center; the distortion grows with the distance from it.
 
     For the variant that loses no pixels of the target, distort a larger view (288 for 224), `area_resize` it, and use
     the `central_crop` of the undistorted view as the target.
@@ -305,7 +305,7 @@ def fisheye(
 def fisheye_at(
     images: Float[Tensor, "*batch c H W"], centers: Float[Tensor, "*batch 2"], twists: Float[Tensor, "*batch"]
 ) -> Float[Tensor, "*batch c H W"]:
-    """Distort each image towards a given center: a pixel at distance d is sampled `twist` · d² closer to it.
+    """Distort each image toward a given center: a pixel at distance d is sampled `twist` · d² closer to it.
 
     Rows and columns run from −1 to 1, from the center of the first pixel to that of the last, and d is measured in
     these units. Sampling is bilinear, with zeros outside the image (only reached by twists above 0.35).

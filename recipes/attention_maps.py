@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.analysis import images_to_look_at
-from common.config import DataSettings, SettingsError, program
+from common.config import Count, DataSettings, SettingsError, program
 from common.data.loading import Loader, ViewDataset
 from common.data.normalize import Normalize
 from common.data.sources import Source, decode
@@ -45,7 +45,7 @@ class Config:
     """height and width in pixels, for which positions are resampled; none: those of the encoder"""
     queries: tuple[str, ...] = ()
     """row,column of the query patches, counted from 0; none: the central patch and the upper left one"""
-    count: int = 2
+    count: Count = 2
     """number of images to draw"""
     measured: int = 256
     """largest number of images over which the attention distance is averaged"""

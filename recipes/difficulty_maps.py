@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.analysis import AnalysisConfig, central_views, images_to_look_at, load_method
-from common.config import program
+from common.config import Count, program
 from common.report import Pictures, draw_pictures, heat_maps
 from mimkit.losses import ranking_loss
 from mimkit.masking import random_tokens
@@ -28,9 +28,9 @@ from torch import Tensor
 class Config(AnalysisConfig):
     """Settings of the images and of the measured difficulty."""
 
-    count: int = 8
+    count: Count = 8
     """number of images to draw"""
-    masks: int = 32
+    masks: Count = 32
     """number of random masks per image"""
     seed: int = 0
     """seed of the masks"""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.analysis import AnalysisConfig, central_views, images_to_look_at, load_method
-from common.config import program
+from common.config import Count, program
 from common.files import write_json
 from common.report.pictures import draw_grid
 from mimkit.masking import random_tokens
@@ -33,7 +33,7 @@ class Config(AnalysisConfig):
     """columns: share of the visible patches whose position is dropped"""
     seed: int = 0
     """seed of the masks"""
-    batch_size: int = 256
+    batch_size: Count = 256
     """images per forward pass"""
 
 

@@ -73,7 +73,7 @@ def main(study: Study) -> None:
     for seed in study.seeds:
         for row in study.only:
             run(row, seed, study)
-    table = [f"| task | fine-tuned, mean of {len(study.seeds)} | least – most | loss |", "|---|---|---|---|"]
+    table = [f"| task | fine-tuned, mean of {len(study.seeds)} | min – max | loss |", "|---|---|---|---|"]
     scratch: list[float] = []
     for row in study.only:
         results = [read_json(folder(row, seed, study) / "result.json") for seed in study.seeds]

@@ -69,6 +69,7 @@ def test_a_budget_comes_after_the_fine_tuning_that_it_is_measured_against() -> N
     assert in_order(()) == ()
     assert in_order(("scratch", "knn")) == ("scratch", "knn")
     assert in_order(("budget", "knn")) == ("finetune", "budget", "knn")
+    assert in_order(("budget", "finetune", "budget")) == ("finetune", "budget")
     with pytest.raises(SettingsError, match=r"^--evaluate guess: choose among finetune, scratch, budget, linear, knn"):
         in_order(("finetune", "guess"))
 

@@ -62,7 +62,7 @@ def test_random_crops_reach_every_border_and_both_ends_of_their_ranges():
 
 
 def test_bad_ranges_of_a_crop_are_refused():
-    sentence = "scale=(0.5, 0.2) and ratio=(0.75, 1.3333333333333333) are to be ranges of positive numbers"
+    sentence = "scale=(0.5, 0.2) and ratio=(0.75, 1.3333333333333333) must be ranges of positive numbers"
     with pytest.raises(ValueError, match=quoting(sentence)):
         CropFlip((4, 4), scale=(0.5, 0.2))(Memory().image(0), chance())
 
@@ -128,7 +128,7 @@ def test_a_test_view_is_the_center_of_the_smallest_size_that_covers(size, covere
 def test_a_test_view_without_margin_is_a_plain_resize():
     image = Digits("test").image(0)
     assert torch.equal(CenterCrop((32, 32), crop_fraction=1.0)(image), resize(image, 32, 32))
-    with pytest.raises(ValueError, match=quoting("crop_fraction=1.1 is to be above 0 and at most 1")):
+    with pytest.raises(ValueError, match=quoting("crop_fraction=1.1 must be above 0 and at most 1")):
         CenterCrop((32, 32), crop_fraction=1.1)
 
 

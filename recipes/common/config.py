@@ -132,7 +132,7 @@ class Network:
     patch: Count = 16
     """side of a patch in pixels"""
     decoder_dim: Annotated[int, Must("a multiple of 4", lambda x: x > 0 and x % 4 == 0)] = 512
-    """width of the decoder; a quarter each holds sine and cosine of row and column"""
+    """width of the decoder, a multiple of 4"""
     decoder_depth: Count = 8
     """number of blocks of the decoder"""
     decoder_heads: Count = 16
@@ -208,7 +208,7 @@ def parse(
         raise SystemExit(f"--preset {chosen}: choose one of {', '.join(presets)}")
     preset: Any = presets[chosen]
     about = (description or "").strip()
-    about += f"\n\n--preset {{{','.join(presets)}}} fills all settings at once; shown is: {chosen}"
+    about += f"\n\n--preset {{{','.join(presets)}}} sets all defaults; shown are those of: {chosen}"
     config: Any = tyro.cli(type(preset), default=preset, args=args, description=about)
     path = config.run.runs / (config.run.name or name) / "config.json"
     before: Any = started_with(type(preset), path) if config.run.resume and not explicit else None

@@ -71,7 +71,7 @@ def _pretrain(recipe: Recipe, config: BaseConfig, name: str, processes: Processe
     resume = {"resume": run.resume, "restart": run.restart, "accept": run.accept_changed_data}
     prepare(folder, name, config, data=data, **resume, stages=EVALUATIONS, processes=processes)
     encoder, all_of_it = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (method.encoder, method))
-    processes.print(f"encoder {encoder:.1f} M parameters, with all that trains it {all_of_it:.1f} M")
+    processes.print(f"encoder {encoder:.1f} M parameters, the whole method {all_of_it:.1f} M")
 
     # 3. Pre-train it, and export the encoder
     results = {"pretraining": pretrain_method(method, config, stage)}

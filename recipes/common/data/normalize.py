@@ -56,10 +56,6 @@ class Normalize(nn.Module):
         shift = -self.mean / self.std
         return torch.addcmul(shift.flatten().repeat(pixels), patches, scale.flatten().repeat(pixels))  # channels last
 
-    def undo_patches(self, patches: Tensor) -> Tensor:
-        """Map normalized patches back to [0, 1]."""
-        return (patches.unflatten(-1, (-1, len(self.mean))) * self.std.flatten() + self.mean.flatten()).flatten(-2)
-
 
 def statistics(source: Source, *, limit: int = 1000) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Compute the mean and standard deviation of each channel, for images in [0, 1], with equal weight per image.

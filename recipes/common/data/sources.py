@@ -97,7 +97,7 @@ class Digits:
         return self._labels[self._indices[index]]
 
     def name(self, index: int) -> str:
-        """Return the index of the image in scikit-learn's data set, as text."""
+        """Return the index of the image in scikit-learn's dataset, as text."""
         return f"digit {self._indices[index]}"
 
 

@@ -38,7 +38,7 @@ def random_crop_box(
         ValueError: if a range is empty or not positive.
     """
     if not (0 < scale[0] <= scale[1] and 0 < ratio[0] <= ratio[1]):
-        raise ValueError(f"scale={scale} and ratio={ratio} are to be ranges of positive numbers")
+        raise ValueError(f"scale={scale} and ratio={ratio} must be ranges of positive numbers")
     low, high = math.log(ratio[0]), math.log(ratio[1])
     draws = torch.rand(10, 4, generator=generator, dtype=torch.float64).tolist()
     for u_area, u_ratio, u_top, u_left in draws:
@@ -115,7 +115,7 @@ class CenterCrop:
 
     def __post_init__(self) -> None:
         if not 0 < self.crop_fraction <= 1:
-            raise ValueError(f"crop_fraction={self.crop_fraction} is to be above 0 and at most 1")
+            raise ValueError(f"crop_fraction={self.crop_fraction} must be above 0 and at most 1")
 
     def __call__(self, image: Tensor, generator: Generator | None = None) -> Tensor:
         height, width = self.size

@@ -103,7 +103,9 @@ EVALUATIONS = {
 
 
 def in_order(wanted: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the evaluations to run, adding fine-tuning if the time budget requires its duration.
+    """Return the evaluations to run, each once and in the order of `EVALUATIONS`.
+
+    Fine-tuning is added if the time budget requires its duration.
 
     Raises:
         SettingsError: if the name of an evaluation is unknown.
@@ -111,4 +113,5 @@ def in_order(wanted: tuple[str, ...]) -> tuple[str, ...]:
     unknown = [name for name in wanted if name not in EVALUATIONS]
     if unknown:
         raise SettingsError(f"--evaluate {unknown[0]}: choose among {', '.join(EVALUATIONS)}")
-    return ("finetune", *wanted) if "budget" in wanted and "finetune" not in wanted else wanted
+    needed = {*wanted, "finetune"} if "budget" in wanted else {*wanted}
+    return tuple(name for name in EVALUATIONS if name in needed)

@@ -76,8 +76,9 @@ class Finetuning:
     )
 
 
-def of(settings: Finetuning, *, drop_path: float = 0.1, **optimization: Any) -> Finetuning:
-    """Return settings with another drop path rate and other settings of the optimizer."""
+def of(settings: Finetuning, *, drop_path: float | None = None, **optimization: Any) -> Finetuning:
+    """Return settings with other settings of the optimizer and, if given, another drop path rate."""
+    drop_path = settings.drop_path if drop_path is None else drop_path
     return replace(settings, drop_path=drop_path, optimization=replace(settings.optimization, **optimization))
 
 
