@@ -47,7 +47,7 @@ def stopped(*args: str, runs: Path) -> str:
         (
             "--finetune.batch-size 25 --finetune.cutmix 1",
             "--finetune.batch-size 25: mixup and cutmix mix pairs, and micro-batches of 25 images are odd; "
-            "choose others, or --finetune.mixup 0 --finetune.cutmix 0",
+            "use a multiple of 2, or --finetune.mixup 0 --finetune.cutmix 0",
         ),
         (
             "--finetune.batch-size 101",

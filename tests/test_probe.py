@@ -149,7 +149,7 @@ def test_a_mistake_of_the_program_keeps_its_traceback(
 
 def test_features_that_are_not_finite_are_refused(encoder: Path, tmp_path: Path) -> None:
     vit = small()
-    vit.load_state_dict(timm_state(vit) | {"norm.bias": torch.full((24,), torch.nan)})
+    vit.load_state_dict(timm_state(vit) | {"norm.weight": torch.full((24,), 3e38)})
     export(encoder, vit, NORMALIZE)
     with pytest.raises(SystemExit, match="knn: the encoder's features are not finite"):
         recipe("knn", "--encoder", encoder, "--runs", tmp_path)
