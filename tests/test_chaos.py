@@ -23,9 +23,9 @@ from forked import ended, fork, ranks
 from small_runs import metrics
 
 OPTIONS = shlex.split(
-    "--image-size 16 16 --patch 4 --size nano --decoder-dim 12 --decoder-heads 2 --decoder-depth 1 --epochs 6 "
-    "--batch-size 260 --warmup-epochs 1 --log-every 3 --checkpoint-minutes 0 --device cpu --compile off "
-    "--evaluate finetune --finetune.epochs 6 --finetune.batch-size 40 --finetune.mixup 0.8 --finetune.erasing 0.25"
+    "--image-size 16 16 --patch 4 --size nano --decoder-dim 12 --decoder-heads 2 --decoder-depth 1 --epochs 3 "
+    "--batch-size 260 --warmup-epochs 1 --log-every 2 --checkpoint-minutes 0 --device cpu --compile off "
+    "--evaluate finetune --finetune.epochs 3 --finetune.batch-size 40 --finetune.mixup 0.8 --finetune.erasing 0.25"
 )
 
 
