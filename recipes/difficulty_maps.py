@@ -63,7 +63,7 @@ def measured_difficulty(method: Any, patches: Tensor, noise: Tensor) -> Tensor:
 
 def main(config: Config) -> None:
     method, trained = load_method(
-        config.run, needs="predict_difficulty", of="hpm.py: nothing in it predicts how hard patches are"
+        config.run, needs="predict_difficulty", of="hpm.py, whose method predicts how hard patches are"
     )
     source = images_to_look_at(trained.data, config.data)
     images = next(central_views(source, method, trained, batch_size=config.count))

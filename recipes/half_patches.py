@@ -71,7 +71,7 @@ class Half(nn.Module):
 
 def main(config: Config) -> None:
     method, trained = load_method(
-        config.run, needs="predict_difficulty", of="hpm.py: nothing in it predicts how hard patches are"
+        config.run, needs="predict_difficulty", of="hpm.py, whose method predicts how hard patches are"
     )
     path = config.data or trained.data.path
     settings = replace(trained.finetune, optimization=replace(trained.finetune.optimization, layer_decay=1.0))

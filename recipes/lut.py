@@ -161,7 +161,7 @@ def view_pictures(
     if pixels is not None:
         drawn = reconstruction(method.normalize, first, *pixels, **sizes)
     more = {"second view": second, "seen of it": gray_out(second, masks[1], **sizes)}
-    return Pictures(drawn.columns | more, "of both views the teacher encodes all patches; " + drawn.note)
+    return Pictures(drawn.columns | more, "the teacher encodes all patches of both views; " + drawn.note)
 
 
 IMAGENET = Config(optimization=Optimization(epochs=1600, sqrt_rule_at=4096), finetune=finetuning.LUT)

@@ -57,7 +57,7 @@ def right_places(method: Any, images: Tensor, noise: dict[str, Tensor], *, maske
 
 
 def main(config: Config) -> None:
-    method, trained = load_method(config.run, needs="locate", of="droppos.py: nothing in it finds positions")
+    method, trained = load_method(config.run, needs="locate", of="droppos.py, whose method predicts positions")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     method.to(device)
     places = method.height * method.width

@@ -110,9 +110,9 @@ def test_classifiers_that_see_half_of_the_patches_are_compared_and_resumed(runs:
 @pytest.mark.parametrize(
     ("name", "of", "sentence"),
     [
-        ("half_patches", "droppos", "is no run of hpm.py: nothing in it predicts how hard patches are"),
-        ("difficulty_maps", "droppos", "is no run of hpm.py: nothing in it predicts how hard patches are"),
-        ("position_accuracy", "hpm", "is no run of droppos.py: nothing in it finds positions"),
+        ("half_patches", "droppos", "is no run of hpm.py, whose method predicts how hard patches are"),
+        ("difficulty_maps", "droppos", "is no run of hpm.py, whose method predicts how hard patches are"),
+        ("position_accuracy", "hpm", "is no run of droppos.py, whose method predicts positions"),
     ],
 )
 def test_a_run_of_another_method_is_refused_in_one_sentence(name: str, of: str, sentence: str, runs: Path) -> None:

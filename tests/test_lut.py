@@ -236,7 +236,7 @@ def test_a_single_image_at_a_time_is_one_sentence(args, tmp_path):
     args = [*FEW, "--image-size", "16", "16", "--evaluate", *args, "--device", "cpu", "--runs", str(tmp_path)]
     with pytest.raises(SystemExit) as ended:
         pretrain(lut.RECIPE, name="lut", args=[*args, "--workers", "0"])
-    assert "batch norm cannot compare a single image: change --batch-size, --device-batch or --head-norm" in str(
+    assert "batch norm needs at least two images: change --batch-size, --device-batch or --head-norm" in str(
         ended.value
     )
 

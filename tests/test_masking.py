@@ -364,7 +364,7 @@ TOKENS = CELLS | {"cell_height": 1, "cell_width": 1}
             ]
         ),
         *(
-            ("random_cells", n, CELLS, f"noise of shape ({n},) has not one value for each of 2 × 2 cells")
+            ("random_cells", n, CELLS, f"noise of shape ({n},) does not have one value for each of 2 × 2 cells")
             for n in (1, 3, 5)
         ),
         *(

@@ -114,8 +114,8 @@ def spoil(run: Path, how: str) -> None:
     [
         ("no configuration", "{run} is not the folder of a run: it has no config.json that names a recipe"),
         ("no recipe", "{run} is not the folder of a run: it has no config.json that names a recipe"),
-        ("another recipe", "../mae is no recipe of pre-training: there is no recipes/../mae.py with a RECIPE"),
-        ("an evaluation", "finetune is no recipe of pre-training: there is no recipes/finetune.py with a RECIPE"),
+        ("another recipe", "../mae is not a pre-training recipe: there is no recipes/../mae.py with a RECIPE"),
+        ("an evaluation", "finetune is not a pre-training recipe: there is no recipes/finetune.py with a RECIPE"),
         ("no checkpoint", "{run} has no checkpoint yet"),
         ("another setting", "settings of Config are unknown: color"),
     ],
@@ -222,7 +222,7 @@ def test_images_of_ones_own_need_no_classes(run: Path, tmp_path: Path, capsys: A
         ({"weights": Path("nowhere.pth")}, "give either the --run of a recipe here"),
         ({"run": Path("a"), "recipe": "mae"}, "give either the --run of a recipe here"),
         ({"recipe": "mae"}, "give either the --run of a recipe here"),
-        ({"recipe": "knn", "weights": Path("nowhere.pth")}, "knn is no recipe of pre-training"),
+        ({"recipe": "knn", "weights": Path("nowhere.pth")}, "knn is not a pre-training recipe"),
         ({"recipe": "mae", "preset": "digits", "weights": Path("nowhere.pth")}, "nowhere.pth is not a file"),
     ],
 )

@@ -35,7 +35,7 @@ def batch_norm_of_two(rank: int) -> None:
     torch.testing.assert_close(ours.state_dict(), plain.state_dict())
 
     refuse_single_images(BatchNorm(5), 1)  # two devices have two images
-    with pytest.raises(ValueError, match="batch norm cannot compare a single image"):
+    with pytest.raises(ValueError, match="batch norm needs at least two images"):
         refuse_single_images(BatchNorm(5, together=False), 1)
 
 

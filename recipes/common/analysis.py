@@ -37,7 +37,7 @@ def recipe_of(name: str) -> Recipe:
     modules = [path.stem for path in Path(__file__).parents[1].glob("*.py")]
     module = importlib.import_module(name) if name in modules else None
     if not hasattr(module, "RECIPE"):
-        raise SettingsError(f"{name} is no recipe of pre-training: there is no recipes/{name}.py with a RECIPE")
+        raise SettingsError(f"{name} is not a pre-training recipe: there is no recipes/{name}.py with a RECIPE")
     return module.RECIPE  # pyright: ignore
 
 

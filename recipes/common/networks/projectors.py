@@ -79,7 +79,7 @@ def refuse_single_images(head: nn.Module, batch: int) -> None:
     for part in head.modules():
         if isinstance(part, BatchNorm) and part.training and batch * (_devices() if part.together else 1) < 2:
             raise SettingsError(
-                "batch norm cannot compare a single image: change --batch-size, --device-batch or --head-norm"
+                "batch norm needs at least two images: change --batch-size, --device-batch or --head-norm"
             )
 
 
