@@ -74,7 +74,9 @@ def random_cells(
         raise ValueError(f"a grid of {height} × {width} is not made of cells of {cell_height} × {cell_width}")
     rows, columns, area = height // cell_height, width // cell_width, cell_height * cell_width
     if noise.shape[-1:] != (rows * columns,):
-        raise ValueError(f"noise of shape {tuple(noise.shape)} does not have one value for each of {rows} × {columns} cells")
+        raise ValueError(
+            f"noise of shape {tuple(noise.shape)} does not have one value for each of {rows} × {columns} cells"
+        )
     if not 0 <= num_masked <= height * width or num_masked % area:
         raise ValueError(f"num_masked={num_masked} of {height * width} tokens are not whole cells of {area}")
     cells = (_rank(noise) >= rows * columns - num_masked // area).unflatten(-1, (rows, columns))
