@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -81,18 +82,18 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(
 ) -> None:
     nightly = hypothesis.settings.get_current_profile_name() == "nightly"
     moments, kills = random.Random(None if nightly else f"{name} {processes}"), 70 if nightly else 7
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
     began = time.monotonic()
-    assert [ended(pid) for pid in start(name, tmp_path / "whole", *options, processes=processes)] == [0] * processes
+    assert [ended(pid) for pid in start(name, whole, *options, processes=processes)] == [0] * processes
     duration = time.monotonic() - began
-    done = 0
-    while done < kills:
-        pids = start(name, tmp_path / "cut", *options, processes=processes)
-        if not killed_after(moments.uniform(0, 0.7) * duration, pids):
-            break
-        done += 1
-    assert done >= 3
-    codes = [ended(pid) for pid in start(name, tmp_path / "cut", *options, processes=processes)]
+    while kills:
+        if killed_after(moments.uniform(0, 0.6) * duration, start(name, cut, *options, processes=processes)):
+            kills -= 1
+        else:  # it came to its end before
+            assert left_by(whole) == left_by(cut)
+            shutil.rmtree(cut)
+    codes = [ended(pid) for pid in start(name, cut, *options, processes=processes)]
     assert codes == [0] * processes, (tmp_path / "cut.txt").read_text()
-    assert left_by(tmp_path / "whole") == left_by(tmp_path / "cut")
-    whole, cut = tensors(tmp_path / "whole"), tensors(tmp_path / "cut")
-    assert all(torch.equal(whole[key], cut[key]) for key in whole.keys() | cut.keys())
+    assert left_by(whole) == left_by(cut)
+    one, other = tensors(whole), tensors(cut)
+    assert all(torch.equal(one[key], other[key]) for key in one.keys() | other.keys())
