@@ -148,7 +148,8 @@ class Optimization:
     batch_size: Count = 4096
     """images per step, over all devices and micro-batches"""
     device_batch: MayDiffer[Count] = 256
-    """largest micro-batch per device; larger batches use gradient accumulation, with the same result"""
+    """largest micro-batch per device; larger batches use gradient accumulation, with the same result unless a method
+    normalizes within a micro-batch (DropPos, HPM, LUT)"""
     base_lr: Positive = 1.5e-4
     """learning rate for a batch of 256 images; it is multiplied by batch size / 256"""
     sqrt_rule_at: Count | None = None
