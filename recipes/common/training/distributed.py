@@ -2,11 +2,11 @@
 
 import contextlib
 import functools
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from common.config import Run, SettingsError
 from common.locks import release
@@ -89,11 +89,10 @@ class Processes:
 
     def union(self, mapping: Mapping[str, str]) -> dict[str, str]:
         """Return the entries of the mappings of all processes, in the order of their ranks."""
-        if self.world_size == 1:
-            return dict(mapping)
-        mappings: list[Any] = [None] * self.world_size
-        dist.all_gather_object(mappings, dict(mapping))
-        return {key: value for each in mappings for key, value in each.items()}
+        together, own = {}, json.dumps(dict(mapping))
+        for rank in range(self.world_size):
+            together |= json.loads(self.broadcast(own, source=rank))
+        return together
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all processes, in place."""
