@@ -11,7 +11,8 @@ A method is an `nn.Module` with
 
 Every random draw depends only on (seed, step, sample) and is the same on every device, so on a CPU an interrupted and
 resumed run is bitwise identical to an uninterrupted one. Distributing it over devices or micro-batches changes only the
-order of sums; on a GPU this order also differs from run to run, because some backward passes add atomically.
+order of sums, unless a method normalizes within a micro-batch; on a GPU this order also differs from run to run,
+because some backward passes add atomically.
 """
 
 import time

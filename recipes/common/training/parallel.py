@@ -56,12 +56,10 @@ def compiled(method: nn.Module, run: Run, processes: Processes, *, static: bool)
         torch._dynamo.config.optimize_ddp = False  # else DDP cuts each compiled block into graphs at its buckets
     alone = processes.world_size == 1
     for block in blocks_of(method):
-        forward: Any = block.forward
         if wanted and not alone:  # `forward` alone is compiled, so the hooks of FSDP stay outside the graph
-            forward = torch.compile(forward, fullgraph=True, dynamic=False)
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
         if run.activation_checkpointing:
-            forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
-        block.forward = forward
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     if alone:
         return torch.compile(method, fullgraph=True, dynamic=False) if wanted else method
     if isinstance(method, FSDPModule):
