@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from blocks import with_gradient
 from gpu_trainings import Bench, Row, Training, config_of, each, free, graphs, method_of, synthetic_batch, training_of
-from measuring import in_rounds, seconds_of, version_of
+from measuring import in_rounds, kept_bytes, matmul_peak, seconds_of, version_of
 from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,7 +40,7 @@ ROUNDS = 3  # of the comparison with peers
 
 def speed(bench: Bench) -> list[Row]:
     """Measure a training step of each method, and of peers, in bf16 and compiled, with as many images as fit."""
-    peak = matmul_peak(bench)
+    peak = matmul_peak(bench.device, 256 if bench.toy else 8192)
     rows: list[Row] = [{"what": "matmul peak", "TFLOP/s": peak / 1e12}]
     sizes = [bench.size("base")] if bench.toy else ["base", "large"]
     base = [f"{method} {sizes[0]}" for method in bench.methods]
@@ -49,14 +49,6 @@ def speed(bench: Bench) -> list[Row]:
         rows += peers(bench)
     others = [f"{method} {size}" for size in sizes[1:] for method in bench.methods]
     return rows + each(bench, [*base[1:], *others], partial(speed_of, bench, peak))
-
-
-def matmul_peak(bench: Bench) -> float:
-    """Return the FLOP/s of a bf16 product of square matrices of 8192 rows."""
-    side = 256 if bench.toy else 8192
-    a, b = (torch.randn(side, side, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
-    seconds_of(partial(torch.mm, a, b), 10, bench.device)
-    return 2 * side**3 / seconds_of(partial(torch.mm, a, b), 5 if bench.toy else 50, bench.device)
 
 
 def speed_of(bench: Bench, peak: float, name: str) -> Row:
@@ -369,21 +361,8 @@ def sharding(bench: Bench) -> list[Row]:
             training.take(bench.warmup)
             own = seconds_of(training.step, bench.steps, bench.device)
         (seconds,) = bench.processes.maximum([own])
-        memory = peak_memory(bench, before) or {"kept kB": kept_bytes(training) / 1e3}
+        memory = peak_memory(bench, before) or {"kept kB": kept_bytes(training.step) / 1e3}
         training.check_loss()
         return {"devices": world_size, "batch": batch, "images/s": batch * world_size / seconds, **memory}
 
     return rows + each(bench, variants, of)
-
-
-def kept_bytes(training: Training) -> int:
-    """Return the bytes kept for the backward pass of a step."""
-    storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        training.step()
-    return sum(storage.nbytes() for storage in storages.values())

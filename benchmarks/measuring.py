@@ -6,11 +6,13 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 K = TypeVar("K")
 
@@ -61,6 +63,26 @@ def seconds_of(function: Callable[[], Any], repeats: int, device: torch.device) 
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3 / repeats
+
+
+def matmul_peak(device: torch.device, side: int = 8192) -> float:
+    """Return the FLOP/s of a bf16 product of square matrices."""
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    seconds_of(partial(torch.mm, a, b), 10, device)
+    return 2 * side**3 / seconds_of(partial(torch.mm, a, b), 50, device)
+
+
+def kept_bytes(function: Callable[[], Any]) -> int:
+    """Return the bytes that a call keeps for its backward pass."""
+    storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def in_rounds(clocks: dict[K, Callable[[], float]], rounds: int, order: random.Random) -> dict[K, list[float]]:

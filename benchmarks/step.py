@@ -56,7 +56,7 @@ import hpm
 import lomar
 import mae
 import plain
-from measuring import chosen_device, in_rounds, print_circumstances, seconds_of
+from measuring import chosen_device, in_rounds, kept_bytes, matmul_peak, print_circumstances, seconds_of
 from plain import GRID, NUM_MASKED, NUM_PATCHES, NUM_VISIBLE, NUM_WINDOWS, PATCH, PIXELS, SIDE, WINDOW
 
 PROGRESS = 0.25  # of the training: HPM's teacher chooses some patches, DropPos' targets are smoothed
@@ -502,16 +502,7 @@ def saved_bytes(variant: Variant, batch: Batch) -> int:
     """Bytes kept for the backward pass, per image: what two images need more than one, so weights do not count."""
 
     def total(count: int) -> int:
-        storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            variant.forward(batch.first(count), compiled=False)
-        return sum(storage.nbytes() for storage in storages.values())
+        return kept_bytes(lambda: variant.forward(batch.first(count), compiled=False))
 
     return total(2) - total(1)
 
@@ -552,19 +543,6 @@ def flops_per_image(method: str, size: str) -> float:
         return 3 * forward
     teacher = blocks(whole, **encoder) + embed(NUM_PATCHES, **encoder) + blocks(whole, **decoder)
     return 3 * (forward + blocks(whole, **decoder)) + teacher
-
-
-def measured_peak(device: torch.device) -> float:
-    """FLOP/s of a bf16 product of matrices of 8192 × 8192."""
-    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    for i in range(60):
-        if i == 10:
-            begin.record()
-        torch.mm(a, b)
-    end.record()
-    end.synchronize()
-    return 2 * 8192**3 * 50 / (begin.elapsed_time(end) / 1e3)
 
 
 def measure(size: str, precision: str, device: torch.device, settings: Settings, peak: float | None) -> None:
@@ -613,7 +591,7 @@ def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
     device = chosen_device(settings.device)
     print_circumstances(device, "torch", "transformers", "lightly", "timm")
-    peak = measured_peak(device) if device.type == "cuda" else None
+    peak = matmul_peak(device) if device.type == "cuda" else None
     if peak:
         print(f"measured peak: {peak / 1e12:.0f} TFLOP/s (bf16 product of 8192 × 8192 matrices)")
     for size in settings.size:
