@@ -76,8 +76,7 @@ def main(config: Config) -> None:
         sizes: Any = {"path": config.data, "flip": config.flip, "labels_per_class": config.labels_per_class}
         data = open_data(images_for(encoder, **sizes), seed=run.seed)
         check_finetuning(settings, data, world_size=processes.world_size)
-        how: Any = {"resume": run.resume, "restart": run.restart, "accept": run.accept_changed_data}
-        prepare(folder, "finetune", config, data=data, **how, processes=processes)
+        prepare(folder, "finetune", config, run=run, data=data, processes=processes)
         title = EVALUATIONS["scratch" if config.scratch else "finetune"].title
         result = finetune(encoder, normalize, settings=settings, stage=Stage(processes, data, run, folder, title))
         if processes.is_main:

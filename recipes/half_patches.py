@@ -84,10 +84,11 @@ def main(config: Config) -> None:
             data = open_data(images, seed=seed)
             check_finetuning(settings, data, world_size=processes.world_size)
             for part in config.parts:
-                run = replace(trained.run, seed=seed, resume=True, workers=config.workers)
                 folder = config.run / "half_patches" / f"{part}-{seed}"
-                how: Any = {"resume": resumable(folder), "accept": config.accept_changed_data}
-                prepare(folder, "half_patches", config, data=data, **how, processes=processes)
+                again = {"resume": resumable(folder), "restart": False}
+                again |= {"accept_changed_data": config.accept_changed_data}
+                run = replace(trained.run, seed=seed, workers=config.workers, **again)
+                prepare(folder, "half_patches", config, run=run, data=data, processes=processes)
                 encoder, normalize = load_encoder(
                     config.run / "encoder.safetensors",
                     class_token=settings.pool == "class",

@@ -35,8 +35,7 @@ def opened(root: Path) -> Data:
 
 def resumed(root: Path, folder: Path, processes: Processes = ALONE, **run: Any) -> None:
     """Start a run with the images of a folder, or resume it if it has a checkpoint."""
-    accept = Run(**run).accept_changed_data
-    prepare(folder, "mae", BaseConfig(), data=opened(root), resume=True, accept=accept, processes=processes)
+    prepare(folder, "mae", BaseConfig(), run=Run(resume=True, **run), data=opened(root), processes=processes)
     if not resumable(folder):
         Checkpoints(folder / "checkpoint").save(1, {"a": torch.ones(1)}, {})
 
@@ -131,7 +130,7 @@ def test_a_run_that_is_restarted_takes_the_images_of_today(root: Path, tmp_path:
     resumed(root, tmp_path / "run")
     one_more(root)
     config = BaseConfig()
-    prepare(tmp_path / "run", "mae", config, data=opened(root), resume=False, restart=True, processes=ALONE)
+    prepare(tmp_path / "run", "mae", config, run=Run(restart=True), data=opened(root), processes=ALONE)
     assert json.loads((tmp_path / "run" / "data.json").read_text())["train"]["images"] == 7
 
 

@@ -31,9 +31,8 @@ DIGITS = open_data(DataSettings(channels=1), seed=0)
 def opened(folder: Path, *args: str, recipe: str = "mae", after: Callable[[], object] = lambda: None) -> None:
     """Prepare the folder of a run, as a program does at its start, and do something before its end."""
     config = parse(mae.PRESETS, ["--runs", str(folder.parent), "--name", folder.name, *args], name="mae")
-    run, how = config.run, {"restart": config.run.restart, "stages": STAGES}
     with join_processes("cpu") as processes:
-        prepare(folder, recipe, config, data=DIGITS, resume=run.resume, **how, processes=processes)
+        prepare(folder, recipe, config, run=config.run, data=DIGITS, stages=STAGES, processes=processes)
         after()
 
 
@@ -228,7 +227,7 @@ def test_a_program_may_prepare_the_same_folder_again(tmp_path: Path) -> None:
     config = parse(mae.PRESETS, ["--runs", str(tmp_path)], name="mae")
     with join_processes("cpu") as processes:
         for _ in range(2):
-            prepare(tmp_path / "mae", "mae", config, data=DIGITS, resume=False, processes=processes)
+            prepare(tmp_path / "mae", "mae", config, run=config.run, data=DIGITS, processes=processes)
     assert locks._held == {}
 
 

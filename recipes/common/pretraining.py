@@ -68,8 +68,7 @@ def _pretrain(recipe: Recipe, config: BaseConfig, name: str, processes: Processe
     method = recipe.method(config, normalize)
     if config.weights is not None:
         processes.print(f"{config.weights}:\n{recipe.load(method, config.weights)}")
-    resume = {"resume": run.resume, "restart": run.restart, "accept": run.accept_changed_data}
-    prepare(folder, name, config, data=data, **resume, stages=EVALUATIONS, processes=processes)
+    prepare(folder, name, config, run=run, data=data, stages=EVALUATIONS, processes=processes)
     encoder, all_of_it = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (method.encoder, method))
     processes.print(f"encoder {encoder:.1f} M parameters, the whole method {all_of_it:.1f} M")
 

@@ -64,10 +64,8 @@ def prepare(
     recipe: str,
     config: Any,
     *,
+    run: Run,
     data: Data,
-    resume: bool,
-    restart: bool = False,
-    accept: bool = False,
     stages: Iterable[str] = (),
     processes: Processes,
 ) -> None:
@@ -77,10 +75,9 @@ def prepare(
         folder: folder of the run.
         recipe: name of the program.
         config: its settings.
+        run: whether to go on with the run in the folder if it holds one (`resume`), even if the images have changed
+            (`accept_changed_data`), or to delete it (`restart`).
         data: the images of the run.
-        resume: go on with the run in the folder, or start a new one if the folder holds none.
-        restart: delete the run in the folder and start a new one.
-        accept: go on even if the images have changed.
         stages: subfolders with the files of later stages, which belong to the run, too.
         processes: the processes of the run; every one must see the folder.
 
@@ -94,7 +91,8 @@ def prepare(
             with explained(f"{folder} cannot be written"):
                 folder.mkdir(parents=True, exist_ok=True)
             lock(folder, token)
-    token, digest = processes.broadcast(token), str(seed_of(json.dumps(fingerprint(data))))
+    images = fingerprint(data)
+    token, digest = processes.broadcast(token), str(seed_of(json.dumps(images)))
     others = processes.broadcast(digest)
     with processes.together():
         if digest != others:
@@ -105,12 +103,12 @@ def prepare(
             join(folder, token)
     with processes.together():
         if processes.is_main:
-            _open(folders, recipe, config, data, accept=accept, resume=resume, restart=restart)
+            _open(folders, recipe, config, run, data, images)
 
 
 def has_results(folder: Path) -> bool:
     """Return whether the folder of a run or stage has what must not be lost: a checkpoint, weights or a result."""
-    return any(Checkpoints(folder / "checkpoint").steps()) or any((folder / name).exists() for name in RESULTS)
+    return resumable(folder) or any((folder / name).exists() for name in RESULTS)
 
 
 def resumable(folder: Path) -> bool:
@@ -118,24 +116,23 @@ def resumable(folder: Path) -> bool:
     return bool(Checkpoints(folder / "checkpoint").steps())
 
 
-def _open(
-    folders: list[Path], recipe: str, config: Any, data: Data, *, accept: bool, resume: bool, restart: bool
-) -> None:
+def _open(folders: list[Path], recipe: str, config: Any, run: Run, data: Data, images: dict[str, Any]) -> None:
     """Check what the folders of a run and its stages hold, clean them, and write the settings and the fingerprint."""
-    folder, settings, images = folders[0], folders[0] / "config.json", folders[0] / "data.json"
+    folder, settings, started_with = folders[0], folders[0] / "config.json", folders[0] / "data.json"
     valuable = any(map(has_results, folders))
-    if resume and restart:
+    if run.resume and run.restart:
         raise SettingsError("--resume goes on with a run, and --restart deletes it: choose one of them")
-    if valuable and not (resume or restart):
+    if valuable and not (run.resume or run.restart):
         raise SettingsError(
             f"{folder} holds a run already: go on with --resume, delete it with --restart, or give another --name"
         )
-    going_on = resume and (valuable or settings.exists())
-    before = _settings_before(settings, recipe, needed=going_on, any_recipe=not valuable and not resume)
+    going_on = run.resume and (valuable or settings.exists())
+    before = _settings_before(settings, recipe, needed=going_on, any_recipe=not valuable and not run.resume)
     if going_on:
         for option, (now, then) in changed_settings(config, before).items():
             raise SettingsError(f"{folder} was started with {option} {then} and cannot be resumed with {now}")
-        if not accept and images.exists() and (changed := changes(data, read_json(images))):
+        then = images if run.accept_changed_data or not started_with.exists() else read_json(started_with)
+        if then != images and (changed := changes(data, then)):
             raise SettingsError(
                 f"{folder} was started with other images: {changed}; "
                 "restore them, give another --name, or go on with --accept-changed-data"
@@ -143,7 +140,7 @@ def _open(
         if not resumable(folder):
             raise SettingsError(f"{folder} has no checkpoint to resume from: start over with --restart")
     _clean(folders, everything=not going_on)
-    write_json(images, fingerprint(data))
+    write_json(started_with, images)
     if not going_on:
         write_json(settings, {"recipe": recipe, **to_json(config)})
 

@@ -1,7 +1,7 @@
 """The program of a probe of a frozen encoder, from the command line to the printed table."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,7 @@ def probe(
                 check_finetuning(finetuning, data, world_size=processes.world_size)
             # without checkpoints, an evaluation that was interrupted starts anew
             resume = run.resume and (finetuning is not None or has_results(folder))
-            how = {"resume": resume, "restart": run.restart, "accept": run.accept_changed_data}
-            prepare(folder, name, config, data=data, **how, processes=processes)
+            prepare(folder, name, config, run=replace(run, resume=resume), data=data, processes=processes)
             stage = Stage(processes, data, run, folder, title)
             result = evaluation(encoder, normalize, settings=config.settings, stage=stage)
             if processes.is_main:
