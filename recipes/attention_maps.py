@@ -39,8 +39,8 @@ class Config:
     encoder: str
     """encoder.safetensors of a run, a published checkpoint of the MAE family, or timm:NAME:FILE, timm's name of a
     vision transformer and a file of its weights"""
-    data: Path | None = None
-    """an image, or a folder with val/CLASS/*.jpg or any images; none: the handwritten digits from scikit-learn"""
+    data: str = "mnist"
+    """an image, or a folder with val/CLASS/*.jpg or any images, or mnist, digits or shapes"""
     image_size: tuple[int, int] | None = None
     """height and width in pixels, for which positions are resampled; none: those of the encoder"""
     queries: tuple[str, ...] = ()
@@ -152,8 +152,8 @@ def load(config: Config) -> tuple[Any, Normalize, Source]:
     encoder, normalize = open_encoder(config.encoder, image_size=config.image_size)
     network: Any = encoder
     channels = encoder.channels
-    if config.data is not None and config.data.is_file():
-        return network.eval(), normalize, _File(config.data, channels)
+    if Path(config.data).is_file():
+        return network.eval(), normalize, _File(Path(config.data), channels)
     return network.eval(), normalize, images_to_look_at(DataSettings(channels=channels), config.data)  # pyright: ignore[reportArgumentType]
 
 

@@ -1,6 +1,6 @@
 """Beyond Masking, the six single tasks: degrade an image in one of several ways, and predict the original.
 
-    python recipes/beyond_masking.py --task distorted                    the embedded digits, minutes on a laptop
+    python recipes/beyond_masking.py --task distorted                    MNIST, minutes on a laptop
     python recipes/beyond_masking.py --task zoom_in --data DIR           images of your own
     torchrun --nproc_per_node=8 recipes/beyond_masking.py --task blurred --preset imagenet --data DIR
 
@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from common.config import Must, Network, Optimization, PositiveShare, SettingsError, Share
 from common.networks import count_masked, encoder_and_decoder, initialize_truncated
 from common.pretraining import pretrain
-from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, changed, digits, finetuning, folder
+from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, changed, embedded, finetuning, folder
 from common.report import Pictures, gray_out, reconstruction
 from mimkit import degrade
 from mimkit.losses import channel_normalized_patches, squared_error
@@ -186,7 +186,7 @@ IMAGENET = Config(
     finetune=finetuning.BEYOND_MASKING,
 )
 PRESETS = {
-    "digits": digits(IMAGENET, kernels=(5,), **SMALL_DECODER),  # for images of 32 pixels; the paper's 9 are for 224
+    **embedded(IMAGENET, kernels=(5,), **SMALL_DECODER),  # for small images; the paper's 9 are for 224 pixels
     "folder": folder(IMAGENET),
     "imagenet": IMAGENET,
     "imagenet_large": changed(IMAGENET, size="large", decoder_dim=512, decoder_depth=8, decoder_heads=8),

@@ -1,6 +1,6 @@
 """Beyond Masking, integrated task: encode a quarter of the patches of the center, and predict a larger view.
 
-    python recipes/beyond_masking_integrated.py                           the embedded digits, minutes on a laptop
+    python recipes/beyond_masking_integrated.py                           MNIST, minutes on a laptop
     python recipes/beyond_masking_integrated.py --data DIR                images of your own
     torchrun --nproc_per_node=8 recipes/beyond_masking_integrated.py --preset imagenet --data DIR
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from common.config import SettingsError
 from common.networks import count_masked, encoder_and_decoder, initialize_truncated
 from common.pretraining import pretrain
-from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, changed, digits, folder
+from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, changed, embedded, folder
 from common.report import Pictures, gray_out, shown
 from mimkit.degrade import area_resize, central_crop
 from mimkit.losses import band_error, channel_normalized_patches, squared_error
@@ -110,7 +110,13 @@ class Integrated(nn.Module):
 
 IMAGENET = Config(network=TASKS.network, optimization=TASKS.optimization, finetune=TASKS.finetune)
 PRESETS = {
-    "digits": digits(IMAGENET, view_size=(46, 46), evaluate=("finetune", "scratch", "budget"), **SMALL_DECODER),
+    **embedded(
+        IMAGENET,
+        mnist={"view_size": (40, 40)},
+        digits={"view_size": (46, 46)},
+        shapes={"view_size": (80, 80)},
+        **SMALL_DECODER,
+    ),
     "folder": folder(IMAGENET),
     "imagenet": IMAGENET,
     "imagenet_large": changed(IMAGENET, size="large", decoder_dim=512, decoder_heads=8),

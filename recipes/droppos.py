@@ -1,6 +1,6 @@
 """DropPos: dropped positions. Drop most positions of the few visible patches, and predict these positions.
 
-    python recipes/droppos.py                                             the embedded digits, minutes on a laptop
+    python recipes/droppos.py                                             MNIST, minutes on a laptop
     python recipes/droppos.py --data DIR                                  images of your own
     torchrun --nproc_per_node=8 recipes/droppos.py --preset imagenet --data DIR
 
@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from common.config import Must, Network, NonNegatives, Optimization, SettingsError
 from common.networks import Predictor, build_vit, initialize_mae
 from common.pretraining import pretrain
-from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, changed, digits, finetuning, folder
+from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, changed, embedded, finetuning, folder
 from common.report import Pictures, gray_out
 from common.training.schedules import epoch_of
 from common.weights.published_names import MAE_FAMILY
@@ -171,7 +171,7 @@ IMAGENET = Config(
     finetune=finetuning.DROPPOS,
 )
 LARGE = changed(IMAGENET, size="large", epochs=800, warmup_epochs=40, finetune=finetuning.DROPPOS_LARGE)
-PRESETS = {"digits": digits(IMAGENET, **SMALL_DECODER), "folder": folder(IMAGENET), "imagenet": IMAGENET}
+PRESETS = {**embedded(IMAGENET, **SMALL_DECODER), "folder": folder(IMAGENET), "imagenet": IMAGENET}
 PRESETS["imagenet_large"] = LARGE
 RECIPE = Recipe(DropPos, PRESETS, NAMES)
 

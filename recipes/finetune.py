@@ -1,6 +1,6 @@
 """Fine-tune an encoder on labeled images and measure its accuracy.
 
-    python recipes/finetune.py --encoder runs/mae/encoder.safetensors                     the embedded digits
+    python recipes/finetune.py --encoder runs/mae/encoder.safetensors                     MNIST
     python recipes/finetune.py --encoder runs/mae/encoder.safetensors --data DIR          images of your own
     torchrun --nproc_per_node=8 recipes/finetune.py --preset mae_base --encoder mae_pretrain_vit_base.pth --data DIR
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.config import Count, Counts, Flat, Run, SettingsError, Share, parse
+from common.config import EMBEDDED, Count, Counts, Flat, Run, SettingsError, Share, parse
 from common.data.sources import open_data
 from common.evaluation import finetuning
 from common.evaluation.evaluations import EVALUATIONS
@@ -34,21 +34,21 @@ class Config:
     """encoder.safetensors of a run, or a published checkpoint"""
     scratch: bool = False
     """train the same network from scratch instead"""
-    data: Path | None = None
-    """folder with train/CLASS/*.jpg and val/CLASS/*.jpg; none: the handwritten digits included in scikit-learn"""
+    data: str = "mnist"
+    """folder with train/CLASS/*.jpg and val/CLASS/*.jpg; or mnist, digits or shapes, images that need no file"""
     image_size: Counts | None = None
     """height and width in pixels, for which positions are resampled; none: those of the encoder"""
     flip: Share = 0.5
     """probability of a horizontal flip"""
     labels_per_class: Count = 10
-    """embedded digits only: labeled images per class"""
+    """mnist, digits and shapes only: labeled images per class"""
     run: Flat[Run] = field(default_factory=Run)
     finetune: Flat[Finetuning] = field(default_factory=Finetuning)
 
 
 UNSET = Path("encoder.safetensors")
 PRESETS = {
-    "digits": Config(UNSET, flip=0.0, finetune=finetuning.DIGITS),
+    **dict.fromkeys(EMBEDDED, Config(UNSET, flip=0.0, finetune=finetuning.DIGITS)),
     "folder": Config(UNSET, finetune=finetuning.FOLDER),
     "mae_base": Config(UNSET, finetune=finetuning.MAE),
     "mae_large": Config(UNSET, finetune=finetuning.MAE_LARGE),

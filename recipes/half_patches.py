@@ -42,7 +42,7 @@ class Config(AnalysisConfig):
     epochs: int | None = None
     """epochs of each training; none: those of the run's fine-tuning"""
     labels_per_class: int = 100
-    """embedded digits only: labeled images per class"""
+    """mnist, digits and shapes only: labeled images per class"""
     workers: MayDiffer[int] = -1
     """data-loading processes; -1: one per free core, at most 16"""
     accept_changed_data: MayDiffer[bool] = False

@@ -1,6 +1,6 @@
 """HPM: hard patches mining. Predict which patches are hard to reconstruct, and mask more of them as training goes on.
 
-    python recipes/hpm.py                                                 the embedded digits, minutes on a laptop
+    python recipes/hpm.py                                                 MNIST, minutes on a laptop
     python recipes/hpm.py --data DIR                                      images of your own
     torchrun --nproc_per_node=8 recipes/hpm.py --preset imagenet --data DIR
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from common.config import Optimization, Positive, SettingsError, Shares
 from common.networks import Predictor, count_masked, ema_copy, ema_update, encoder_and_decoder, initialize_mae
 from common.pretraining import pretrain
-from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, changed, digits, finetuning, folder
+from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, changed, embedded, finetuning, folder
 from common.report import Pictures, gray_out, heat_maps, reconstruction
 from common.training.schedules import epoch_of
 from common.weights.published_names import MAE_FAMILY
@@ -157,7 +157,7 @@ NAMES = {
 IMAGENET = Config(optimization=Optimization(epochs=200, warmup_epochs=10, clip=5.0), finetune=finetuning.HPM)
 PRESETS = {
     # momentum for a few hundred steps; the paper's is for 100,000
-    "digits": digits(IMAGENET, momentum=(0.99, 0.99), **SMALL_DECODER),
+    **embedded(IMAGENET, momentum=(0.99, 0.99), **SMALL_DECODER),
     "folder": folder(IMAGENET),
     "imagenet": IMAGENET,
     "imagenet_large": changed(IMAGENET, size="large", epochs=800, warmup_epochs=40, finetune=finetuning.HPM_LARGE),

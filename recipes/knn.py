@@ -1,6 +1,6 @@
 """Classify images by the nearest neighbors of their features from a frozen encoder, without any training.
 
-    python recipes/knn.py --encoder runs/mae/encoder.safetensors                 the embedded digits
+    python recipes/knn.py --encoder runs/mae/encoder.safetensors                 MNIST
     python recipes/knn.py --encoder runs/mae/encoder.safetensors --data DIR      images of your own
     python recipes/knn.py --encoder timm:vit_base_patch16_224.dino:dino.pth --data DIR
 
@@ -9,7 +9,7 @@ Votes are weighted by exp(cosine similarity / temperature).
 
 from dataclasses import dataclass, field
 
-from common.config import Flat
+from common.config import EMBEDDED, Flat
 from common.evaluation.knn import Neighbors, knn
 from common.evaluation.probe import ProbeConfig, probe
 
@@ -21,7 +21,7 @@ class Config(ProbeConfig):
     settings: Flat[Neighbors] = field(default_factory=Neighbors)
 
 
-PRESETS = {"digits": Config(settings=Neighbors(crop_fraction=1.0)), "folder": Config()}
+PRESETS = {**dict.fromkeys(EMBEDDED, Config(settings=Neighbors(crop_fraction=1.0))), "folder": Config()}
 
 if __name__ == "__main__":
     probe(knn, PRESETS, name="knn", title="k-NN", description=__doc__)

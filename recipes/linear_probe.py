@@ -1,6 +1,6 @@
 """Train a linear classifier on a frozen encoder and measure its accuracy.
 
-    python recipes/linear_probe.py --encoder runs/mae/encoder.safetensors                 the embedded digits
+    python recipes/linear_probe.py --encoder runs/mae/encoder.safetensors                 MNIST
     python recipes/linear_probe.py --encoder runs/mae/encoder.safetensors --data DIR      images of your own
     python recipes/linear_probe.py --encoder timm:vit_base_patch16_224.dino:dino.pth --data DIR
     torchrun --nproc_per_node=8 recipes/linear_probe.py --preset mae --augment --encoder MAE.pth --data DIR
@@ -11,7 +11,7 @@ over these features. With --augment, a new random crop of every image is encoded
 
 from dataclasses import dataclass, field, replace
 
-from common.config import Flat, Share
+from common.config import EMBEDDED, Flat, Share
 from common.evaluation.linear import DIGITS, FOLDER, Linear, linear
 from common.evaluation.probe import ProbeConfig, probe
 
@@ -27,7 +27,7 @@ class Config(ProbeConfig):
 
 HPM = replace(Linear(), optimizer="sgd", base_lrs=(1e-3,), batch_size=4096, epochs=100, pool="mean")
 PRESETS = {
-    "digits": Config(flip=0.0, settings=DIGITS),
+    **dict.fromkeys(EMBEDDED, Config(flip=0.0, settings=DIGITS)),
     "folder": Config(settings=FOLDER),
     "mae": Config(),
     "hpm": Config(settings=HPM),

@@ -1,6 +1,6 @@
 """LoMaR: local masked reconstruction. Crop small windows from the image, mask most of each, and predict its pixels.
 
-    python recipes/lomar.py                                               the embedded digits, minutes on a laptop
+    python recipes/lomar.py                                               MNIST, minutes on a laptop
     python recipes/lomar.py --data DIR --image-size 448 448               large images of your own
     torchrun --nproc_per_node=8 recipes/lomar.py --preset imagenet --data DIR
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from common.config import Optimization, SettingsError
 from common.networks import build_vit, initialize_mae
 from common.pretraining import pretrain
-from common.recipe import BaseConfig, Normalize, Rand, Recipe, digits, folder
+from common.recipe import BaseConfig, Normalize, Rand, Recipe, embedded, folder
 from common.report import Pictures, framed, reconstruction
 from mimkit.losses import normalized_patches, squared_error
 from mimkit.masking import random_tokens
@@ -136,7 +136,7 @@ class LoMaR(nn.Module):
 NAMES = {r"encoder_pred\.": "head.", r"(?=cls_token|mask_token|patch_embed|blocks|norm)": "encoder."}
 
 IMAGENET = Config(optimization=Optimization(epochs=1600, warmup_epochs=80))
-PRESETS = {"digits": digits(IMAGENET, window_size=4), "folder": folder(IMAGENET), "imagenet": IMAGENET}
+PRESETS = {**embedded(IMAGENET, window_size=4), "folder": folder(IMAGENET), "imagenet": IMAGENET}
 RECIPE = Recipe(LoMaR, PRESETS, NAMES)
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """LUT: learning with unmasked tokens. MAE, and a loss by which the visible tokens learn the context of the image.
 
-    python recipes/lut.py                                                 the embedded digits, minutes on a laptop
+    python recipes/lut.py                                                 MNIST, minutes on a laptop
     python recipes/lut.py --data DIR                                      images of your own
     torchrun --nproc_per_node=8 recipes/lut.py --preset imagenet --data DIR
 
@@ -14,7 +14,7 @@ from common import networks
 from common.config import Count, Must, NonNegative, Optimization, Share
 from common.data.views import WeakStrong
 from common.pretraining import pretrain
-from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, changed, digits, finetuning, folder
+from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, changed, embedded, finetuning, folder
 from common.report import Pictures, gray_out, reconstruction
 from common.weights.published_names import MAE_FAMILY
 from mimkit.losses import cosine_distance, normalized_patches, squared_error
@@ -166,9 +166,9 @@ def view_pictures(
 
 IMAGENET = Config(optimization=Optimization(epochs=1600, sqrt_rule_at=4096), finetune=finetuning.LUT)
 # Views are nearly uncropped; momentum for a few hundred steps, the paper's is for 500,000
-DIGITS = {"crop_scale": (0.2, 1.0), "momentum": 0.99, "head_width": 384}
+SMALL: dict[str, Any] = {"crop_scale": (0.2, 1.0), "momentum": 0.99, "head_width": 384}
 PRESETS = {
-    "digits": digits(IMAGENET, sqrt_rule_at=None, **DIGITS, **SMALL_DECODER),
+    **embedded(IMAGENET, sqrt_rule_at=None, **SMALL, **SMALL_DECODER),
     "folder": folder(IMAGENET, sqrt_rule_at=None, head_width=2048),
     "imagenet": IMAGENET,
     "imagenet_large": changed(IMAGENET, size="large", finetune=finetuning.LUT_LARGE),

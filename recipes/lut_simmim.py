@@ -1,6 +1,6 @@
 """LUT on SimMIM: encode all patches, masked ones as mask tokens; the visible tokens learn the context of the image.
 
-    python recipes/lut_simmim.py                                          the embedded digits, minutes on a laptop
+    python recipes/lut_simmim.py                                          MNIST, minutes on a laptop
     python recipes/lut_simmim.py --data DIR                               images of your own
     torchrun --nproc_per_node=8 recipes/lut_simmim.py --preset imagenet --data DIR
 
@@ -20,14 +20,14 @@ from common.networks import (
     whole_cells,
 )
 from common.pretraining import pretrain
-from common.recipe import Normalize, Rand, Recipe, digits, finetuning, folder
+from common.recipe import Normalize, Rand, Recipe, embedded, finetuning, folder
 from common.report import Pictures
 from mimkit.masking import disjoint_views, random_cells
 from mimkit.tokens import patchify, split, take
 
 import torch
-from lut import DIGITS, ContextConfig, ViewPair, context_losses, heads, update_teacher, view_pictures
-from simmim import IMAGENET_100, NAMES, CellConfig, pixel_loss
+from lut import SMALL, ContextConfig, ViewPair, context_losses, heads, update_teacher, view_pictures
+from simmim import CELLS, IMAGENET_100, NAMES, CellConfig, pixel_loss
 from torch import Tensor, nn
 
 
@@ -107,7 +107,7 @@ class LUTSimMIM(nn.Module):
 
 IMAGENET = Config(optimization=IMAGENET_100.optimization, finetune=finetuning.SIMMIM)
 PRESETS = {
-    "digits": digits(IMAGENET, cell=8, warmup_lr=0.0, min_lr=0.0, **DIGITS),
+    **embedded(IMAGENET, **CELLS, warmup_lr=0.0, min_lr=0.0, **SMALL),
     "folder": folder(IMAGENET, head_width=2048, base_lr=2e-4, min_lr=5e-6),
     "imagenet": IMAGENET,
 }

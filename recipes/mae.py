@@ -1,6 +1,6 @@
 """MAE: masked autoencoders. Mask most patches, encode the visible ones, and predict the pixels of the masked ones.
 
-    python recipes/mae.py                                                 the embedded digits, minutes on a laptop
+    python recipes/mae.py                                                 MNIST, minutes on a laptop
     python recipes/mae.py --data DIR                                      images of your own
     torchrun --nproc_per_node=8 recipes/mae.py --preset imagenet --data DIR
 
@@ -13,7 +13,7 @@ from typing import Literal
 from common.config import Optimization
 from common.networks import count_masked, encoder_and_decoder, initialize_mae
 from common.pretraining import pretrain
-from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, changed, digits, finetuning, folder
+from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, changed, embedded, finetuning, folder
 from common.weights.published_names import MAE_FAMILY
 from mimkit.losses import normalized_patches, squared_error
 from mimkit.masking import random_tokens
@@ -71,7 +71,7 @@ class MAE(nn.Module):
 
 
 IMAGENET = Config(optimization=Optimization(epochs=1600))
-PRESETS = {"digits": digits(IMAGENET, **SMALL_DECODER), "folder": folder(IMAGENET), "imagenet": IMAGENET}
+PRESETS = {**embedded(IMAGENET, **SMALL_DECODER), "folder": folder(IMAGENET), "imagenet": IMAGENET}
 PRESETS["imagenet_large"] = changed(IMAGENET, size="large", finetune=finetuning.MAE_LARGE)
 PRESETS["imagenet_huge"] = changed(IMAGENET, size="huge", patch=14, finetune=finetuning.MAE_HUGE)
 RECIPE = Recipe(MAE, PRESETS, MAE_FAMILY, optional=(r"decoder\.",))

@@ -1,6 +1,6 @@
 """Train a few new transformer blocks and a head on top of a frozen encoder, and measure their accuracy.
 
-    python recipes/nonlinear_probe.py --encoder runs/mae/encoder.safetensors                 the embedded digits
+    python recipes/nonlinear_probe.py --encoder runs/mae/encoder.safetensors                 MNIST
     python recipes/nonlinear_probe.py --encoder runs/mae/encoder.safetensors --data DIR --blocks 4
     torchrun --nproc_per_node=8 recipes/nonlinear_probe.py --encoder mae_pretrain_vit_base.pth --data DIR
 
@@ -11,7 +11,7 @@ Paper: Beyond Masking, arXiv 2203.14313, non-linear probing. It does not state t
 
 from dataclasses import dataclass, field
 
-from common.config import Flat, Share
+from common.config import EMBEDDED, Flat, Share
 from common.evaluation import finetuning
 from common.evaluation.nonlinear import Nonlinear, nonlinear
 from common.evaluation.probe import ProbeConfig, probe
@@ -27,7 +27,7 @@ class Config(ProbeConfig):
 
 
 PRESETS = {
-    "digits": Config(flip=0.0, settings=Nonlinear(finetune=finetuning.DIGITS)),
+    **dict.fromkeys(EMBEDDED, Config(flip=0.0, settings=Nonlinear(finetune=finetuning.DIGITS))),
     "folder": Config(settings=Nonlinear(finetune=finetuning.FOLDER)),
     "imagenet": Config(settings=Nonlinear(finetune=finetuning.of(finetuning.MAE, base_lr=1e-3))),
 }

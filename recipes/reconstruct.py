@@ -41,8 +41,8 @@ class Config:
     """preset of the recipe for --weights"""
     options: str = ""
     """options of the recipe that differ from the preset, in one string"""
-    data: Path | None = None
-    """folder of images; none: those of the run, or the handwritten digits included in scikit-learn"""
+    data: str | None = None
+    """folder of images, or mnist, digits or shapes; none: those of the run"""
     split: Literal["test", "train"] = "test"
     """split of the images; test is val of a folder, and a folder without train and val is used as a whole"""
     count: Count = 8

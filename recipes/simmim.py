@@ -1,6 +1,6 @@
 """SimMIM: a simple framework for masked image modeling. Mask large cells, and predict their pixels by a linear layer.
 
-    python recipes/simmim.py                                              the embedded digits, minutes on a laptop
+    python recipes/simmim.py                                              MNIST, minutes on a laptop
     python recipes/simmim.py --data DIR                                   images of your own
     torchrun --nproc_per_node=8 recipes/simmim.py --preset imagenet --data DIR
 
@@ -8,12 +8,12 @@ Paper: SimMIM: A Simple Framework for Masked Image Modeling, arXiv 2111.09886.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from common.config import BelowOne, DataSettings, Must, Optimization
 from common.networks import PixelHead, masking_encoder, whole_cells
 from common.pretraining import pretrain
-from common.recipe import BaseConfig, Normalize, Rand, Recipe, changed, digits, finetuning, folder
+from common.recipe import BaseConfig, Normalize, Rand, Recipe, changed, embedded, finetuning, folder
 from mimkit.losses import absolute_error, window_normalized
 from mimkit.masking import random_cells
 from mimkit.tokens import patchify, split, take
@@ -107,8 +107,9 @@ IMAGENET = Config(
 )
 # The published 100-epoch schedule, from Swin: for 512 images, initial 1e-6, peak 2e-4, final 1e-5
 IMAGENET_100 = changed(IMAGENET, epochs=100, base_lr=1e-4, milestones=(), warmup_lr=4e-6, min_lr=4e-5)
+CELLS: dict[str, Any] = {"mnist": {"cell": 4}, "digits": {"cell": 8}, "shapes": {"cell": 16}}
 PRESETS = {
-    "digits": digits(IMAGENET_100, cell=8, crop_scale=(0.67, 1.0), warmup_lr=0.0, min_lr=0.0),
+    **embedded(IMAGENET_100, **CELLS, crop_scale=(0.67, 1.0), warmup_lr=0.0, min_lr=0.0),
     "folder": folder(IMAGENET_100, base_lr=2e-4, min_lr=5e-6),
     "imagenet": IMAGENET,
     "imagenet_100": IMAGENET_100,

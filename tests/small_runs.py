@@ -23,6 +23,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 SMALL = shlex.split(
+    "--data digits "
     "--image-size 16 16 --patch 4 --epochs 2 --batch-size 260 --warmup-epochs 1 --workers 0 --log-every 2"
 )
 TUNED = shlex.split(

@@ -24,8 +24,8 @@ class AnalysisConfig:
 
     run: MayDiffer[Path]
     """folder of the run; results are written there"""
-    data: MayDiffer[Path | None] = None
-    """folder with train/CLASS/*.jpg and val/CLASS/*.jpg; none: the images of the run"""
+    data: MayDiffer[str | None] = None
+    """folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or mnist, digits or shapes; none: the images of the run"""
 
 
 def recipe_of(name: str) -> Recipe:
@@ -79,17 +79,17 @@ def load_method(folder: Path, *, needs: str = "", of: str = "") -> tuple[Any, An
 
 
 def images_to_look_at(
-    settings: DataSettings, path: Path | None = None, *, split: Literal["test", "train"] = "test"
+    settings: DataSettings, path: str | None = None, *, split: Literal["test", "train"] = "test"
 ) -> Source:
     """Open images for an analysis, which needs no labels.
 
     Args:
         settings: image settings of the run.
-        path: folder of other images. All images are used if it contains neither train nor val.
+        path: folder or name of other images. All images are used if it contains neither train nor val.
         split: "test" is the val split of a folder.
     """
     settings = replace(settings, path=path or settings.path)
-    if settings.path is not None and not any((settings.path / name).is_dir() for name in ("train", "val")):
+    if settings.folder and not any((settings.folder / name).is_dir() for name in ("train", "val")):
         split = "train"
     return open_images(settings, split, labels=False)
 

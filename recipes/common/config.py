@@ -18,6 +18,7 @@ import tyro
 C = TypeVar("C")
 T = TypeVar("T")
 Flat = Annotated[T, tyro.conf.arg(name="")]  # the options of a group have no prefix
+EMBEDDED = ("mnist", "digits", "shapes")  # images that need no file, by the names that --data takes
 
 
 class SettingsError(ValueError):
@@ -107,8 +108,8 @@ class Run:
 class DataSettings:
     """The images and how they are cropped."""
 
-    path: Annotated[MayDiffer[Path | None], tyro.conf.arg(name="data")] = None
-    """folder with train/CLASS/*.jpg and val/CLASS/*.jpg; none: the handwritten digits included in scikit-learn"""
+    path: Annotated[MayDiffer[str], tyro.conf.arg(name="data")] = "mnist"
+    """folder with train/CLASS/*.jpg and val/CLASS/*.jpg; or mnist, digits or shapes, images that need no file"""
     image_size: Counts = (224, 224)
     """height and width of the network's input in pixels, multiples of --patch"""
     channels: Literal[1, 3] = 3
@@ -120,7 +121,15 @@ class DataSettings:
     statistics: Literal["auto", "imagenet", "data"] = "auto"
     """mean and std of the channels: ImageNet's, or those of the training images; auto: ImageNet's for RGB"""
     labels_per_class: Count = 10
-    """embedded digits only: labeled images per class for fine-tuning"""
+    """mnist, digits and shapes only: labeled images per class for fine-tuning"""
+    evaluate_on: Literal["test", "validation"] = "test"
+    """mnist, digits and shapes only: images that measure the accuracy; validation, to choose settings by: training
+    images whose labels are not used otherwise"""
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the images, None if they need none."""
+        return None if self.path in EMBEDDED else Path(self.path)
 
 
 @dataclass(frozen=True)
@@ -188,7 +197,7 @@ def parse(
     """Parse the command line on top of a preset, or with `--resume` on top of the run's original settings.
 
     Args:
-        presets: settings by name. The default is "digits", or "folder" if `--data` is given.
+        presets: settings by name. The default is the name given as `--data`, "folder" if that is a folder, or "mnist".
         args: command-line arguments; by default those of the process.
         name: name of the recipe, and of its run unless `--name` is given.
         description: text shown at the top of the help.
@@ -198,7 +207,9 @@ def parse(
         SettingsError: if a value is out of range.
     """
     args = list(sys.argv[1:] if args is None else args)
-    chosen = "folder" if any(arg == "--data" or arg.startswith("--data=") for arg in args) else "digits"
+    words = [word for arg in args for word in arg.split("=", 1)]
+    data = words[words.index("--data") + 1] if "--data" in words[:-1] else EMBEDDED[0]
+    chosen = data if data in EMBEDDED else "folder"
     explicit = False
     for i, arg in enumerate(args):
         if arg == "--preset" or arg.startswith("--preset="):

@@ -22,6 +22,7 @@ from common.runs import Stage, prepare
 from common.training.distributed import Processes, join_processes, num_workers
 from common.training.engine import train
 from common.training.log import read_metrics
+from common.training.operations import operations_per_image
 from common.training.step import Batches, to_device
 from common.weights.encoders import export
 
@@ -83,7 +84,8 @@ def _pretrain(recipe: Recipe, config: BaseConfig, name: str, processes: Processe
     for evaluation in evaluations:
         kind = EVALUATIONS[evaluation]
         part = replace(stage, folder=folder / evaluation, title=kind.title)
-        results[evaluation] = kind.run(path, config.finetune, part, results)
+        if found := kind.run(path, config.finetune, part, results):
+            results[evaluation] = found
 
     # 5. Report the results
     result = {"recipe": name, "device": str(processes.device), "devices": processes.world_size, **results}
@@ -122,7 +124,11 @@ def pretrain_method(method: nn.Module, config: BaseConfig, stage: Stage) -> dict
         with explained(f"{into / 'reconstruction.png'} cannot be written"):
             draw_pictures(into / "reconstruction.png", pictures)
 
-    return train(method, load, num_images=len(source), settings=config.optimization, stage=stage, draw=draw)
+    settings, example = config.optimization, next(iter(Loader(views, [[(0, 0), (0, 1)]])))
+    steps = len(source) // settings.batch_size * settings.epochs
+    operations = operations_per_image(method, example) * steps * settings.batch_size
+    trained = train(method, load, num_images=len(source), settings=settings, stage=stage, draw=draw)
+    return trained | {"operations": operations}
 
 
 @torch.no_grad()

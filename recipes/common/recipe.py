@@ -3,7 +3,7 @@
 This module also re-exports the names that every recipe needs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 Rand = Callable[..., Tensor]  # uniform noise of a shape whose first axis is the batch, see `common.randomness.Noise`
 
-EvaluationName = Literal["finetune", "scratch", "budget", "linear", "knn", "nonlinear"]
+EvaluationName = Literal["finetune", "scratch", "budget", "nearest", "svm", "linear", "knn", "nonlinear"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class BaseConfig:
     """initialize from a published checkpoint of the method, with or without its decoder or heads"""
     evaluate: tuple[EvaluationName, ...] = ("finetune",)
     """finetune: fine-tune the encoder; scratch, budget: train the same network from scratch for the same number of
-    epochs or the same wall-clock time; linear, knn, nonlinear: evaluate the frozen encoder"""
+    epochs or of floating-point operations; nearest, svm: classify raw pixels; linear, knn, nonlinear: evaluate the
+    frozen encoder"""
     run: Flat[Run] = field(default_factory=Run)
     data: Flat[DataSettings] = field(default_factory=DataSettings)
     network: Flat[Network] = field(default_factory=Network)
@@ -66,7 +67,7 @@ class Recipe:
 
     Args:
         method: builds the method from its settings and the normalization of the images.
-        presets: settings by name: "digits", "folder", and those of the paper.
+        presets: settings by name: "mnist", "digits", "shapes", "folder", and those of the paper.
         published_names: maps the names of published weights to ours, see `load_weights`; empty: none are published.
         optional: regular expressions for weights that a published file may lack.
     """
@@ -99,15 +100,32 @@ class Recipe:
         return report
 
 
-SMALL_DECODER = {"decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 3}
+Changes = Mapping[str, Any] | None
+BASELINES: tuple[EvaluationName, ...] = ("finetune", "scratch", "budget", "nearest", "svm")
+SMALL_DECODER: dict[str, Any] = {"decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 3}
 
 
-def digits(paper: C, **changes: Any) -> C:
-    """Adapt the settings of a paper to the embedded digits: a small network and few small images, never flipped."""
-    small = {"image_size": (32, 32), "channels": 1, "crop_scale": (0.6, 1.0), "flip": 0.0, "size": "nano", "patch": 4}
+def embedded(
+    paper: C, *, mnist: Changes = None, digits: Changes = None, shapes: Changes = None, **changes: Any
+) -> dict[str, C]:
+    """Adapt the settings of a paper to the images that need no file: a small network, and minutes of training.
+
+    Args:
+        paper: settings of the paper.
+        mnist, digits, shapes: settings for these images alone.
+        changes: settings for all of them.
+
+    Returns:
+        The settings by name of the images.
+    """
+    small = {"size": "nano", "patch": 4, "channels": 1, "flip": 0.0, "crop_scale": (0.6, 1.0), "evaluate": BASELINES}
     short = {"epochs": 40, "batch_size": 64, "base_lr": 4e-3, "warmup_epochs": 4}
-    evaluated = {"evaluate": ("finetune", "scratch"), "finetune": finetuning.DIGITS}
-    return changed(paper, **(small | short | evaluated | changes))
+    of_images = {
+        "mnist": {"image_size": (28, 28), "finetune": finetuning.DIGITS, **(mnist or {})},
+        "digits": {"image_size": (32, 32), "finetune": finetuning.DIGITS, **(digits or {})},
+        "shapes": {"image_size": (64, 64), "patch": 8, "channels": 3, "finetune": finetuning.DIGITS, **(shapes or {})},
+    }
+    return {name: changed(paper, **(small | short | changes | own | {"path": name})) for name, own in of_images.items()}
 
 
 def folder(paper: C, **changes: Any) -> C:

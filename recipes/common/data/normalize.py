@@ -86,7 +86,7 @@ def normalization(settings: DataSettings, source: Source) -> Normalize:
         SettingsError: if ImageNet's statistics are requested for grayscale images.
     """
     if settings.statistics == "imagenet" or (
-        settings.statistics == "auto" and settings.path and settings.channels == 3
+        settings.statistics == "auto" and settings.folder and settings.channels == 3
     ):
         if settings.channels != 3:
             raise SettingsError(

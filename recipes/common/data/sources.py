@@ -4,10 +4,10 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 from common.config import DataSettings, SettingsError
-from common.randomness import seed_of
+from common.data.embedded import SOURCES
 
 import numpy as np
 import torch
@@ -41,64 +41,6 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """Return the name of the image in messages."""
         ...
-
-
-class Digits:
-    """scikit-learn's handwritten digits: 1797 real grayscale images of 8 × 8 pixels, included in the package.
-
-    `test` has 497 of them, stratified by digit and the same for every seed. `train` has the other 1300, without labels.
-    `labeled` is a random subset of `train` with `per_class` images of each digit, which depends on `seed`; a larger
-    `per_class` includes the images of a smaller one.
-
-    Raises:
-        SettingsError: if `per_class` is below one or exceeds the number of training images of the rarest digit.
-    """
-
-    channels = 1
-
-    def __init__(self, split: Literal["train", "labeled", "test"], *, seed: int = 0, per_class: int = 10) -> None:
-        from sklearn.datasets import load_digits
-
-        values, labels = load_digits(return_X_y=True)
-        members = [np.flatnonzero(labels == digit).tolist() for digit in range(10)]
-        for of_digit in members:
-            of_digit.sort(key=lambda index: seed_of("digits", index))
-        cuts = [len(of_digit) * 497 / 1797 for of_digit in members]
-        sizes = [int(cut) for cut in cuts]
-        for digit in sorted(range(10), key=lambda digit: sizes[digit] - cuts[digit])[: 497 - sum(sizes)]:
-            sizes[digit] += 1  # the largest remainders are rounded up
-
-        test = [of_digit[:size] for of_digit, size in zip(members, sizes, strict=True)]
-        train = [of_digit[size:] for of_digit, size in zip(members, sizes, strict=True)]
-        if split == "labeled":
-            fewest = min(map(len, train))
-            if not 1 <= per_class <= fewest:
-                raise SettingsError(
-                    f"--labels-per-class {per_class} of the {fewest} training images of a digit cannot be drawn"
-                )
-            # the spelling "labelled" is part of the seed, so changing it would draw other images
-            chosen = [sorted(d, key=lambda index: seed_of("labelled", seed, index))[:per_class] for d in train]
-        else:
-            chosen = {"train": train, "test": test}[split]
-        self._indices = sorted(index for of_digit in chosen for index in of_digit)
-        self._images = torch.from_numpy(values).mul(255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
-        self._labels = [-1 if split == "train" else int(label) for label in labels]
-        self.classes = [] if split == "train" else [str(digit) for digit in range(10)]
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def image(self, index: int) -> Tensor:
-        """Return an image, uint8 of shape (1, 8, 8)."""
-        return self._images[self._indices[index]]
-
-    def label(self, index: int) -> int:
-        """Return the digit, −1 in the split `train`."""
-        return self._labels[self._indices[index]]
-
-    def name(self, index: int) -> str:
-        """Return the index of the image in scikit-learn's dataset, as text."""
-        return f"digit {self._indices[index]}"
 
 
 class Folder:
@@ -266,13 +208,13 @@ def decode(file: str | Path, channels: int) -> Tensor:
 def open_images(
     settings: DataSettings, split: str, *, seed: int = 0, classes: list[str] | None = None, labels: bool = True
 ) -> Source:
-    """Open a split of the embedded digits or of a folder of images.
+    """Open a split of embedded images or of a folder.
 
     Args:
-        settings: the folder, if there is one, and the number of channels.
+        settings: the folder or the name of embedded images, and the number of channels.
         split: `train`: all training images, for pre-training. `labeled`: labeled images for fine-tuning; of a folder,
-            all training images. `test`: test images; of a folder, those in `val`.
-        seed: seed of the choice of labeled digits; unused for a folder.
+            all training images. `test`: images to measure the accuracy on; of a folder, those in `val`.
+        seed: seed of the choice of labeled embedded images; unused for a folder.
         classes: ordered class names; for test images, those of the training images.
         labels: whether labeled and test images of a folder must have labels.
 
@@ -281,13 +223,17 @@ def open_images(
     """
     if split not in ("train", "labeled", "test"):
         raise ValueError(f"the splits are train, labeled and test, not {split}")
-    if settings.path is not None:
+    if settings.folder is not None:
         folder = "val" if split == "test" else "train"
         required = labels and split != "train"
-        return Folder(settings.path, folder, channels=settings.channels, require_labels=required, classes=classes)
-    if settings.channels != 1:
-        raise SettingsError(f"the embedded digits have 1 channel, not {settings.channels}: use --channels 1")
-    return Digits(split, seed=seed, per_class=settings.labels_per_class)
+        return Folder(settings.folder, folder, channels=settings.channels, require_labels=required, classes=classes)
+    part = settings.evaluate_on if split == "test" else split
+    source = SOURCES[settings.path](part, seed=seed, per_class=settings.labels_per_class)
+    if settings.channels != source.channels:
+        raise SettingsError(
+            f"--channels {settings.channels}: the images of {settings.path} have {source.channels} channels"
+        )
+    return source
 
 
 @dataclass(frozen=True)
@@ -322,11 +268,11 @@ def open_data(settings: DataSettings, *, seed: int) -> Data:
     """Open the images of a run; a folder without classes or without `val` has no labeled images.
 
     Raises:
-        SettingsError: if there are no training images, or fewer digits than labels are requested.
+        SettingsError: if there are no training images, or fewer embedded images than labels are requested.
     """
     train = open_images(settings, "train", seed=seed)
-    if not isinstance(train, Folder):  # the digits always have labels: too many of them is a mistake of the user
-        labeled, test = open_images(settings, "labeled", seed=seed), open_images(settings, "test")
+    if not isinstance(train, Folder):  # these always have labels: too many of them is a mistake of the user
+        labeled, test = (open_images(settings, split, seed=seed) for split in ("labeled", "test"))
         return Data(settings, train, labeled, test)
     try:
         train.require_labels()  # the labeled images of a folder are its training images, so it is listed only once

@@ -7,11 +7,11 @@ from typing import Any
 
 from common.config import SettingsError
 from common.evaluation import linear as linear_probe
+from common.evaluation import pixels
 from common.evaluation.finetuning import Finetuning, finetune
 from common.evaluation.knn import Neighbors, knn
 from common.evaluation.linear import linear
 from common.evaluation.nonlinear import Nonlinear, nonlinear
-from common.files import read_json, write_json
 from common.runs import Stage
 from common.weights.encoders import load_encoder
 
@@ -22,12 +22,13 @@ class Evaluation:
 
     Args:
         title: title in messages and tables.
-        run: maps the file of the encoder, the settings of fine-tuning, the stage and the earlier results to a result.
+        run: maps the file of the encoder, the settings of fine-tuning, the stage and the earlier results to a result,
+            None if the evaluation was skipped.
         trains: whether it uses the settings of fine-tuning, which must then be valid for the images.
     """
 
     title: str
-    run: Callable[[Path, Finetuning, Stage, dict[str, Any]], dict[str, Any]]
+    run: Callable[[Path, Finetuning, Stage, dict[str, Any]], dict[str, Any] | None]
     trains: bool = True
 
 
@@ -38,22 +39,16 @@ def _finetune(path: Path, settings: Finetuning, stage: Stage, results: dict[str,
 
 def _scratch(path: Path, settings: Finetuning, stage: Stage, results: dict[str, Any]) -> dict[str, Any]:
     """Train the same network from scratch for the same number of epochs, without layer-wise learning-rate decay."""
-    settings = replace(settings, optimization=replace(settings.optimization, layer_decay=1.0))
+    rate = settings.scratch_lr or settings.optimization.base_lr
+    settings = replace(settings, optimization=replace(settings.optimization, base_lr=rate, layer_decay=1.0))
     return _tuned(path, settings, stage, scratch=True)
 
 
 def _budget(path: Path, settings: Finetuning, stage: Stage, results: dict[str, Any]) -> dict[str, Any]:
-    """Train from scratch for the combined wall-clock time of pre-training and fine-tuning.
-
-    The number of epochs depends on measured times, so it is saved for when the run is resumed.
-    """
-    file = stage.folder.parent / "budget.json"
-    if stage.processes.is_main and not file.exists():
-        seconds = {name: results[name]["seconds"] for name in ("pretraining", "finetune")}
-        epochs = round(settings.optimization.epochs * sum(seconds.values()) / seconds["finetune"])
-        write_json(file, {"epochs": epochs, "seconds": seconds})
-    stage.processes.barrier()
-    optimization = replace(settings.optimization, epochs=read_json(file)["epochs"])
+    """Train from scratch for as many floating-point operations as pre-training and fine-tuning take together."""
+    pretraining, finetuning = (results[name]["operations"] for name in ("pretraining", "finetune"))
+    epochs = round(settings.optimization.epochs * (pretraining + finetuning) / finetuning)
+    optimization = replace(settings.optimization, epochs=epochs)
     return _scratch(path, replace(settings, optimization=optimization), stage, results)
 
 
@@ -71,7 +66,7 @@ def _tuned(path: Path, settings: Finetuning, stage: Stage, *, scratch: bool) -> 
 
 def _linear(path: Path, settings: Finetuning, stage: Stage, results: dict[str, Any]) -> dict[str, Any]:
     """Train a linear classifier on the frozen features."""
-    protocol = linear_probe.FOLDER if stage.data.settings.path else linear_probe.DIGITS
+    protocol = linear_probe.FOLDER if stage.data.settings.folder else linear_probe.DIGITS
     protocol = replace(protocol, crop_fraction=settings.crop_fraction)
     return linear(*_frozen(path, stage), settings=protocol, stage=stage)
 
@@ -95,7 +90,9 @@ def _frozen(path: Path, stage: Stage) -> Any:
 EVALUATIONS = {
     "finetune": Evaluation("fine-tuning", _finetune),
     "scratch": Evaluation("from scratch, same epochs", _scratch),
-    "budget": Evaluation("from scratch, same wall-clock time", _budget),
+    "budget": Evaluation("from scratch, same compute", _budget),
+    "nearest": Evaluation("nearest neighbor on raw pixels", lambda *args: pixels.nearest(args[2]), trains=False),
+    "svm": Evaluation("SVM on raw pixels", lambda *args: pixels.svm(args[2]), trains=False),
     "linear": Evaluation("linear probe of the frozen encoder", _linear, trains=False),
     "knn": Evaluation("k-NN on the frozen encoder", _knn, trains=False),
     "nonlinear": Evaluation("non-linear probe of the frozen encoder", _nonlinear),
@@ -105,7 +102,7 @@ EVALUATIONS = {
 def in_order(wanted: tuple[str, ...]) -> tuple[str, ...]:
     """Return the evaluations to run, each once and in the order of `EVALUATIONS`.
 
-    Fine-tuning is added if the time budget requires its duration.
+    Fine-tuning is added if the compute budget includes its operations.
 
     Raises:
         SettingsError: if the name of an evaluation is unknown.

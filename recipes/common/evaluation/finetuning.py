@@ -28,6 +28,7 @@ from common.randomness import seed_of, uniform
 from common.runs import Stage
 from common.training.distributed import in_bf16, num_workers
 from common.training.engine import train
+from common.training.operations import operations_per_image
 from common.training.step import micro_batches
 from mimkit.tokens import patchify, take
 
@@ -62,6 +63,8 @@ class Finetuning:
     """side of the center crop of a test image, as a fraction of the short side"""
     head_scale: Positive = 2e-5
     """std of the initial weights of the head"""
+    scratch_lr: Positive | None = None
+    """base learning rate of the same network from scratch, for comparison; none: the one of fine-tuning"""
     optimization: Flat[Optimization] = field(
         default_factory=lambda: Optimization(
             epochs=100,
@@ -280,10 +283,12 @@ def finetune(
         return Loader(views, batches, workers=workers, pin=pin)
 
     optimization = settings.optimization
+    operations = operations_per_image(classifier, next(iter(Loader(views, [[(0, 0), (0, 1)]]))))
     trained = train(classifier, load, num_images=len(labeled), settings=optimization, stage=stage, depth=encoder.depth)
     batch, _ = micro_batches(optimization, stage.processes.world_size)
     correct = accuracy(classifier, test, stage, settings.crop_fraction, batch=batch)
-    return trained | {"accuracy": correct, "labeled": len(labeled), "test": len(test)}
+    operations *= len(labeled) // optimization.batch_size * optimization.batch_size * optimization.epochs
+    return trained | {"accuracy": correct, "labeled": len(labeled), "test": len(test), "operations": operations}
 
 
 def training_view(settings: Finetuning, stage: Stage, normalize: Normalize) -> Transform:

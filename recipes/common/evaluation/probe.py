@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from common.config import Count, Counts, DataSettings, Flat, Run, SettingsError, parse
@@ -25,12 +24,12 @@ class Probed:
     encoder: str = "encoder.safetensors"
     """encoder.safetensors of a run, a published checkpoint of the MAE family, or timm:NAME:FILE, timm's name of a
     vision transformer (with the tag, which determines mean and std) and a file of its weights"""
-    data: Path | None = None
-    """folder with train/CLASS/*.jpg and val/CLASS/*.jpg; none: the handwritten digits included in scikit-learn"""
+    data: str = "mnist"
+    """folder with train/CLASS/*.jpg and val/CLASS/*.jpg; or mnist, digits or shapes, images that need no file"""
     image_size: Counts | None = None
     """height and width in pixels, for which positions are resampled; none: those of the encoder"""
     labels_per_class: Count = 10
-    """embedded digits only: labeled images per class"""
+    """mnist, digits and shapes only: labeled images per class"""
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class ProbeConfig:
     run: Flat[Run] = field(default_factory=Run)
 
 
-def images_for(encoder: Encoder, *, path: Path | None, flip: float, labels_per_class: int) -> DataSettings:
+def images_for(encoder: Encoder, *, path: str, flip: float, labels_per_class: int) -> DataSettings:
     """Return the settings of images of the size and channels that an encoder takes."""
     return DataSettings(
         path=path,

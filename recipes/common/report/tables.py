@@ -23,7 +23,8 @@ def table(name: str, result: dict[str, Any], titles: dict[str, str], folder: Pat
         ]
         for key, title, row in rows:
             what = "pre-trained, then fine-tuned" if key == "finetune" else title
-            lines.append(f"{what:<42}{row['accuracy']:>8.1f} %{row['epoch']:>9.0f}{row['seconds']:>9.0f}")
+            epochs = f"{row['epoch']:.0f}" if "epoch" in row else ""
+            lines.append(f"{what:<42}{row['accuracy']:>8.1f} %{epochs:>9}{row['seconds']:>9.0f}")
         lines += ["─" * 70, f"{first['labeled']} labeled images"]
     files = "encoder.safetensors", "reconstruction.png", "curves.png", "result.json", "metrics.jsonl"
     return "\n".join([*lines, *_files(folder, *files)])
