@@ -9,7 +9,7 @@ from typing import Any
 
 from common.config import DataSettings, Run
 from common.data.normalize import Normalize
-from common.data.sources import open_data
+from common.data.sources import Data, open_data
 from common.evaluation.knn import knn
 from common.evaluation.linear import linear
 from common.evaluation.nonlinear import nonlinear
@@ -28,7 +28,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 RUN = Run(workers=0)
 NORMALIZE = Normalize([0.3], [0.35])
-IMAGES = DataSettings(image_size=(16, 16), channels=1, flip=0.0, labels_per_class=3)
+IMAGES = DataSettings(path="digits", image_size=(16, 16), channels=1, flip=0.0, labels_per_class=3)
 RECIPES = {
     "linear_probe": (linear, linear_probe.PRESETS, "--epochs 20"),
     "knn": (knn, knn_recipe.PRESETS, ""),
@@ -48,8 +48,9 @@ def exported(folder: Path) -> Path:
     return folder / "encoder.safetensors"
 
 
-def stage(folder: Path) -> Stage:
-    return Stage(Processes(0, 1, torch.device("cpu")), open_data(IMAGES, seed=RUN.seed), RUN, folder, "probe")
+def stage(folder: Path, data: Data | None = None) -> Stage:
+    processes = Processes(0, 1, torch.device("cpu"))
+    return Stage(processes, data or open_data(IMAGES, seed=RUN.seed), RUN, folder, "probe")
 
 
 def recipe(name: str, *args: object) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from types import MappingProxyType
 from typing import Any
 
 from common.config import DataSettings, Optimization, Run
+from common.data.embedded import Digits
 from common.data.normalize import Normalize
-from common.data.sources import Data, Digits
+from common.data.sources import Data
 from common.runs import Stage
 from common.training.distributed import Processes
 from common.training.engine import train

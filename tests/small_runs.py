@@ -23,8 +23,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 SMALL = shlex.split(
-    "--data digits "
-    "--image-size 16 16 --patch 4 --epochs 2 --batch-size 260 --warmup-epochs 1 --workers 0 --log-every 2"
+    "--data digits --image-size 16 16 --patch 4 --epochs 2 --batch-size 260 --warmup-epochs 1 --workers 0 --log-every 2"
 )
 TUNED = shlex.split(
     "--finetune.epochs 2 --finetune.batch-size 40 --finetune.mixup 0.8 --finetune.cutmix 1 --finetune.erasing 0.25"

@@ -31,7 +31,7 @@ SETTINGS = (*GROUPS, "Config", "ContextConfig", "Study")  # the names of all cla
 EVERY = [(recipe, preset) for recipe in PRESETS for preset in PRESETS[recipe]]
 
 
-DIGITS = mae.PRESETS["digits"]
+DIGITS = mae.PRESETS["mnist"]
 
 
 def mae_with(*args: str) -> mae.Config:
@@ -42,9 +42,9 @@ def mae_with(*args: str) -> mae.Config:
 
 
 @pytest.mark.parametrize("recipe", PRESETS)
-def test_digits_are_the_default_and_a_folder_with_data(recipe: str):
+def test_mnist_is_the_default_and_a_folder_with_data(recipe: str):
     presets = PRESETS[recipe]
-    assert parse(presets, []) == presets["digits"]
+    assert parse(presets, []) == presets["mnist"]
     assert to_json(parse(presets, ["--data", "d"])) == _with_data(recipe, presets["folder"])
     assert to_json(parse(presets, ["--data=d"])) == _with_data(recipe, presets["folder"])
 
@@ -133,12 +133,15 @@ def test_the_presets_of_larger_networks_are_those_of_the_papers_and_else_those_o
     [
         (
             ["--preset", "cifar"],
-            "--preset cifar: choose one of digits, folder, imagenet, imagenet_large, imagenet_huge",
+            "--preset cifar: choose one of mnist, digits, shapes, folder, imagenet, imagenet_large, imagenet_huge",
         ),
-        (["--preset=cifar"], "--preset cifar: choose one of digits, folder, imagenet, imagenet_large, imagenet_huge"),
+        (
+            ["--preset=cifar"],
+            "--preset cifar: choose one of mnist, digits, shapes, folder, imagenet, imagenet_large, imagenet_huge",
+        ),
         (
             ["--seed", "1", "--preset"],
-            "--preset : choose one of digits, folder, imagenet, imagenet_large, imagenet_huge",
+            "--preset : choose one of mnist, digits, shapes, folder, imagenet, imagenet_large, imagenet_huge",
         ),
     ],
 )
@@ -351,7 +354,7 @@ def test_a_preset_that_is_said_holds_against_that_of_the_run(tmp_path: Path):
 def test_only_settings_that_change_the_result_count_as_changed(args: str, changed: dict[str, Any], tmp_path: Path):
     before = to_json(started(tmp_path))
     assert changed_settings(resumed(tmp_path, *args.split()), {"recipe": "mae", **before}) == changed
-    again = parse(PRESETS["mae"], [*args.split(), "--preset", "digits"])  # though not all in one go
+    again = parse(PRESETS["mae"], [*args.split(), "--preset", "mnist"])  # though not all in one go
     assert changed_settings(again, before) == changed
 
 
@@ -366,7 +369,7 @@ def test_settings_are_json(recipe: str, preset: str):
 
 
 def test_paths_become_text_and_tuples_lists():
-    found = to_json(mae_with("--data", "a/b", "--preset", "digits", "--evaluate", "finetune"))
+    found = to_json(mae_with("--data", "a/b", "--preset", "mnist", "--evaluate", "finetune"))
     assert found["data"]["path"] == str(Path("a/b"))
     assert found["data"]["image_size"] == [32, 32]
     assert found["finetune"]["optimization"]["betas"] == [0.9, 0.999]

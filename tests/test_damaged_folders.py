@@ -50,7 +50,7 @@ def test_a_folder_that_cannot_be_read_is_named(which: str, root: Path, monkeypat
     monkeypatch.setattr(os, "scandir", refusing)
     sentence = f"{refused} cannot be read: Permission denied; make it readable or remove it"
     with pytest.raises(SettingsError, match=f"{quoting(sentence)}$"):
-        open_data(DataSettings(path=root), seed=0)
+        open_data(DataSettings(path=str(root)), seed=0)
 
 
 @pytest.mark.parametrize("target", [".", "..", "../..", "../../..", "../a", "../../train/a"])

@@ -20,7 +20,8 @@ from typing import Any
 
 import common
 from common.config import DataSettings, Optimization, Run, SettingsError
-from common.data.sources import Data, Digits
+from common.data.embedded import Digits
+from common.data.sources import Data
 from common.runs import Stage
 from common.training.checkpoint import Checkpoints
 from common.training.distributed import Processes, in_bf16, join_processes, num_workers

@@ -1,22 +1,27 @@
 """All evaluations of a pre-trained encoder: what each trains, in which order, and that frozen means frozen."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from common.config import SettingsError
+from common.data.embedded import Digits
+from common.data.sources import open_data
 from common.evaluation import evaluations as module
+from common.evaluation import pixels
 from common.evaluation.evaluations import EVALUATIONS, in_order
 from common.evaluation.finetuning import DIGITS, FOLDER
 from common.weights.encoders import export
 
+import numpy as np
 import pytest
 import torch
-from probes import NORMALIZE, RECIPES, exported, small, stage
+from probes import IMAGES, NORMALIZE, RECIPES, exported, small, stage
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.svm import SVC
 from torch import Tensor, nn
 
-RESULTS = {"pretraining": {"seconds": 30.0}, "finetune": {"seconds": 10.0}}
+RESULTS = {"pretraining": {"operations": 30.0}, "finetune": {"operations": 10.0}}
 SHORT = replace(DIGITS, pool="class", optimization=replace(DIGITS.optimization, epochs=1, batch_size=30))
 
 
@@ -26,17 +31,19 @@ def test_an_exported_encoder_is_evaluated(name: str, class_token: bool, tmp_path
     path = tmp_path / "encoder.safetensors"
     export(path, small(class_token=class_token), NORMALIZE)
     result = EVALUATIONS[name].run(path, SHORT, stage(tmp_path / name), RESULTS)
-    assert {"accuracy", "labeled", "test", "seconds", "epoch"} <= set(result)
+    assert result is not None
+    assert {"accuracy", "labeled", "test", "seconds"} <= set(result)
+    assert ("epoch" in result) == (name not in ("nearest", "svm"))
     assert (result["labeled"], result["test"]) == (30, 497)
 
 
 @pytest.mark.parametrize(
     ("name", "epochs", "layer_decay"), [("finetune", 5, 0.65), ("scratch", 5, 1), ("budget", 20, 1)]
 )
-def test_from_scratch_all_layers_learn_alike_and_a_budget_is_of_time(
+def test_from_scratch_all_layers_learn_alike_and_a_budget_is_of_operations(
     name: str, epochs: int, layer_decay: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fine-tuning took 10 seconds for 5 epochs, so the budget of all 40 seconds is 20 epochs."""
+    """Fine-tuning took 10 operations for 5 epochs, so the budget of all 40 operations is 20 epochs."""
     seen: list[Any] = []
 
     def finetune(encoder: Any, normalize: Any, *, settings: Any, stage: Any) -> dict[str, Any]:
@@ -54,15 +61,37 @@ def test_from_scratch_all_layers_learn_alike_and_a_budget_is_of_time(
     assert bool(seen[0].norm.bias.any()) == (name == "finetune")  # else the weights are new
 
 
-def test_a_budget_is_written_down_for_a_run_that_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    epochs: list[int] = []
-    monkeypatch.setattr(module, "finetune", lambda *_, settings, stage: epochs.append(settings.optimization.epochs))
-    path = exported(tmp_path)
-    for seconds in (30.0, 990.0):
-        results = RESULTS | {"pretraining": {"seconds": seconds}}
-        EVALUATIONS["budget"].run(path, SHORT, stage(tmp_path / "budget"), results)
-    assert epochs == [4, 4]
-    assert json.loads((tmp_path / "budget.json").read_text())["epochs"] == 4
+def test_from_scratch_has_a_learning_rate_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    monkeypatch.setattr(module, "finetune", lambda *_, settings, stage: rates.append(settings.optimization.base_lr))
+    for name in ("finetune", "scratch", "budget"):
+        EVALUATIONS[name].run(exported(tmp_path), replace(SHORT, scratch_lr=0.5), stage(tmp_path), RESULTS)
+    assert rates == [SHORT.optimization.base_lr, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(("name", "classifier"), [("nearest", KNeighborsClassifier(1)), ("svm", SVC(C=10))])
+def test_raw_pixels_are_classified_as_by_scikit_learn(name: str, classifier: Any, tmp_path: Path) -> None:
+    images = replace(IMAGES, image_size=(8, 8))
+    labeled, test = Digits("labeled", per_class=images.labels_per_class), Digits("test")
+    (x, y), (x_test, y_test) = (
+        (
+            np.stack([source.image(i).numpy().ravel() / np.float32(255) for i in range(len(source))]),
+            [source.label(i) for i in range(len(source))],
+        )
+        for source in (labeled, test)
+    )
+    found = EVALUATIONS[name].run(tmp_path, SHORT, stage(tmp_path, open_data(images, seed=0)), {})
+    assert found is not None
+    assert found["accuracy"] == pytest.approx(100 * classifier.fit(x, y).score(x_test, y_test))
+    assert (found["labeled"], found["test"]) == (len(labeled), len(test))
+
+
+def test_too_many_pixels_are_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pixels, "MOST_LABELED", 29)
+    assert EVALUATIONS["svm"].run(tmp_path, SHORT, stage(tmp_path), {}) is None
+    assert "skipped: 30 labeled images of 16 × 16 pixels; at most 29 images" in capsys.readouterr().out
 
 
 def test_a_budget_comes_after_the_fine_tuning_that_it_is_measured_against() -> None:
@@ -70,7 +99,7 @@ def test_a_budget_comes_after_the_fine_tuning_that_it_is_measured_against() -> N
     assert in_order(("scratch", "knn")) == ("scratch", "knn")
     assert in_order(("budget", "knn")) == ("finetune", "budget", "knn")
     assert in_order(("budget", "finetune", "budget")) == ("finetune", "budget")
-    with pytest.raises(SettingsError, match=r"^--evaluate guess: choose among finetune, scratch, budget, linear, knn"):
+    with pytest.raises(SettingsError, match=r"^--evaluate guess: choose among finetune, scratch, budget, nearest, svm"):
         in_order(("finetune", "guess"))
 
 

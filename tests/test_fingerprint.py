@@ -30,7 +30,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def opened(root: Path) -> Data:
-    return open_data(DataSettings(path=root), seed=0)
+    return open_data(DataSettings(path=str(root)), seed=0)
 
 
 def resumed(root: Path, folder: Path, processes: Processes = ALONE, **run: Any) -> None:
@@ -163,7 +163,7 @@ def test_names_and_labels_of_sources_from_python_count():
 
 
 def test_the_digits_of_another_draw_are_others():
-    one, other = (open_data(DataSettings(channels=1), seed=seed) for seed in (0, 1))
+    one, other = (open_data(DataSettings(path="digits", channels=1), seed=seed) for seed in (0, 1))
     assert list(fingerprint(one)) == ["train", "labeled", "test"]
     assert changes(one, json.loads(json.dumps(fingerprint(one)))) == ""
     assert changes(other, fingerprint(one)).startswith("labeled has 100 images as before, but others; the first change")

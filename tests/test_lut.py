@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from common.data.embedded import Digits
 from common.data.loading import ViewDataset
 from common.data.normalize import Normalize
-from common.data.sources import Digits
 from common.data.views import WeakStrong, padded_crop, recolor
 from common.networks.ema import ema_copy
 from common.networks.projectors import mlp

@@ -61,13 +61,14 @@ def test_statistics_look_at_no_more_images_than_allowed_and_never_give_zero():
 
 def test_the_statistics_are_imagenets_for_color_files_and_the_images_own_otherwise(tmp_path: Path):
     color, gray = Memory(), Memory(channels=1)
-    imagenet = DataSettings(path=tmp_path)
+    imagenet = DataSettings(path=str(tmp_path))
     assert normalization(imagenet, color).mean.flatten().tolist() == pytest.approx(IMAGENET_MEAN)
     assert normalization(imagenet, color).std.flatten().tolist() == pytest.approx(IMAGENET_STD)
     for settings, source in (
-        (DataSettings(path=tmp_path, channels=1), gray),
+        (DataSettings(path=str(tmp_path), channels=1), gray),
         (DataSettings(channels=1), gray),
-        (DataSettings(path=tmp_path, statistics="data"), color),
+        (DataSettings(path="shapes"), color),
+        (DataSettings(path=str(tmp_path), statistics="data"), color),
     ):
         mean, std = statistics(source)
         assert normalization(settings, source).mean.flatten().tolist() == pytest.approx(mean)

@@ -56,10 +56,10 @@ def stopped(*args: str, runs: Path) -> str:
         ("--batch-size 2000", "1300 images do not fill a batch of 2000: use a smaller --batch-size"),
         (
             "--labels-per-class 999",
-            "--labels-per-class 999 of the 126 training images of a digit cannot be drawn",
+            "--labels-per-class 999: cannot be drawn from the 126 training images of a class",
         ),
         ("--data nowhere", "nowhere is not a folder"),
-        ("--channels 3", "the embedded digits have 1 channel, not 3: use --channels 1"),
+        ("--channels 3", "--channels 3: the images of digits have 1 channels"),
         ("--image-size 30 32", "--image-size 30 32 is not made of patches of 4 × 4"),
         ("--mask-ratio nan", "--mask-ratio nan of 64 patches does not leave both masked and visible ones"),
         ("--mask-ratio 1", "--mask-ratio 1.0 of 64 patches does not leave both masked and visible ones"),
@@ -70,7 +70,7 @@ def stopped(*args: str, runs: Path) -> str:
 )
 def test_a_wrong_setting_is_one_sentence_before_anything_is_written(args: str, sentence: str, tmp_path: Path) -> None:
     """So it does not stand in the way of the next try either."""
-    assert stopped("--preset", "digits", *args.split(), runs=tmp_path / "runs") == sentence
+    assert stopped("--data", "digits", *args.split(), runs=tmp_path / "runs") == sentence
     assert list(tmp_path.iterdir()) == []
 
 
@@ -154,7 +154,10 @@ def test_resume_with_other_settings_is_refused_by_name(run: Path) -> None:
     for args, sentence in {
         ("--epochs", "5"): "--epochs 2 and cannot be resumed with 5",
         ("--finetune.epochs", "5"): "--finetune.epochs 2 and cannot be resumed with 5",
-        ("--preset", "digits"): "--evaluate finetune linear knn nonlinear and cannot be resumed with finetune scratch",
+        (
+            "--preset",
+            "digits",
+        ): "--evaluate finetune linear knn nonlinear and cannot be resumed with finetune scratch budget nearest svm",
     }.items():
         with pytest.raises(SystemExit) as ended:
             pretrained("mae", "--runs", run.parent, "--resume", *args)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.analysis import load_method
-from common.data.sources import Digits
+from common.data.embedded import Digits
 from common.data.views import CenterCrop
 from common.files import read_tensors
 from common.pretraining import pretrain

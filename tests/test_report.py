@@ -179,7 +179,7 @@ def test_the_table_holds_the_numbers_of_the_run(tmp_path: Path):
     assert numbers["accuracy on 397 test images"] == ["accuracy", "epochs", "seconds"]
     assert numbers["pre-trained, then fine-tuned"] == ["93.2", "%", "101", "12"]
     assert numbers["from scratch, same epochs"] == ["51.0", "%", "102", "12"]
-    assert numbers["from scratch, same wall-clock time"] == ["70.9", "%", "703", "85"]
+    assert numbers["from scratch, same compute"] == ["70.9", "%", "703", "85"]
     assert "100 labeled images" in lines
     assert lines[lines.index("files:") + 1 :] == [
         f"  {tmp_path / 'encoder.safetensors'}",

