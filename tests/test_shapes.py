@@ -100,6 +100,7 @@ def test_the_two_tones_of_each_texture_have_equal_shares():
             values = scene.image.max(0)[scene.things[0].mask].astype(float)
             light.append((values > (np.quantile(values, 0.05) + np.quantile(values, 0.95)) / 2).mean())
         assert np.mean(light) == pytest.approx(0.5, abs=0.03)
+        assert np.abs(np.subtract(light, 0.5)).mean() < 0.08  # in each image, whichever tone is that of the dots
 
 
 def test_masks_show_what_changes_when_an_object_is_removed():
@@ -345,6 +346,15 @@ def test_labels_are_the_ground_and_the_visible_parts_of_objects():
     assert (found[ground] == scene.stuff[ground] + 1).all()
     assert set(scene.stuff.flat) < {0, 1, 2}
     assert len(set(scene.stuff.flat)) == 2
+
+
+@pytest.mark.parametrize("size", [(24, 120), (120, 24)])
+def test_the_ground_has_two_regions_of_similar_area(size: tuple[int, int]):
+    stuffs = [render([], size, key=("ground", i), stuff=True).stuff for i in range(40)]
+    shares = np.array([np.bincount(stuff.ravel(), minlength=3) for stuff in stuffs if stuff is not None]) / 24 / 120
+    assert (np.sort(shares)[:, 0] == 0).all()
+    assert np.sort(shares)[:, 1].mean() > 0.3
+    assert shares.mean(0).min() > 0.2
 
 
 def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path):
