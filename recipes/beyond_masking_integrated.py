@@ -109,14 +109,9 @@ class Integrated(nn.Module):
 
 
 IMAGENET = Config(network=TASKS.network, optimization=TASKS.optimization, finetune=TASKS.finetune)
+VIEWS = {name: {"view_size": (side, side)} for name, side in (("mnist", 40), ("digits", 46), ("shapes", 80))}
 PRESETS = {
-    **embedded(
-        IMAGENET,
-        mnist={"view_size": (40, 40)},
-        digits={"view_size": (46, 46)},
-        shapes={"view_size": (80, 80)},
-        **SMALL_DECODER,
-    ),
+    **embedded(IMAGENET, **SMALL_DECODER, **VIEWS),
     "folder": folder(IMAGENET),
     "imagenet": IMAGENET,
     "imagenet_large": changed(IMAGENET, size="large", decoder_dim=512, decoder_heads=8),

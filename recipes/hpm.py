@@ -156,8 +156,7 @@ NAMES = {
 
 IMAGENET = Config(optimization=Optimization(epochs=200, warmup_epochs=10, clip=5.0), finetune=finetuning.HPM)
 PRESETS = {
-    # momentum for a few hundred steps; the paper's is for 100,000
-    **embedded(IMAGENET, momentum=(0.99, 0.99), **SMALL_DECODER),
+    **embedded(IMAGENET, momentum=(0.99, 0.99), **SMALL_DECODER),  # for hundreds of steps; the paper's, for 100,000
     "folder": folder(IMAGENET),
     "imagenet": IMAGENET,
     "imagenet_large": changed(IMAGENET, size="large", epochs=800, warmup_epochs=40, finetune=finetuning.HPM_LARGE),

@@ -33,7 +33,7 @@ class Linear(nn.Module):
     def __init__(self, attention: bool) -> None:
         super().__init__()
         self.weight, self.attention = nn.Parameter(torch.randn(5, 7)), attention
-        self.register_buffer("frozen", torch.randn(7, 3))
+        self.frozen = nn.Parameter(torch.randn(7, 3), requires_grad=False)
 
     def noise(self, rand: Any, batch: int) -> dict[str, Tensor]:
         return {"x": rand(batch, 11, 5)}

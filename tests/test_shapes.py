@@ -169,7 +169,7 @@ def test_labels_are_drawn_by_the_seed_and_more_of_them_include_the_fewer():
     assert names(per_class=10) < names(per_class=100)
     assert names(per_class=10, seed=0) != names(per_class=10, seed=1)
     assert len(names(per_class=400)) == 4000
-    with pytest.raises(SettingsError, match="--labels-per-class 401 of the 400 training images of a kind cannot"):
+    with pytest.raises(SettingsError, match="--labels-per-class 401: cannot be drawn from the 400 training"):
         names(per_class=401)
 
 

@@ -123,8 +123,8 @@ class DataSettings:
     labels_per_class: Count = 10
     """mnist, digits and shapes only: labeled images per class for fine-tuning"""
     evaluate_on: Literal["test", "validation"] = "test"
-    """mnist, digits and shapes only: images that measure the accuracy; validation, to choose settings by: training
-    images whose labels are not used otherwise"""
+    """mnist, digits and shapes only: images that measure the accuracy; validation: images to choose settings by, never
+    test images"""
 
     @property
     def folder(self) -> Path | None:

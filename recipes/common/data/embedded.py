@@ -132,6 +132,3 @@ def _mnist() -> tuple[np.ndarray, np.ndarray]:
 
     values, labels = mnist_data()
     return values.astype(np.uint8).reshape(-1, 1, 28, 28), labels
-
-
-SOURCES = {"mnist": Mnist, "digits": Digits}

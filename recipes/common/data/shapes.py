@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from common.config import SettingsError
+from common.data.embedded import Split
 from common.data.scenes import KINDS, LEVELS, Look, render
 from common.randomness import seed_of
 
@@ -16,14 +17,16 @@ class Shapes:
     """Scenes of one object each: image i has kind i modulo 10 and depends only on the seed of the scenes, its split, i,
     the size and the level.
 
-    `test` has 1,000 images, `train` 4,000 others, without labels. `labeled` is a random subset of `train` with
-    `per_class` images of each kind, which depends on `seed`; a larger `per_class` includes the images of a smaller one.
+    `test` has 1,000 images, `validation` 1,000 others, and `train` 4,000 others, without labels. `labeled` is a random
+    subset of `train` with `per_class` images of each kind, which depends on `seed`; a larger `per_class` includes the
+    images of a smaller one.
 
     Args:
         split: which images.
         seed: seed of the choice of labeled images; the images do not depend on it.
         per_class: labeled images of each kind.
-        images: number of training images, from which the labeled ones are drawn, or of test images; there is no limit.
+        images: number of training images, from which the labeled ones are drawn, or of validation or test images;
+            there is no limit.
         size: H and W in pixels.
         level: how difficult the images are: 0 (the hue tells the kind), 1 or 2 (any rotation, weak contrast), or a
             `Look`.
@@ -38,7 +41,7 @@ class Shapes:
 
     def __init__(
         self,
-        split: Literal["train", "labeled", "test"],
+        split: Split,
         *,
         seed: int = 0,
         per_class: int = 10,
@@ -48,20 +51,21 @@ class Shapes:
         scene_seed: int = 0,
         in_memory: bool = True,
     ) -> None:
-        count = (1000 if split == "test" else 4000) if images is None else images
+        trained = split in ("train", "labeled")
+        count = (4000 if trained else 1000) if images is None else images
         self._indices: Sequence[int] = range(count)
         if split == "labeled":
             fewest = count // len(KINDS)
             if not 1 <= per_class <= fewest:
                 raise SettingsError(
-                    f"--labels-per-class {per_class} of the {fewest} training images of a kind cannot be drawn"
+                    f"--labels-per-class {per_class}: cannot be drawn from the {fewest} training images of a kind"
                 )
             of_kinds = [range(kind, count, len(KINDS)) for kind in range(len(KINDS))]
             chosen = [sorted(k, key=lambda index: seed_of("labeled", seed, index))[:per_class] for k in of_kinds]
             self._indices = sorted(index for of_kind in chosen for index in of_kind)
         self._size, self._look = size, level if isinstance(level, Look) else LEVELS[level]
         self._labels, self.classes = split != "train", [] if split == "train" else list(KINDS)
-        self._key = scene_seed, "test" if split == "test" else "train"
+        self._key = scene_seed, "train" if trained else split
         self._images: Tensor | None = None
         if in_memory:
             self._images = torch.empty(len(self), 3, *size, dtype=torch.uint8)

@@ -4,16 +4,18 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from common.config import DataSettings, SettingsError
-from common.data.embedded import SOURCES
+from common.data.embedded import Digits, Mnist
+from common.data.shapes import Shapes
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+EMBEDDED_SOURCES: dict[str, Any] = {"mnist": Mnist, "digits": Digits, "shapes": Shapes}
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -228,7 +230,7 @@ def open_images(
         required = labels and split != "train"
         return Folder(settings.folder, folder, channels=settings.channels, require_labels=required, classes=classes)
     part = settings.evaluate_on if split == "test" else split
-    source = SOURCES[settings.path](part, seed=seed, per_class=settings.labels_per_class)
+    source = EMBEDDED_SOURCES[settings.path](part, seed=seed, per_class=settings.labels_per_class)
     if settings.channels != source.channels:
         raise SettingsError(
             f"--channels {settings.channels}: the images of {settings.path} have {source.channels} channels"
