@@ -111,7 +111,7 @@ class Integrated(nn.Module):
 IMAGENET = Config(network=TASKS.network, optimization=TASKS.optimization, finetune=TASKS.finetune)
 PRESETS = {
     "digits": digits(IMAGENET, view_size=(46, 46), evaluate=("finetune", "scratch", "budget"), **SMALL_DECODER),
-    "folder": folder(IMAGENET),
+    **folder(IMAGENET, small={"view_size": (138, 138)}),
     "imagenet": IMAGENET,
     "imagenet_large": changed(IMAGENET, size="large", decoder_dim=512, decoder_heads=8),
 }

@@ -169,7 +169,7 @@ IMAGENET = Config(optimization=Optimization(epochs=1600, sqrt_rule_at=4096), fin
 DIGITS = {"crop_scale": (0.2, 1.0), "momentum": 0.99, "head_width": 384}
 PRESETS = {
     "digits": digits(IMAGENET, sqrt_rule_at=None, **DIGITS, **SMALL_DECODER),
-    "folder": folder(IMAGENET, sqrt_rule_at=None, head_width=2048),
+    **folder(IMAGENET, small={"momentum": 0.99, "head_width": 384}, sqrt_rule_at=None, head_width=2048),
     "imagenet": IMAGENET,
     "imagenet_large": changed(IMAGENET, size="large", finetune=finetuning.LUT_LARGE),
 }

@@ -11,14 +11,7 @@ The combination is not published in detail: this is our construction, see docs/l
 from dataclasses import dataclass
 
 from common.data.views import WeakStrong
-from common.networks import (
-    PixelHead,
-    Teacher,
-    initialize_mae,
-    masking_encoder,
-    refuse_single_images,
-    whole_cells,
-)
+from common.networks import PixelHead, Teacher, initialize_mae, masking_encoder, refuse_single_images, whole_cells
 from common.pretraining import pretrain
 from common.recipe import Normalize, Rand, Recipe, digits, finetuning, folder
 from common.report import Pictures
@@ -106,9 +99,10 @@ class LUTSimMIM(nn.Module):
 
 
 IMAGENET = Config(optimization=IMAGENET_100.optimization, finetune=finetuning.SIMMIM)
+SMALL = {"cell": 16, "warmup_lr": 0.0, "min_lr": 0.0, "momentum": 0.99, "head_width": 384}
 PRESETS = {
     "digits": digits(IMAGENET, cell=8, warmup_lr=0.0, min_lr=0.0, **DIGITS),
-    "folder": folder(IMAGENET, head_width=2048, base_lr=2e-4, min_lr=5e-6),
+    **folder(IMAGENET, small=SMALL, head_width=2048, base_lr=2e-4, min_lr=5e-6),
     "imagenet": IMAGENET,
 }
 RECIPE = Recipe(LUTSimMIM, PRESETS, NAMES, optional=(r"projector\.", r"predictor\.", r"teacher\."))

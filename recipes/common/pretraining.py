@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.config import SettingsError, explained, parse
+from common.config import SettingsError, choose, explained, parse
 from common.data.loading import Loader, ViewDataset
 from common.data.normalize import normalization
 from common.data.sources import Data, open_data
@@ -13,7 +13,7 @@ from common.data.views import CropFlip
 from common.evaluation.evaluations import EVALUATIONS, in_order
 from common.evaluation.finetuning import check_finetuning
 from common.files import write_json
-from common.recipe import BaseConfig, Method, Recipe
+from common.recipe import BaseConfig, Method, Recipe, resolved
 from common.report.curves import draw_curves
 from common.report.pictures import draw_pictures
 from common.report.reconstruction import pictures_of
@@ -49,6 +49,8 @@ def pretrain(
     try:
         config: BaseConfig = parse(recipe.presets, args, name=name, description=description)
         with join_processes(config.run.device) as processes:
+            if choose(recipe.presets, args) == ("small", False) and not config.run.resume:
+                processes.print("no GPU: --preset small, with a small network and small images; else --preset folder")
             return _pretrain(recipe, config, name, processes)
     except SettingsError as error:
         raise SystemExit(f"{name}: {error}") from error
@@ -59,6 +61,7 @@ def _pretrain(recipe: Recipe, config: BaseConfig, name: str, processes: Processe
 
     # 1. Open the images once, and check that every stage can run on them
     data = open_data(config.data, seed=run.seed)
+    config = resolved(config, data, processes.world_size)
     evaluations = check_stages(config, data, processes)
     stage = Stage(processes, data, run, folder, "pre-training")
 

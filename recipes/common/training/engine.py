@@ -181,7 +181,7 @@ class _Training:
     def announce(self, num_images: int) -> None:
         """Print the number of images, epochs and steps, the batch size and the learning rate."""
         batches, settings = self.batches, self.settings
-        size, reference = settings.batch_size, settings.sqrt_rule_at
+        size, reference = batches.batch_size, settings.sqrt_rule_at
         scale = f"{size}" if reference is None else f"√({size} · {reference})"
         self.stage.print(
             f"{num_images} images, {settings.epochs} epochs of {batches.steps_per_epoch} steps; batch {size} = "
@@ -303,7 +303,7 @@ class _Training:
         stage.processes.sum(self.window)
         mean = (self.window[:-1] / self.window[-1]).tolist()
         seconds = now - self.read_at
-        timing = {"images_per_second": (self.done - since) * self.settings.batch_size / seconds}
+        timing = {"images_per_second": (self.done - since) * self.batches.batch_size / seconds}
         timing["waiting"] = self.waited / seconds
         rate = learning_rate(self.done - 1, self.settings, self.batches.steps_per_epoch)
         self.last = {"step": self.done, "epoch": self.done / self.batches.steps_per_epoch}
