@@ -42,6 +42,7 @@ import common  # noqa: F401  it says where torch, not loaded yet, gets its memor
 from common.config import Network
 from common.data.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from common.networks.attention import attend, explicit
+from common.networks.building import decoder_sizes
 from common.networks.vit import SIZES
 from mimkit.masking import random_tokens
 from mimkit.relative import buckets_of, contextual_bias, num_buckets, relative_buckets
@@ -127,8 +128,8 @@ def multiply_adds(method: str, side: int, network: Network) -> int:
     if method == "lomar":
         relative, head = depth * IN_WINDOW * dim * num_buckets(), WINDOW**2 * PIXELS * dim
         return embed + NUM_WINDOWS * (blocks(IN_WINDOW, dim, depth) + relative + head)
-    visible, narrow = 1 + patches // 4, network.decoder_dim
-    decode = visible * dim * narrow + blocks(1 + patches, narrow, network.decoder_depth) + patches * narrow * PIXELS
+    visible, (narrow, deep, _) = 1 + patches // 4, decoder_sizes(network)
+    decode = visible * dim * narrow + blocks(1 + patches, narrow, deep) + patches * narrow * PIXELS
     return embed + blocks(visible, dim, depth) + decode
 
 

@@ -187,7 +187,7 @@ IMAGENET = Config(
 )
 PRESETS = {
     **embedded(IMAGENET, kernels=(5,), **SMALL_DECODER),  # for small images; the paper's 9 are for 224 pixels
-    "folder": folder(IMAGENET),
+    **folder(IMAGENET, small={"kernels": (5,)}),
     "imagenet": IMAGENET,
     "imagenet_large": changed(IMAGENET, size="large", decoder_dim=512, decoder_depth=8, decoder_heads=8),
 }

@@ -112,7 +112,7 @@ IMAGENET = Config(network=TASKS.network, optimization=TASKS.optimization, finetu
 VIEWS = {name: {"view_size": (side, side)} for name, side in (("mnist", 40), ("digits", 46), ("shapes", 80))}
 PRESETS = {
     **embedded(IMAGENET, **SMALL_DECODER, **VIEWS),
-    "folder": folder(IMAGENET),
+    **folder(IMAGENET, small={"view_size": (138, 138)}),
     "imagenet": IMAGENET,
     "imagenet_large": changed(IMAGENET, size="large", decoder_dim=512, decoder_heads=8),
 }

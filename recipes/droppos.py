@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from common.config import Must, Network, NonNegatives, Optimization, SettingsError
-from common.networks import Predictor, build_vit, initialize_mae
+from common.networks import build_predictor, build_vit, decoder_sizes, initialize_mae
 from common.pretraining import pretrain
 from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, changed, embedded, finetuning, folder
 from common.report import Pictures, gray_out
@@ -50,13 +50,13 @@ class Config(BaseConfig):
 class DropPos(nn.Module):
     def __init__(self, config: Config, normalize: Normalize) -> None:
         super().__init__()
-        self.encoder, network = build_vit(config.data, config.network), config.network
+        self.encoder = build_vit(config.data, config.network)
         self.height, self.width, self.patch = self.encoder.height, self.encoder.width, self.encoder.patch
         self.config, self.normalize, self.view_size = config, normalize, config.data.image_size
         # The decoder adds no positions: the anchors carry theirs from the encoder
         places = self.height * self.width
-        self.embed = nn.Linear(self.encoder.dim, network.decoder_dim)
-        self.decoder = Predictor(network.decoder_dim, network.decoder_depth, network.decoder_heads, outputs=places)
+        self.embed = nn.Linear(self.encoder.dim, decoder_sizes(config.network)[0])
+        self.decoder = build_predictor(config.network, outputs=places)
         if config.dropped == "learned":
             self.position_token = nn.Parameter(torch.zeros(1, 1, self.encoder.dim))
         self.num_masked, self.num_dropped = self.count(config.mask_ratio, config.drop_ratio)
@@ -171,7 +171,7 @@ IMAGENET = Config(
     finetune=finetuning.DROPPOS,
 )
 LARGE = changed(IMAGENET, size="large", epochs=800, warmup_epochs=40, finetune=finetuning.DROPPOS_LARGE)
-PRESETS = {**embedded(IMAGENET, **SMALL_DECODER), "folder": folder(IMAGENET), "imagenet": IMAGENET}
+PRESETS = {**embedded(IMAGENET, **SMALL_DECODER), **folder(IMAGENET, decoder_depth=2), "imagenet": IMAGENET}
 PRESETS["imagenet_large"] = LARGE
 RECIPE = Recipe(DropPos, PRESETS, NAMES)
 

@@ -7,7 +7,7 @@
 The encoder is an export of any of these recipes, or a published checkpoint of the MAE family, SimMIM or BEiT.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from common.config import EMBEDDED, Count, Counts, Flat, Run, SettingsError, Sha
 from common.data.sources import open_data
 from common.evaluation import finetuning
 from common.evaluation.evaluations import EVALUATIONS
-from common.evaluation.finetuning import Finetuning, check_finetuning, finetune, of
+from common.evaluation.finetuning import Finetuning, check_finetuning, finetune, of, resolved
 from common.evaluation.probe import images_for
 from common.files import write_json
 from common.report.curves import draw_curves
@@ -75,6 +75,8 @@ def main(config: Config) -> None:
         )
         sizes: Any = {"path": config.data, "flip": config.flip, "labels_per_class": config.labels_per_class}
         data = open_data(images_for(encoder, **sizes), seed=run.seed)
+        settings = resolved(settings, data, processes.world_size)
+        config = replace(config, finetune=settings)
         check_finetuning(settings, data, world_size=processes.world_size)
         prepare(folder, "finetune", config, run=run, data=data, processes=processes)
         title = EVALUATIONS["scratch" if config.scratch else "finetune"].title

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from common.config import Optimization, Positive, SettingsError, Shares
-from common.networks import Predictor, count_masked, ema_copy, ema_update, encoder_and_decoder, initialize_mae
+from common.networks import build_predictor, count_masked, ema_copy, ema_update, encoder_and_decoder, initialize_mae
 from common.pretraining import pretrain
 from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, changed, embedded, finetuning, folder
 from common.report import Pictures, gray_out, heat_maps, reconstruction
@@ -51,11 +51,10 @@ class HPM(nn.Module):
         super().__init__()
         self.encoder, self.decoder = encoder_and_decoder(config.data, config.network)
         self.height, self.width, self.patch = self.encoder.height, self.encoder.width, self.encoder.patch
-        network, outputs = config.network, self.patch**2 * config.data.channels
         if config.target == "features":
-            self.decoder.head = nn.Linear(network.decoder_dim, self.encoder.dim)
+            self.decoder.head = nn.Linear(self.decoder.head.in_features, self.encoder.dim)
         # The published head has one output per value of a patch, and uses their mean
-        self.predictor = Predictor(network.decoder_dim, network.decoder_depth, network.decoder_heads, outputs)
+        self.predictor = build_predictor(config.network, outputs=self.patch**2 * config.data.channels)
         self.config, self.normalize, self.view_size = config, normalize, config.data.image_size
         self.num_masked = count_masked(self.height * self.width, config.mask_ratio)
         if config.objective == "absolute" and self.num_masked < 2:
@@ -157,7 +156,7 @@ NAMES = {
 IMAGENET = Config(optimization=Optimization(epochs=200, warmup_epochs=10, clip=5.0), finetune=finetuning.HPM)
 PRESETS = {
     **embedded(IMAGENET, momentum=(0.99, 0.99), **SMALL_DECODER),  # for hundreds of steps; the paper's, for 100,000
-    "folder": folder(IMAGENET),
+    **folder(IMAGENET, small={"momentum": (0.99, 0.999)}),
     "imagenet": IMAGENET,
     "imagenet_large": changed(IMAGENET, size="large", epochs=800, warmup_epochs=40, finetune=finetuning.HPM_LARGE),
 }

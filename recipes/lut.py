@@ -166,10 +166,10 @@ def view_pictures(
 
 IMAGENET = Config(optimization=Optimization(epochs=1600, sqrt_rule_at=4096), finetune=finetuning.LUT)
 # Views are nearly uncropped; momentum for a few hundred steps, the paper's is for 500,000
-SMALL: dict[str, Any] = {"crop_scale": (0.2, 1.0), "momentum": 0.99, "head_width": 384}
+SHORT: dict[str, Any] = {"crop_scale": (0.2, 1.0), "momentum": 0.99, "head_width": 384}
 PRESETS = {
-    **embedded(IMAGENET, sqrt_rule_at=None, **SMALL, **SMALL_DECODER),
-    "folder": folder(IMAGENET, sqrt_rule_at=None, head_width=2048),
+    **embedded(IMAGENET, sqrt_rule_at=None, **SHORT, **SMALL_DECODER),
+    **folder(IMAGENET, small={"momentum": 0.99, "head_width": 384}, sqrt_rule_at=None, head_width=2048),
     "imagenet": IMAGENET,
     "imagenet_large": changed(IMAGENET, size="large", finetune=finetuning.LUT_LARGE),
 }

@@ -11,14 +11,7 @@ The combination is not published in detail: this is our construction, see docs/l
 from dataclasses import dataclass
 
 from common.data.views import WeakStrong
-from common.networks import (
-    PixelHead,
-    Teacher,
-    initialize_mae,
-    masking_encoder,
-    refuse_single_images,
-    whole_cells,
-)
+from common.networks import PixelHead, Teacher, initialize_mae, masking_encoder, refuse_single_images, whole_cells
 from common.pretraining import pretrain
 from common.recipe import Normalize, Rand, Recipe, embedded, finetuning, folder
 from common.report import Pictures
@@ -26,7 +19,7 @@ from mimkit.masking import disjoint_views, random_cells
 from mimkit.tokens import patchify, split, take
 
 import torch
-from lut import SMALL, ContextConfig, ViewPair, context_losses, heads, update_teacher, view_pictures
+from lut import SHORT, ContextConfig, ViewPair, context_losses, heads, update_teacher, view_pictures
 from simmim import CELLS, IMAGENET_100, NAMES, CellConfig, pixel_loss
 from torch import Tensor, nn
 
@@ -106,9 +99,10 @@ class LUTSimMIM(nn.Module):
 
 
 IMAGENET = Config(optimization=IMAGENET_100.optimization, finetune=finetuning.SIMMIM)
+SMALL = {"cell": 16, "warmup_lr": 0.0, "min_lr": 0.0, "momentum": 0.99, "head_width": 384}
 PRESETS = {
-    **embedded(IMAGENET, **CELLS, warmup_lr=0.0, min_lr=0.0, **SMALL),
-    "folder": folder(IMAGENET, head_width=2048, base_lr=2e-4, min_lr=5e-6),
+    **embedded(IMAGENET, **CELLS, warmup_lr=0.0, min_lr=0.0, **SHORT),
+    **folder(IMAGENET, small=SMALL, head_width=2048, base_lr=2e-4, min_lr=5e-6),
     "imagenet": IMAGENET,
 }
 RECIPE = Recipe(LUTSimMIM, PRESETS, NAMES, optional=(r"projector\.", r"predictor\.", r"teacher\."))

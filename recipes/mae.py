@@ -71,7 +71,7 @@ class MAE(nn.Module):
 
 
 IMAGENET = Config(optimization=Optimization(epochs=1600))
-PRESETS = {**embedded(IMAGENET, **SMALL_DECODER), "folder": folder(IMAGENET), "imagenet": IMAGENET}
+PRESETS = {**embedded(IMAGENET, **SMALL_DECODER), **folder(IMAGENET), "imagenet": IMAGENET}
 PRESETS["imagenet_large"] = changed(IMAGENET, size="large", finetune=finetuning.MAE_LARGE)
 PRESETS["imagenet_huge"] = changed(IMAGENET, size="huge", patch=14, finetune=finetuning.MAE_HUGE)
 RECIPE = Recipe(MAE, PRESETS, MAE_FAMILY, optional=(r"decoder\.",))

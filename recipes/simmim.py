@@ -110,7 +110,7 @@ IMAGENET_100 = changed(IMAGENET, epochs=100, base_lr=1e-4, milestones=(), warmup
 CELLS: dict[str, Any] = {"mnist": {"cell": 4}, "digits": {"cell": 8}, "shapes": {"cell": 16}}
 PRESETS = {
     **embedded(IMAGENET_100, **CELLS, crop_scale=(0.67, 1.0), warmup_lr=0.0, min_lr=0.0),
-    "folder": folder(IMAGENET_100, base_lr=2e-4, min_lr=5e-6),
+    **folder(IMAGENET_100, small={"cell": 16, "warmup_lr": 0.0, "min_lr": 0.0}, base_lr=2e-4, min_lr=5e-6),
     "imagenet": IMAGENET,
     "imagenet_100": IMAGENET_100,
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from common.config import DataSettings, Optimization, Run
+from common.config import DataSettings, Optimization, Run, known
 from common.data.embedded import Digits
 from common.data.normalize import Normalize
 from common.data.sources import Data
@@ -56,7 +56,7 @@ def trained(
     settings = Run(precision="fp32", compile="off", log_every=2, checkpoint_minutes=0.0, resume=True, **run)
     stage = Stage(processes, Data(DataSettings(), Digits("train"), None, None), settings, folder, "pre-training")
     with contextlib.suppress(InterruptedError):
-        per_step = SETTINGS.batch_size // processes.world_size // SETTINGS.device_batch
+        per_step = known(SETTINGS.batch_size) // processes.world_size // SETTINGS.device_batch
         first = max((int(path.name[5:]) for path in folder.glob("checkpoint/step_*")), default=0)
         train(
             method,

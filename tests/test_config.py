@@ -31,6 +31,7 @@ SETTINGS = (*GROUPS, "Config", "ContextConfig", "Study")  # the names of all cla
 EVERY = [(recipe, preset) for recipe in PRESETS for preset in PRESETS[recipe]]
 
 
+CHOICES = "choose one of mnist, digits, shapes, small, folder, imagenet, imagenet_large, imagenet_huge"
 DIGITS = mae.PRESETS["mnist"]
 
 
@@ -42,11 +43,21 @@ def mae_with(*args: str) -> mae.Config:
 
 
 @pytest.mark.parametrize("recipe", PRESETS)
-def test_mnist_is_the_default_and_a_folder_with_data(recipe: str):
+def test_mnist_is_the_default_and_with_data_what_suits_the_machine(recipe: str, monkeypatch: pytest.MonkeyPatch):
     presets = PRESETS[recipe]
     assert parse(presets, []) == presets["mnist"]
-    assert to_json(parse(presets, ["--data", "d"])) == _with_data(recipe, presets["folder"])
-    assert to_json(parse(presets, ["--data=d"])) == _with_data(recipe, presets["folder"])
+    for gpu in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=gpu: found)
+        folder = presets["folder"] if gpu else presets.get("small", presets["folder"])
+        assert to_json(parse(presets, ["--data", "d"])) == _with_data(recipe, folder)
+        assert to_json(parse(presets, ["--data=d"])) == _with_data(recipe, folder)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    small = replace_in(_with_data(recipe, presets.get("small", presets["folder"])), device="cpu")
+    assert to_json(parse(presets, ["--data", "d", "--device", "cpu"])) == small
+
+
+def replace_in(values: dict[str, Any], **run: Any) -> dict[str, Any]:
+    return values | {"run": values["run"] | run}
 
 
 def _with_data(recipe: str, preset: Any) -> dict[str, Any]:
@@ -133,15 +144,15 @@ def test_the_presets_of_larger_networks_are_those_of_the_papers_and_else_those_o
     [
         (
             ["--preset", "cifar"],
-            "--preset cifar: choose one of mnist, digits, shapes, folder, imagenet, imagenet_large, imagenet_huge",
+            f"--preset cifar: {CHOICES}",
         ),
         (
             ["--preset=cifar"],
-            "--preset cifar: choose one of mnist, digits, shapes, folder, imagenet, imagenet_large, imagenet_huge",
+            f"--preset cifar: {CHOICES}",
         ),
         (
             ["--seed", "1", "--preset"],
-            "--preset : choose one of mnist, digits, shapes, folder, imagenet, imagenet_large, imagenet_huge",
+            f"--preset : {CHOICES}",
         ),
     ],
 )
@@ -497,5 +508,5 @@ def test_every_recipe_is_looked_at():
             assert isinstance(module.RECIPE.method, type)
             assert issubclass(module.RECIPE.method, torch.nn.Module)
             assert module.RECIPE.presets is module.PRESETS
-            assert {"digits", "folder"} <= set(module.PRESETS)
+            assert {"digits", "small", "folder"} <= set(module.PRESETS)
             assert {type(preset) for preset in module.PRESETS.values()} == {module.Config}

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.config import DataSettings, Network, Optimization, SettingsError
+from common.config import DataSettings, Network, Optimization, SettingsError, known
 from common.data.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from common.evaluation.finetuning import Classifier
 from common.networks import attention
@@ -284,8 +284,8 @@ def test_the_presets_are_the_published_ones():
         (simmim.IMAGENET_100.optimization, 2e-4, 1e-6, 1e-5),
         (simmim.IMAGENET.finetune.optimization, 1.25e-3, 2.5e-7, 2.5e-7),
     ):
-        scale = settings.batch_size / 512
-        assert settings.base_lr * settings.batch_size / 256 == pytest.approx(peak * scale)
+        scale = known(settings.batch_size) / 512
+        assert settings.base_lr * scale * 2 == pytest.approx(peak * scale)
         assert (settings.warmup_lr, settings.min_lr) == (pytest.approx(start * scale), pytest.approx(end * scale))
         assert (settings.schedule, settings.clip, settings.betas) == ("last_step", 5.0, (0.9, 0.999))
     assert (simmim.IMAGENET.optimization.epochs, simmim.IMAGENET.optimization.milestones) == (800, (700.0,))

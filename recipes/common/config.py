@@ -10,9 +10,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import torch
 import tyro
 
 C = TypeVar("C")
@@ -140,12 +142,12 @@ class Network:
     """size of the encoder: width, depth and number of heads"""
     patch: Count = 16
     """side of a patch in pixels"""
-    decoder_dim: Annotated[int, Must("a multiple of 4", lambda x: x > 0 and x % 4 == 0)] = 512
-    """width of the decoder, a multiple of 4"""
-    decoder_depth: Count = 8
-    """number of blocks of the decoder"""
-    decoder_heads: Count = 16
-    """number of attention heads of the decoder"""
+    decoder_dim: Annotated[int, Must("a multiple of 4", lambda x: x > 0 and x % 4 == 0)] | None = 512
+    """width of the decoder, a multiple of 4; none: half the width of the encoder"""
+    decoder_depth: Count | None = 8
+    """number of blocks of the decoder; none: a quarter of those of the encoder"""
+    decoder_heads: Count | None = 16
+    """number of attention heads of the decoder; none: at most as many as the encoder has"""
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,8 @@ class Optimization:
 
     epochs: Count = 800
     """passes over the training images"""
-    batch_size: Count = 4096
-    """images per step, over all devices and micro-batches"""
+    batch_size: Count | None = 4096
+    """images per step, over all devices and micro-batches; none: 16 to 256, depending on the number of images"""
     device_batch: MayDiffer[Count] = 256
     """largest micro-batch per device; larger batches use gradient accumulation, with the same result unless a method
     normalizes within a micro-batch (DropPos, HPM, LUT)"""
@@ -163,8 +165,8 @@ class Optimization:
     """learning rate for a batch of 256 images; it is multiplied by batch size / 256"""
     sqrt_rule_at: Count | None = None
     """N: scale the learning rate with the square root of the batch size; both rules agree at a batch of N"""
-    warmup_epochs: NonNegative = 40.0
-    """length of the learning-rate warm-up in epochs"""
+    warmup_epochs: NonNegative | None = 40.0
+    """length of the learning-rate warm-up in epochs; none: a tenth of --epochs, at most 20"""
     min_lr: NonNegative = 0.0
     """final learning rate (not scaled by the batch size)"""
     schedule: Literal["epoch", "step", "last_step"] = "epoch"
@@ -197,7 +199,7 @@ def parse(
     """Parse the command line on top of a preset, or with `--resume` on top of the run's original settings.
 
     Args:
-        presets: settings by name. The default is the name given as `--data`, "folder" if that is a folder, or "mnist".
+        presets: settings by name; the default is that of `choose`.
         args: command-line arguments; by default those of the process.
         name: name of the recipe, and of its run unless `--name` is given.
         description: text shown at the top of the help.
@@ -207,15 +209,10 @@ def parse(
         SettingsError: if a value is out of range.
     """
     args = list(sys.argv[1:] if args is None else args)
-    words = [word for arg in args for word in arg.split("=", 1)]
-    data = words[words.index("--data") + 1] if "--data" in words[:-1] else EMBEDDED[0]
-    chosen = data if data in EMBEDDED else "folder"
-    explicit = False
-    for i, arg in enumerate(args):
-        if arg == "--preset" or arg.startswith("--preset="):
-            chosen, explicit = arg.partition("=")[2] if "=" in arg else args[i + 1] if i + 1 < len(args) else "", True
-            del args[i : i + (1 if "=" in arg else 2)]
-            break
+    chosen, explicit = choose(presets, args)
+    if explicit:
+        at = next(i for i, arg in enumerate(args) if arg.partition("=")[0] == "--preset")
+        del args[at : at + (1 if "=" in args[at] else 2)]
     if chosen not in presets:
         raise SystemExit(f"--preset {chosen}: choose one of {', '.join(presets)}")
     preset: Any = presets[chosen]
@@ -230,6 +227,35 @@ def parse(
         config = tyro.cli(type(preset), default=before, args=args, description=about)
     check(config)
     return config
+
+
+def choose(presets: dict[str, Any], args: Sequence[str] | None = None) -> tuple[str, bool]:
+    """Return the name of the preset that the command line asks for, and whether it is given by `--preset`.
+
+    The default is the name of embedded images, "mnist" unless `--data` gives another; for a folder, "folder", or
+    without a GPU "small" if there is such a preset.
+    """
+    given = dict[str, str]()
+    for arg, after in pairwise([*(sys.argv[1:] if args is None else args), ""]):
+        name, equals, value = arg.partition("=")
+        given.setdefault(name, value if equals else after)
+    if "--preset" in given:
+        return given["--preset"], True
+    if (images := given.get("--data", EMBEDDED[0])) in EMBEDDED:
+        return images, False
+    on_gpu = given.get("--device") != "cpu" and torch.cuda.is_available()
+    return ("folder" if on_gpu or "small" not in presets else "small"), False
+
+
+def known(value: T | None) -> T:
+    """Return a setting that follows others unless it is given, after it has been resolved.
+
+    Raises:
+        TypeError: if it has not been resolved.
+    """
+    if value is None:
+        raise TypeError("a setting that follows others has not been resolved")
+    return value
 
 
 def program(main: Callable[[C], None], kind: type[C], *, name: str, description: str | None) -> None:

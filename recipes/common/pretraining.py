@@ -2,18 +2,20 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.config import SettingsError, explained, parse
-from common.data.loading import Loader, ViewDataset
+from common.config import SettingsError, choose, explained, known, parse
+from common.data.loading import Loader, ViewDataset, _read
 from common.data.normalize import normalization
-from common.data.sources import Data, open_data
+from common.data.sources import Data, Source, open_data
 from common.data.views import CropFlip
 from common.evaluation.evaluations import EVALUATIONS, in_order
 from common.evaluation.finetuning import check_finetuning
 from common.files import write_json
-from common.recipe import BaseConfig, Method, Recipe
+from common.networks.vit import SIZES
+from common.recipe import BaseConfig, Method, Recipe, resolved
 from common.report.curves import draw_curves
 from common.report.pictures import draw_pictures
 from common.report.reconstruction import pictures_of
@@ -23,6 +25,7 @@ from common.training.distributed import Processes, join_processes, num_workers
 from common.training.engine import train
 from common.training.log import read_metrics
 from common.training.operations import operations_per_image
+from common.training.progress import in_words, limited_by
 from common.training.step import Batches, to_device
 from common.weights.encoders import export
 
@@ -50,6 +53,8 @@ def pretrain(
     try:
         config: BaseConfig = parse(recipe.presets, args, name=name, description=description)
         with join_processes(config.run.device) as processes:
+            if choose(recipe.presets, args) == ("small", False) and not config.run.resume:
+                processes.print("no GPU: --preset small, with a small network and small images; else --preset folder")
             return _pretrain(recipe, config, name, processes)
     except SettingsError as error:
         raise SystemExit(f"{name}: {error}") from error
@@ -60,6 +65,8 @@ def _pretrain(recipe: Recipe, config: BaseConfig, name: str, processes: Processe
 
     # 1. Open the images once, and check that every stage can run on them
     data = open_data(config.data, seed=run.seed)
+    warn_if_gray(data.train, processes)
+    config = resolved(config, data, processes.world_size)
     evaluations = check_stages(config, data, processes)
     stage = Stage(processes, data, run, folder, "pre-training")
 
@@ -125,10 +132,40 @@ def pretrain_method(method: nn.Module, config: BaseConfig, stage: Stage) -> dict
             draw_pictures(into / "reconstruction.png", pictures)
 
     settings, example = config.optimization, next(iter(Loader(views, [[(0, 0), (0, 1)]])))
-    steps = len(source) // settings.batch_size * settings.epochs
-    operations = operations_per_image(method, example) * steps * settings.batch_size
-    trained = train(method, load, num_images=len(source), settings=settings, stage=stage, draw=draw)
-    return trained | {"operations": operations}
+    size = known(settings.batch_size)
+    operations = operations_per_image(method, example) * (len(source) // size * size * settings.epochs)
+    shorter = partial(shorter_settings, config)
+    result = train(method, load, num_images=len(source), settings=settings, stage=stage, draw=draw, shorter=shorter)
+    stage.print(limited_by(result["waiting"]))
+    return result | {"operations": operations}
+
+
+def shorter_settings(config: BaseConfig, seconds: float) -> str:
+    """Return which settings would make a pre-training of more than three hours shorter; empty below."""
+    if seconds < 3 * 3600:
+        return ""
+    epochs, (height, width), patch = config.optimization.epochs, config.data.image_size, config.network.patch
+    less = max(1, int(epochs * 3600 / seconds))
+    ways = [f"--epochs {less} (about {in_words(seconds * less / epochs)})"] if less < epochs else []
+    if config.network.size in (sizes := list(SIZES))[1:]:
+        ways.append(f"--size {sizes[sizes.index(config.network.size) - 1]}")
+    half = [side // (2 * patch) * patch for side in (height, width)]
+    if min(half) >= 4 * patch:
+        ways.append(f"--image-size {half[0]} {half[1]}")
+    if height % (2 * patch) == width % (2 * patch) == 0 and min(height, width) >= 8 * patch:
+        ways.append(f"--patch {2 * patch}")
+    return f"; shorter: {' or '.join(ways)}" if ways else ""
+
+
+def warn_if_gray(source: Source, processes: Processes, *, looked_at: int = 16) -> None:
+    """Print a warning if the images are RGB, but all of a few evenly spaced ones are gray."""
+    if source.channels != 3 or not processes.is_main:
+        return
+    count = min(looked_at, len(source))
+    images = [_read(source, i * len(source) // count) for i in range(count)]
+    found = [image for image in images if isinstance(image, torch.Tensor)]
+    if found and all(torch.equal(image, image[:1].expand_as(image)) for image in found):
+        processes.print(f"all of {len(found)} images looked at are gray: --channels 1 describes them as well as RGB")
 
 
 @torch.no_grad()

@@ -10,9 +10,12 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from common.config import DataSettings, Flat, Network, Optimization, Run
 from common.data.normalize import Normalize
+from common.data.sources import Data
 from common.evaluation import finetuning
 from common.evaluation.finetuning import Finetuning
+from common.networks.building import decoder_sizes
 from common.networks.vit import ViT
+from common.training.step import following
 from common.weights.reading import load_weights, read_foreign
 
 from torch import Tensor, nn
@@ -67,7 +70,7 @@ class Recipe:
 
     Args:
         method: builds the method from its settings and the normalization of the images.
-        presets: settings by name: "mnist", "digits", "shapes", "folder", and those of the paper.
+        presets: settings by name: "mnist", "digits", "shapes", "small", "folder", and those of the paper.
         published_names: maps the names of published weights to ours, see `load_weights`; empty: none are published.
         optional: regular expressions for weights that a published file may lack.
     """
@@ -128,11 +131,34 @@ def embedded(
     return {name: changed(paper, **(small | short | changes | own | {"path": name})) for name, own in of_images.items()}
 
 
-def folder(paper: C, **changes: Any) -> C:
-    """Adapt the settings of a paper to a folder of tens of thousands of images, on one GPU."""
-    small = {"size": "small", "epochs": 300, "batch_size": 256, "warmup_epochs": 20}
-    evaluated = {"evaluate": ("finetune", "scratch"), "finetune": finetuning.FOLDER}
-    return changed(paper, **(small | evaluated | changes))
+def folder(paper: C, *, small: dict[str, Any] | None = None, **changes: Any) -> dict[str, C]:
+    """Adapt the settings of a paper to a folder of images: the presets "small", for a laptop, and "folder", for a GPU.
+
+    Args:
+        paper: settings of the paper.
+        small: further settings of the preset "small".
+        changes: further settings of the preset "folder".
+    """
+    names = "batch_size", "warmup_epochs", "decoder_dim", "decoder_depth", "decoder_heads"
+    both = dict.fromkeys(names) | {"evaluate": ("finetune", "scratch")}
+    size = {"size": "nano", "image_size": (96, 96), "patch": 8, "epochs": 100}
+    fast = {"base_lr": 4e-3, "sqrt_rule_at": 64, "finetune": finetuning.SMALL}
+    large = {"size": "small", "epochs": 300, "finetune": finetuning.FOLDER}
+    return {
+        "small": changed(paper, **(both | size | fast | (small or {}))),
+        "folder": changed(paper, **(both | large | changes)),
+    }
+
+
+def resolved(config: C, data: Data, world_size: int) -> C:
+    """Return the settings with values for those that follow others: decoder, batch size and warm-up."""
+    dim, depth, heads = decoder_sizes(config.network)
+    return changed(
+        config,
+        **{"decoder_dim": dim, "decoder_depth": depth, "decoder_heads": heads},
+        **following(config.optimization, len(data.train), world_size),
+        finetune=finetuning.resolved(config.finetune, data, world_size),
+    )
 
 
 def changed(config: C, **changes: Any) -> C:

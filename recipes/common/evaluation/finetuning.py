@@ -15,6 +15,7 @@ from common.config import (
     PositiveShare,
     SettingsError,
     Share,
+    known,
 )
 from common.data.augment import Augment, auto_augment_policy
 from common.data.loading import Loader, ViewDataset
@@ -29,7 +30,7 @@ from common.runs import Stage
 from common.training.distributed import in_bf16, num_workers
 from common.training.engine import train
 from common.training.operations import operations_per_image
-from common.training.step import micro_batches
+from common.training.step import following, micro_batches
 from mimkit.tokens import patchify, take
 
 import torch
@@ -94,7 +95,7 @@ MAE_LARGE = of(MAE, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2)
 MAE_HUGE = of(MAE_LARGE, drop_path=0.3)
 
 
-FOLDER = of(MAE, batch_size=256)
+FOLDER = of(MAE, batch_size=None, warmup_epochs=None)
 
 
 HPM = of(MAE, layer_decay=0.8)
@@ -155,6 +156,17 @@ DIGITS = Finetuning(
         layer_decay=0.75,
     ),
 )
+
+
+# for a folder of images on a small machine
+SMALL = replace(
+    of(DIGITS, batch_size=None, sqrt_rule_at=50, warmup_epochs=None), crop_scale=(0.35, 1.0), crop_fraction=0.875
+)
+
+
+def resolved(settings: Finetuning, data: Data, world_size: int) -> Finetuning:
+    """Return the settings with a batch size that fits the labeled images, and a warm-up, unless they have one."""
+    return of(settings, **following(settings.optimization, len(data.labeled or ()), world_size))
 
 
 class Classifier(nn.Module):
@@ -287,7 +299,8 @@ def finetune(
     trained = train(classifier, load, num_images=len(labeled), settings=optimization, stage=stage, depth=encoder.depth)
     batch, _ = micro_batches(optimization, stage.processes.world_size)
     correct = accuracy(classifier, test, stage, settings.crop_fraction, batch=batch)
-    operations *= len(labeled) // optimization.batch_size * optimization.batch_size * optimization.epochs
+    size = known(optimization.batch_size)
+    operations *= len(labeled) // size * size * optimization.epochs
     return trained | {"accuracy": correct, "labeled": len(labeled), "test": len(test), "operations": operations}
 
 
@@ -340,7 +353,7 @@ def check_finetuning(settings: Finetuning, data: Data, *, world_size: int, prefi
             devices, mixup or cutmix gets an odd micro-batch, or timm has no such augmentation policy.
     """
     labeled, _ = data.splits()
-    batch, option = settings.optimization.batch_size, f"--{prefix}batch-size"
+    batch, option = known(settings.optimization.batch_size), f"--{prefix}batch-size"
     if len(labeled) < batch:
         raise SettingsError(f"{len(labeled)} labeled images do not fill a batch of {batch}: use a smaller {option}")
     micro_batch, _ = micro_batches(settings.optimization, world_size)

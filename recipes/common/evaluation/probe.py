@@ -6,7 +6,7 @@ from typing import Any
 
 from common.config import Count, Counts, DataSettings, Flat, Run, SettingsError, parse
 from common.data.sources import open_data
-from common.evaluation.finetuning import check_finetuning
+from common.evaluation.finetuning import check_finetuning, resolved
 from common.files import write_json
 from common.networks.encoder import Encoder
 from common.report.curves import draw_curves
@@ -87,6 +87,8 @@ def probe(
             data = open_data(settings, seed=run.seed)
             data.splits()  # before anything is written
             if finetuning := getattr(config.settings, "finetune", None):
+                finetuning = resolved(finetuning, data, processes.world_size)
+                config = replace(config, settings=replace(config.settings, finetune=finetuning))
                 check_finetuning(finetuning, data, world_size=processes.world_size)
             # without checkpoints, an evaluation that was interrupted starts anew
             resume = run.resume and (finetuning is not None or has_results(folder))

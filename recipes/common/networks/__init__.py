@@ -1,6 +1,14 @@
 """Networks: the ViT, decoders, projectors and the EMA teacher, with their construction and initialization."""
 
-from common.networks.building import build_vit, count_masked, encoder_and_decoder, masking_encoder, whole_cells
+from common.networks.building import (
+    build_predictor,
+    build_vit,
+    count_masked,
+    decoder_sizes,
+    encoder_and_decoder,
+    masking_encoder,
+    whole_cells,
+)
 from common.networks.decoder import PixelHead, Predictor
 from common.networks.ema import Teacher, cosine_momentum, ema_copy, ema_update
 from common.networks.initialization import initialize_mae, initialize_simmim, initialize_truncated
@@ -11,9 +19,11 @@ __all__ = [
     "PixelHead",
     "Predictor",
     "Teacher",
+    "build_predictor",
     "build_vit",
     "cosine_momentum",
     "count_masked",
+    "decoder_sizes",
     "ema_copy",
     "ema_update",
     "encoder_and_decoder",

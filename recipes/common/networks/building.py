@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from common.config import DataSettings, Network, SettingsError
-from common.networks.decoder import Decoder
+from common.networks.decoder import Decoder, Predictor
 from common.networks.initialization import initialize_simmim
 from common.networks.vit import SIZES, ViT
 from mimkit.positions import sincos
@@ -34,6 +34,20 @@ def build_vit(data: DataSettings, network: Network, **options: Any) -> ViT:
     return ViT(**sizes, **SIZES[network.size], **options)
 
 
+def decoder_sizes(network: Network) -> tuple[int, int, int]:
+    """Return width, number of blocks and of heads of the decoder; those that are not given follow the encoder."""
+    encoder = SIZES[network.size]
+    dim = network.decoder_dim or encoder["dim"] // 2
+    heads = max(count for count in range(1, encoder["heads"] + 1) if dim % count == 0)
+    return dim, network.decoder_depth or max(1, encoder["depth"] // 4), network.decoder_heads or heads
+
+
+def build_predictor(network: Network, *, outputs: int) -> Predictor:
+    """Build a predictor of the size of the decoder."""
+    dim, depth, heads = decoder_sizes(network)
+    return Predictor(dim, depth, heads, outputs)
+
+
 def encoder_and_decoder(
     data: DataSettings,
     network: Network,
@@ -49,14 +63,15 @@ def encoder_and_decoder(
     """
     shape: dict[str, Any] = {"class_token": class_token, "key_bias": key_bias, "table": table}
     encoder = build_vit(data, network, **shape, relative="contextual" if table is None else None)
+    dim, depth, heads = decoder_sizes(network)
     decoder = Decoder(
         **shape,
         height=encoder.height,
         width=encoder.width,
         encoder_dim=encoder.dim,
-        dim=network.decoder_dim,
-        depth=network.decoder_depth,
-        heads=network.decoder_heads,
+        dim=dim,
+        depth=depth,
+        heads=heads,
         outputs=network.patch**2 * data.channels,
         embed_bias=embed_bias,
     )

@@ -28,6 +28,7 @@ from common.training.distributed import in_bf16
 from common.training.log import Log, read_metrics
 from common.training.optimizer import clip, parameter_groups
 from common.training.parallel import compiled, own, restore, synchronized, trainable
+from common.training.progress import Progress
 from common.training.schedules import learning_rate, peak_rate
 from common.training.sharded import read_shards
 from common.training.signals import Stopped, StopSignal
@@ -35,7 +36,6 @@ from common.training.step import Batches, all_finite, to_device
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 
 class Loader(Protocol):
@@ -58,6 +58,7 @@ def train(
     stage: Stage,
     depth: int = 0,
     draw: Callable[[Path], None] | None = None,
+    shorter: Callable[[float], str] | None = None,
 ) -> dict[str, Any]:
     """Train a method to the end, starting from its newest checkpoint if the run is resumed.
 
@@ -69,6 +70,7 @@ def train(
         stage: processes, folder and title; `metrics.jsonl`, TensorBoard events and `checkpoint/` go to the folder.
         depth: number of blocks of the encoder, for layer-wise learning-rate decay.
         draw: called with the folder after training, to draw predictions.
+        shorter: returns what would be shorter than a number of seconds, to be said with the estimated time; or empty.
 
     Returns:
         The last losses, the median of images per second, the fraction of time spent waiting for data, the seconds of
@@ -83,6 +85,7 @@ def train(
     training = _Training(
         method, Batches(num_images, settings, stage.processes, seed=stage.run.seed), settings, stage, depth
     )
+    training.shorter = shorter
     training.resume()
     training.announce(num_images)
     loader = load(training.batches.since(training.done))
@@ -121,6 +124,7 @@ class _Training:
         self.window: Tensor | None = None  # sums of the losses since the last record, and the number of steps
         self.names: list[str] = []  # names of the losses
         self.last: dict[str, Any] = {}  # the last record
+        self.shorter: Callable[[float], str] | None = None
         self.seconds = self.waited = 0.0
         self.began = self.read_at = self.saved_at = time.perf_counter()
 
@@ -181,7 +185,7 @@ class _Training:
     def announce(self, num_images: int) -> None:
         """Print the number of images, epochs and steps, the batch size and the learning rate."""
         batches, settings = self.batches, self.settings
-        size, reference = settings.batch_size, settings.sqrt_rule_at
+        size, reference = batches.batch_size, settings.sqrt_rule_at
         scale = f"{size}" if reference is None else f"√({size} · {reference})"
         self.stage.print(
             f"{num_images} images, {settings.epochs} epochs of {batches.steps_per_epoch} steps; batch {size} = "
@@ -195,15 +199,21 @@ class _Training:
         shown = stage.processes.is_main
         stream = iter(loader) if self.done < steps else iter(())
         log = Log(stage.folder, self.done) if shown else None
-        total = {"total": steps, "initial": self.done, "unit": "step", "leave": False}
-        bar = tqdm(desc=stage.title, disable=None if shown else True, **total)
+        bar = Progress(
+            stage.title,
+            steps=steps,
+            done=self.done,
+            per_epoch=self.batches.steps_per_epoch,
+            say=stage.print if shown else None,
+            shorter=self.shorter,
+        )
         self.began = self.read_at = self.saved_at = time.perf_counter()
         first = self.done
         try:
             while self.done < steps:
                 self.step(stream)
                 stop.deferred = True
-                bar.update()
+                bar.advance(self.done, lambda: float(self.bad_step))
                 self.after(log, bar, loader, first=first, stopping=stop.agreed(self.done, last=self.done == steps))
             self.seconds += time.perf_counter() - self.began if first < steps else 0.0
         except Stopped as stopped:
@@ -218,7 +228,7 @@ class _Training:
                 log.close()
             del stream  # shuts down the loader's processes
 
-    def after(self, log: Log | None, bar: Any, loader: Loader, *, first: int, stopping: bool) -> None:
+    def after(self, log: Log | None, bar: Progress, loader: Loader, *, first: int, stopping: bool) -> None:
         """Log, save and stop after a step, if it is time; only here does the host synchronize with the device."""
         run, last = self.stage.run, self.done == self.batches.steps
         recording = self.done % run.log_every == 0 or last
@@ -296,14 +306,14 @@ class _Training:
         saved = self.checkpoints.steps()
         return f"the checkpoint of step {saved[-1]} is kept" if saved else "no checkpoint was written yet"
 
-    def read_losses(self, log: Log | None, bar: Any, *, since: int) -> None:
+    def read_losses(self, log: Log | None, bar: Progress, *, since: int) -> None:
         """Log and display the mean losses since the last record."""
         assert self.window is not None
         stage, steps, now = self.stage, self.batches.steps, time.perf_counter()
         stage.processes.sum(self.window)
         mean = (self.window[:-1] / self.window[-1]).tolist()
         seconds = now - self.read_at
-        timing = {"images_per_second": (self.done - since) * self.settings.batch_size / seconds}
+        timing = {"images_per_second": (self.done - since) * self.batches.batch_size / seconds}
         timing["waiting"] = self.waited / seconds
         rate = learning_rate(self.done - 1, self.settings, self.batches.steps_per_epoch)
         self.last = {"step": self.done, "epoch": self.done / self.batches.steps_per_epoch}
@@ -312,9 +322,10 @@ class _Training:
         if log is not None:
             log.add(self.last | timing)
         speed = f"{timing['images_per_second']:.0f} img/s"
-        bar.set_postfix_str(f"loss {self.last['loss']:.4f}, lr {rate:.2e}, {speed}, data {timing['waiting']:.0%}")
+        bar.show(f"loss {self.last['loss']:.4f}, {speed}, data {timing['waiting']:.0%}")
+        bar.estimate(self.done)
         tenth = (self.done * 10 // steps) != ((self.done - stage.run.log_every) * 10 // steps)
-        if bar.disable and (self.done == steps or tenth):
+        if bar.hidden and (self.done == steps or tenth):
             stage.print(f"{self.done}/{steps} steps, loss {self.last['loss']:.4f}, {speed}")
 
     def save(self) -> None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from common.config import Optimization
+from common.config import Optimization, known
 
 from torch import Tensor
 
@@ -50,19 +50,24 @@ def by_last_step(
     return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * done / steps))
 
 
+def following_warmup(epochs: int) -> float:
+    """Return the length of a warm-up that follows the length of the training: a tenth, at most 20 epochs."""
+    return min(epochs / 10, 20.0)
+
+
 def peak_rate(settings: Optimization) -> float:
     """Return the peak learning rate, scaled with the batch size or with its square root."""
-    size, reference = settings.batch_size, settings.sqrt_rule_at
+    size, reference = known(settings.batch_size), settings.sqrt_rule_at
     return settings.base_lr * (size if reference is None else math.sqrt(size * reference)) / 256
 
 
 def learning_rate(step: int, settings: Optimization, steps_per_epoch: int) -> float:
     """Return the learning rate of a step, before the scale of the parameter group is applied."""
     lr, end = peak_rate(settings), settings.epochs
+    warmup = min(known(settings.warmup_epochs), end)
     if settings.schedule == "epoch":
-        warmup = min(settings.warmup_epochs, end)
         return by_epoch(step / steps_per_epoch, lr=lr, min_lr=settings.min_lr, warmup=warmup, epochs=end)
-    steps, warmup = end * steps_per_epoch, int(min(settings.warmup_epochs, end) * steps_per_epoch)
+    steps, warmup = end * steps_per_epoch, int(warmup * steps_per_epoch)
     if settings.schedule == "step":
         return by_step(step, lr=lr, min_lr=settings.min_lr, warmup=warmup, steps=steps)
     return by_last_step(

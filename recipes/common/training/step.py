@@ -4,12 +4,31 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from common.config import Optimization, SettingsError
+from common.config import Optimization, SettingsError, known
 from common.randomness import Noise, epoch_order
 from common.training.distributed import Processes
+from common.training.schedules import following_warmup
 
 import torch
 from torch import Tensor
+
+
+def fitting_batch(num_images: int, world_size: int) -> int:
+    """Return a batch size for a number of images: about 32 steps per epoch, but 16 to 256 images.
+
+    Every device gets a power of two. Fewer than 16 images are all in one batch, but for an odd one.
+    """
+    wanted = min(max(num_images / 32, min(max(16, 2 * world_size), num_images)), 256) / world_size
+    return world_size * 2 ** max(0, int(math.log2(max(1, wanted))))
+
+
+def following(settings: Optimization, num_images: int, world_size: int) -> dict[str, float]:
+    """Return batch size and warm-up: those given, or those that follow the number of images and of epochs."""
+    size, warmup = settings.batch_size, settings.warmup_epochs
+    return {
+        "batch_size": fitting_batch(num_images, world_size) if size is None else size,
+        "warmup_epochs": following_warmup(settings.epochs) if warmup is None else warmup,
+    }
 
 
 def micro_batches(settings: Optimization, world_size: int) -> tuple[int, int]:
@@ -18,9 +37,10 @@ def micro_batches(settings: Optimization, world_size: int) -> tuple[int, int]:
     Raises:
         SettingsError: if the batch cannot be divided equally among the devices.
     """
-    share, rest = divmod(settings.batch_size, world_size)
+    size = known(settings.batch_size)
+    share, rest = divmod(size, world_size)
     if rest or share < 1:
-        raise SettingsError(f"a batch of {settings.batch_size} images cannot be shared equally by {world_size} devices")
+        raise SettingsError(f"a batch of {size} images cannot be shared equally by {world_size} devices")
     count = math.ceil(share / settings.device_batch)
     while share % count:
         count += 1
@@ -38,12 +58,11 @@ class Batches:
     """
 
     def __init__(self, num_images: int, settings: Optimization, processes: Processes, *, seed: int) -> None:
-        self.steps_per_epoch = num_images // settings.batch_size
+        size = known(settings.batch_size)
+        self.steps_per_epoch = num_images // size
         if not self.steps_per_epoch:
-            raise SettingsError(
-                f"{num_images} images do not fill a batch of {settings.batch_size}: use a smaller --batch-size"
-            )
-        self.num_images, self.batch_size, self.seed, self.processes = num_images, settings.batch_size, seed, processes
+            raise SettingsError(f"{num_images} images do not fill a batch of {size}: use a smaller --batch-size")
+        self.num_images, self.batch_size, self.seed, self.processes = num_images, size, seed, processes
         self.micro_batch, self.count = micro_batches(settings, processes.world_size)
         self.steps = settings.epochs * self.steps_per_epoch
 
