@@ -39,8 +39,9 @@ def test_from_scratch_all_layers_learn_alike_and_a_budget_is_of_time(
     """Fine-tuning took 10 seconds for 5 epochs, so the budget of all 40 seconds is 20 epochs."""
     seen: list[Any] = []
 
-    def finetune(encoder: Any, normalize: Any, *, settings: Any, stage: Any) -> dict[str, Any]:
+    def finetune(encoder: Any, normalize: Any, *, settings: Any, stage: Any, into: Any) -> dict[str, Any]:
         seen.extend((encoder, settings))
+        assert into == (tmp_path if name == "finetune" else None)  # the classifier of the run is the fine-tuned one
         return {}
 
     monkeypatch.setattr(module, "finetune", finetune)
@@ -56,7 +57,7 @@ def test_from_scratch_all_layers_learn_alike_and_a_budget_is_of_time(
 
 def test_a_budget_is_written_down_for_a_run_that_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     epochs: list[int] = []
-    monkeypatch.setattr(module, "finetune", lambda *_, settings, stage: epochs.append(settings.optimization.epochs))
+    monkeypatch.setattr(module, "finetune", lambda *_, settings, **__: epochs.append(settings.optimization.epochs))
     path = exported(tmp_path)
     for seconds in (30.0, 990.0):
         results = RESULTS | {"pretraining": {"seconds": seconds}}
