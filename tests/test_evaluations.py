@@ -6,14 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from common.config import SettingsError
+from common.data.sources import open_data
 from common.evaluation import evaluations as module
+from common.evaluation import finetuning
+from common.evaluation import linear as linear_module
+from common.evaluation import nonlinear as nonlinear_module
 from common.evaluation.evaluations import EVALUATIONS, in_order
 from common.evaluation.finetuning import DIGITS, FOLDER
 from common.weights.encoders import export
 
 import pytest
 import torch
-from probes import NORMALIZE, RECIPES, exported, small, stage
+from PIL import Image
+from probes import NORMALIZE, RECIPES, exported, recipe, small, stage
 from torch import Tensor, nn
 
 RESULTS = {"pretraining": {"seconds": 30.0}, "finetune": {"seconds": 10.0}}
@@ -53,6 +58,43 @@ def test_from_scratch_all_layers_learn_alike_and_a_budget_is_of_time(
     expected = replace(settings.optimization, epochs=epochs, layer_decay=layer_decay)
     assert seen[1] == replace(settings, optimization=expected)
     assert bool(seen[0].norm.bias.any()) == (name == "finetune")  # else the weights are new
+
+
+@pytest.mark.parametrize("of_a_folder", [False, True])
+@pytest.mark.parametrize("evaluation", ["linear", "knn", "nonlinear"])
+def test_a_probe_in_a_recipe_and_its_program_give_the_same_number(
+    evaluation: str, of_a_folder: bool, tmp_path: Path
+) -> None:
+    """Whatever the settings of fine-tuning, here pooling, crop and epochs."""
+    program = {"linear": "linear_probe", "nonlinear": "nonlinear_probe"}.get(evaluation, evaluation)
+    encoder, where, images = exported(tmp_path), stage(tmp_path / "recipe"), []
+    if of_a_folder:
+        images = ["--data", images_as_files(tmp_path / "images")]
+        settings = replace(where.data.settings, path=tmp_path / "images", flip=0.5)
+        where = replace(where, data=open_data(settings, seed=0))
+    settings = replace(SHORT, crop_fraction=0.5, measurements=0)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("DIGITS", "FOLDER"):  # few epochs, of a batch that the images fill
+            short = finetuning.of(getattr(nonlinear_module, name).finetune, epochs=2, batch_size=30, warmup_epochs=1)
+            patch.setattr(nonlinear_module, name, replace(getattr(nonlinear_module, name), finetune=short))
+            patch.setattr(linear_module, name, replace(getattr(linear_module, name), epochs=20))
+        inside = EVALUATIONS[evaluation].run(encoder, settings, where, {})
+        words = ["--epochs", "2", "--batch-size", "30", "--warmup-epochs", "1"] if evaluation == "nonlinear" else []
+        args = ["--encoder", encoder, "--labels-per-class", "3", "--runs", tmp_path, *words, *images]
+        alone = recipe(program, *args)
+    compared = ("accuracy", "labeled", "test", "loss", "by_k", "held_out")
+    assert {name: inside.get(name) for name in compared} == {name: alone.get(name) for name in compared}
+
+
+def images_as_files(root: Path) -> Path:
+    """Write 60 images of 20 × 30 pixels in two classes, so that a crop matters."""
+    generator = torch.Generator().manual_seed(0)
+    for i in range(60):
+        path = root / ("train" if i < 40 else "val") / str(i % 2) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(256, (20, 30), generator=generator) // (1 + i % 2)
+        Image.fromarray(pixels.to(torch.uint8).numpy()).save(path)
+    return root
 
 
 def test_a_budget_is_written_down_for_a_run_that_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
