@@ -112,7 +112,7 @@ def test_one_picture_of_all_heads_for_a_file_and_a_folder(tmp_path: Path, capsys
             assert picture.size[0] > 600  # the query and three heads
     main(
         Config(
-            str(tmp_path / "encoder.safetensors"), data=str(tmp_path) / "photos", out=tmp_path / "other.png", measured=2
+            str(tmp_path / "encoder.safetensors"), data=str(tmp_path / "photos"), out=tmp_path / "other.png", measured=2
         )
     )
     assert (tmp_path / "other.png").stat().st_size

@@ -1,5 +1,6 @@
 """All evaluations of a pre-trained encoder: what each trains, in which order, and that frozen means frozen."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ from common.config import SettingsError
 from common.data.embedded import Digits
 from common.data.sources import open_data
 from common.evaluation import evaluations as module
-from common.evaluation import pixels
+from common.evaluation import finetuning, pixels
+from common.evaluation import linear as linear_module
+from common.evaluation import nonlinear as nonlinear_module
 from common.evaluation.evaluations import EVALUATIONS, in_order
 from common.evaluation.finetuning import DIGITS, FOLDER
 from common.weights.encoders import export
@@ -16,7 +19,8 @@ from common.weights.encoders import export
 import numpy as np
 import pytest
 import torch
-from probes import IMAGES, NORMALIZE, RECIPES, exported, small, stage
+from PIL import Image
+from probes import IMAGES, NORMALIZE, RECIPES, exported, recipe, small, stage
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC
 from torch import Tensor, nn
@@ -46,8 +50,9 @@ def test_from_scratch_all_layers_learn_alike_and_a_budget_is_of_operations(
     """Fine-tuning took 10 operations for 5 epochs, so the budget of all 40 operations is 20 epochs."""
     seen: list[Any] = []
 
-    def finetune(encoder: Any, normalize: Any, *, settings: Any, stage: Any) -> dict[str, Any]:
+    def finetune(encoder: Any, normalize: Any, *, settings: Any, stage: Any, into: Any) -> dict[str, Any]:
         seen.extend((encoder, settings))
+        assert into == (tmp_path if name == "finetune" else None)  # the classifier of the run is the fine-tuned one
         return {}
 
     monkeypatch.setattr(module, "finetune", finetune)
@@ -63,7 +68,9 @@ def test_from_scratch_all_layers_learn_alike_and_a_budget_is_of_operations(
 
 def test_from_scratch_has_a_learning_rate_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
-    monkeypatch.setattr(module, "finetune", lambda *_, settings, stage: rates.append(settings.optimization.base_lr))
+    monkeypatch.setattr(
+        module, "finetune", lambda *_, settings, stage, into: rates.append(settings.optimization.base_lr)
+    )
     for name in ("finetune", "scratch", "budget"):
         EVALUATIONS[name].run(exported(tmp_path), replace(SHORT, scratch_lr=0.5), stage(tmp_path), RESULTS)
     assert rates == [SHORT.optimization.base_lr, 0.5, 0.5]
@@ -92,6 +99,54 @@ def test_too_many_pixels_are_not_compared(
     monkeypatch.setattr(pixels, "MOST_LABELED", 29)
     assert EVALUATIONS["svm"].run(tmp_path, SHORT, stage(tmp_path), {}) is None
     assert "skipped: 30 labeled images of 16 × 16 pixels; at most 29 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("of_a_folder", [False, True])
+@pytest.mark.parametrize("evaluation", ["linear", "knn", "nonlinear"])
+def test_a_probe_in_a_recipe_and_its_program_give_the_same_number(
+    evaluation: str, of_a_folder: bool, tmp_path: Path
+) -> None:
+    """Whatever the settings of fine-tuning, here pooling, crop and epochs."""
+    program = {"linear": "linear_probe", "nonlinear": "nonlinear_probe"}.get(evaluation, evaluation)
+    encoder, where, images = exported(tmp_path), stage(tmp_path / "recipe"), []
+    if of_a_folder:
+        images = ["--data", images_as_files(tmp_path / "images")]
+        settings = replace(where.data.settings, path=str(tmp_path / "images"), flip=0.5)
+        where = replace(where, data=open_data(settings, seed=0))
+    settings = replace(SHORT, crop_fraction=0.5, measurements=0)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("DIGITS", "FOLDER"):  # few epochs, of a batch that the images fill
+            short = finetuning.of(getattr(nonlinear_module, name).finetune, epochs=2, batch_size=30, warmup_epochs=1)
+            patch.setattr(nonlinear_module, name, replace(getattr(nonlinear_module, name), finetune=short))
+            patch.setattr(linear_module, name, replace(getattr(linear_module, name), epochs=20))
+        inside = EVALUATIONS[evaluation].run(encoder, settings, where, {}) or {}
+        words = ["--epochs", "2", "--batch-size", "30", "--warmup-epochs", "1"] if evaluation == "nonlinear" else []
+        args = ["--encoder", encoder, "--labels-per-class", "3", "--runs", tmp_path, *words, *images]
+        alone = recipe(program, *args)
+    compared = ("accuracy", "labeled", "test", "loss", "by_k", "held_out")
+    assert {name: inside.get(name) for name in compared} == {name: alone.get(name) for name in compared}
+
+
+def images_as_files(root: Path) -> Path:
+    """Write 60 images of 20 × 30 pixels in two classes, so that a crop matters."""
+    generator = torch.Generator().manual_seed(0)
+    for i in range(60):
+        path = root / ("train" if i < 40 else "val") / str(i % 2) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(256, (20, 30), generator=generator) // (1 + i % 2)
+        Image.fromarray(pixels.to(torch.uint8).numpy()).save(path)
+    return root
+
+
+def test_a_budget_is_written_down_for_a_run_that_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    epochs: list[int] = []
+    monkeypatch.setattr(module, "finetune", lambda *_, settings, **__: epochs.append(settings.optimization.epochs))
+    path = exported(tmp_path)
+    for seconds in (30.0, 990.0):
+        results = RESULTS | {"pretraining": {"seconds": seconds}}
+        EVALUATIONS["budget"].run(path, SHORT, stage(tmp_path / "budget"), results)
+    assert epochs == [4, 4]
+    assert json.loads((tmp_path / "budget.json").read_text())["epochs"] == 4
 
 
 def test_a_budget_comes_after_the_fine_tuning_that_it_is_measured_against() -> None:
