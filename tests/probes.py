@@ -56,7 +56,7 @@ def stage(folder: Path, data: Data | None = None) -> Stage:
 def recipe(name: str, *args: object) -> dict[str, Any]:
     """Run a probe in this process."""
     evaluation, presets, more = RECIPES[name]
-    words = [*shlex.split(more), "--workers", "0", "--device", "cpu", *map(str, args)]
+    words = ["--data", "digits", *shlex.split(more), "--workers", "0", "--device", "cpu", *map(str, args)]
     return probe(evaluation, presets, name=name, title=name, description=None, args=words)
 
 

@@ -349,12 +349,12 @@ def test_a_preset_that_is_said_holds_against_that_of_the_run(tmp_path: Path):
     ("args", "changed"),
     [
         ("--epochs 9", {"--epochs": ("9", "40")}),
-        ("--image-size 48 32", {"--image-size": ("48 32", "32 32")}),
+        ("--image-size 48 32", {"--image-size": ("48 32", "28 28")}),
         ("--seed 1 --mask-ratio 0.5", {"--seed": ("1", "0"), "--mask-ratio": ("0.5", "0.75")}),
         ("--finetune.epochs 9", {"--finetune.epochs": ("9", "40")}),
         ("--finetune.no-train-positions", {}),  # as it was
         ("--precision bf16", {"--precision": ("bf16", "auto")}),
-        ("--evaluate", {"--evaluate": ("", "finetune scratch")}),
+        ("--evaluate", {"--evaluate": ("", "finetune scratch budget nearest svm")}),
         ("--log-every 3", {"--log-every": ("3", "20")}),
         # What does not change the result
         ("--workers 1 --keep 5 --checkpoint-minutes 1", {}),
@@ -382,7 +382,7 @@ def test_settings_are_json(recipe: str, preset: str):
 def test_paths_become_text_and_tuples_lists():
     found = to_json(mae_with("--data", "a/b", "--preset", "mnist", "--evaluate", "finetune"))
     assert found["data"]["path"] == str(Path("a/b"))
-    assert found["data"]["image_size"] == [32, 32]
+    assert found["data"]["image_size"] == [28, 28]
     assert found["finetune"]["optimization"]["betas"] == [0.9, 0.999]
     assert found["evaluate"] == ["finetune"]
     assert found["weights"] is None

@@ -1,6 +1,5 @@
 """All evaluations of a pre-trained encoder: what each trains, in which order, and that frozen means frozen."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,17 +135,6 @@ def images_as_files(root: Path) -> Path:
         pixels = torch.randint(256, (20, 30), generator=generator) // (1 + i % 2)
         Image.fromarray(pixels.to(torch.uint8).numpy()).save(path)
     return root
-
-
-def test_a_budget_is_written_down_for_a_run_that_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    epochs: list[int] = []
-    monkeypatch.setattr(module, "finetune", lambda *_, settings, **__: epochs.append(settings.optimization.epochs))
-    path = exported(tmp_path)
-    for seconds in (30.0, 990.0):
-        results = RESULTS | {"pretraining": {"seconds": seconds}}
-        EVALUATIONS["budget"].run(path, SHORT, stage(tmp_path / "budget"), results)
-    assert epochs == [4, 4]
-    assert json.loads((tmp_path / "budget.json").read_text())["epochs"] == 4
 
 
 def test_a_budget_comes_after_the_fine_tuning_that_it_is_measured_against() -> None:
