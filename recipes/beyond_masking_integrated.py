@@ -13,7 +13,7 @@ from common.config import SettingsError
 from common.networks import count_masked, encoder_and_decoder, initialize_truncated
 from common.pretraining import pretrain
 from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, changed, embedded, folder
-from common.report import Pictures, gray_out, shown
+from common.report import Pictures, as_pixels, gray_out, shown
 from mimkit.degrade import area_resize, central_crop
 from mimkit.losses import band_error, channel_normalized_patches, squared_error
 from mimkit.masking import random_tokens
@@ -95,17 +95,25 @@ class Integrated(nn.Module):
         return area_resize(picture, H=self.view_size[0], W=self.view_size[1])
 
     def pictures(self, images: Tensor, noise: dict[str, Tensor]) -> Pictures:
-        """Draw the visible patches of the center, the prediction and its target."""
+        """Draw the visible patches of the center, and the reconstruction of the view from the predicted small image."""
         (H, W), (view_H, view_W) = self.image_size, self.view_size
         view = self.normalize.unit(images)
-        center = central_crop(view, H=H, W=W)
-        prediction, target = area_resize(self.predict(center, noise)[0], H=view_H, W=view_W), self.outer_target(view)
-        mask = random_tokens(noise["mask"], num_masked=self.num_masked)
-        seen = gray_out(center, mask, height=self.height, width=self.width, patch=self.patch)
+        center, small = central_crop(view, H=H, W=W), patchify(area_resize(view, H=H, W=W), patch=self.patch)
+        prediction, target = self.predict(center, noise)[0], channel_normalized_patches(small, channels=self.channels)
+        filled = as_pixels(patchify(prediction, patch=self.patch), target, small, channels=self.channels)
+        sizes = {"height": self.height, "width": self.width, "patch": self.patch}
+        seen = gray_out(center, random_tokens(noise["mask"], num_masked=self.num_masked), **sizes)
         rows, columns = (view_H - H) // 2, (view_W - W) // 2
         seen = nn.functional.pad(seen, (columns, columns, rows, rows), value=1.0)
-        columns = {"input": view, "seen": seen, "prediction": shown(prediction), "target": shown(target)}
-        return Pictures(columns, "prediction and target are normalized per patch and channel")
+        columns = {
+            "input": view,
+            "seen": seen,
+            "reconstruction": area_resize(unpatchify(filled, **sizes), H=view_H, W=view_W),
+        }
+        columns["prediction"] = shown(area_resize(prediction, H=view_H, W=view_W))
+        columns["target"] = shown(self.outer_target(view))
+        note = "reconstruction: with the brightness and contrast of the true patches; prediction and target: normalized"
+        return Pictures(columns, note)
 
 
 IMAGENET = Config(network=TASKS.network, optimization=TASKS.optimization, finetune=TASKS.finetune)

@@ -136,11 +136,7 @@ class LoMaR(nn.Module):
 NAMES = {r"encoder_pred\.": "head.", r"(?=cls_token|mask_token|patch_embed|blocks|norm)": "encoder."}
 
 IMAGENET = Config(optimization=Optimization(epochs=1600, warmup_epochs=80))
-PRESETS = {
-    **embedded(IMAGENET, window_size=4),
-    **folder(IMAGENET, small={"window_size": 6}),
-    "imagenet": IMAGENET,
-}
+PRESETS = {**embedded(IMAGENET, window_size=4), **folder(IMAGENET, small={"window_size": 6}), "imagenet": IMAGENET}
 RECIPE = Recipe(LoMaR, PRESETS, NAMES)
 
 if __name__ == "__main__":

@@ -525,7 +525,7 @@ def test_a_picture_shows_image_window_what_is_seen_and_a_reconstruction(normaliz
     images, noise = pictures_for(made, 3), noise_of(made, 3)
     drawn = made.pictures((255 * images).to(torch.uint8), noise)
     normalized = ["prediction", "target"] if normalize_target else []
-    assert list(drawn.columns) == ["image", "input", "seen", *normalized, "reconstruction"]
+    assert list(drawn.columns) == ["image", "input", "seen", "reconstruction", *normalized]
     images = (255 * images).to(torch.uint8).float() / 255
     mask = random_tokens(noise["mask"][:, 0], num_masked=made.num_masked)
     for i, (top, left) in enumerate(made.anchors(noise)[:, 0].tolist()):

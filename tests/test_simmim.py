@@ -354,7 +354,7 @@ def test_a_windowed_target_is_drawn_beside_its_prediction():
     made, images = method(target="window", window=5), views()
     noise = chance(made)
     columns, masked = pictures_of(made, images, noise).columns, pixel_mask(made, noise)
-    assert list(columns) == ["input", "seen", "prediction", "target", "reconstruction"]
+    assert list(columns) == ["input", "seen", "reconstruction", "prediction", "target"]
     for title in ("prediction", "target"):  # of the masked patches alone
         outside = columns[title].masked_select(~masked)
         assert (outside == outside[0]).all()

@@ -45,7 +45,8 @@ def reconstruction(
     mask = torch.zeros(patches.shape[:2], dtype=torch.bool, device=indices.device).scatter(1, indices, True)
     seen = gray_out(image, mask, **sizes) if seen is None else seen
     filled = as_pixels(prediction, target, pixels, channels=len(normalize.mean))
-    columns = {"input": image, "seen": seen}
+    rebuilt = normalize.undo(unpatchify(put(filled, indices, into=patches), **sizes))
+    columns = {"input": image, "seen": seen, "reconstruction": rebuilt}
     note = "reconstruction: patches that are not predicted are those of the input"
     if not torch.allclose(target, pixels, atol=1e-4):
         blank = torch.zeros_like(patches)
@@ -54,7 +55,6 @@ def reconstruction(
             "target": shown(unpatchify(put(target, indices, into=blank), **sizes)),
         }
         note += ", predicted ones have the brightness and contrast of the true ones; prediction and target: normalized"
-    columns["reconstruction"] = normalize.undo(unpatchify(put(filled, indices, into=patches), **sizes))
     return Pictures(columns, note)
 
 
