@@ -61,7 +61,7 @@ import scipy.ndimage
 import torch
 import torch.nn.functional as F
 import tyro
-from measuring import chosen_device, in_rounds, print_circumstances, seconds_of
+from measuring import chosen_device, in_rounds, kept_storages, print_circumstances, seconds_of
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -411,14 +411,7 @@ def memory(function: Callable[[], Any], inputs: tuple[Tensor, ...]) -> tuple[int
         for tensor in inputs:
             alive.see(tensor.untyped_storage())
         function()
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function()
+    kept = kept_storages(function)
     return alive.most - sum(given.values()), sum(kept[place].nbytes() for place in kept.keys() - given.keys())
 
 

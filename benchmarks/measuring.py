@@ -72,17 +72,22 @@ def matmul_peak(device: torch.device, side: int = 8192) -> float:
     return 2 * side**3 / seconds_of(partial(torch.mm, a, b), 50, device)
 
 
-def kept_bytes(function: Callable[[], Any]) -> int:
-    """Return the bytes that a call keeps for its backward pass."""
+def kept_storages(function: Callable[[], Any]) -> dict[int, torch.UntypedStorage]:
+    """Return what a call keeps for its backward pass, by address."""
     storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
 
     def pack(tensor: Tensor) -> Tensor:
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
+        return tensor.detach()  # with its history, an output would keep itself and all parameters alive for good
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         function()
-    return sum(storage.nbytes() for storage in storages.values())
+    return storages
+
+
+def kept_bytes(function: Callable[[], Any]) -> int:
+    """Return the bytes that a call keeps for its backward pass."""
+    return sum(storage.nbytes() for storage in kept_storages(function).values())
 
 
 def in_rounds(clocks: dict[K, Callable[[], float]], rounds: int, order: random.Random) -> dict[K, list[float]]:

@@ -42,11 +42,16 @@ def counting_step(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def counting_compile(backend: str) -> Any:
-    """Return `torch.compile` with this backend, which also notes the step."""
+    """Return `torch.compile` with this backend, which also notes the step of each graph that it accepts.
+
+    Inductor rejects the first trace of a graph that reads a 0-d float64 tensor on the CPU, such as a drop rate, and has
+    it traced again, unless its cache on disk knows the graph.
+    """
 
     def counting(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        lowered = lookup_backend(backend)(graph, inputs)
         trainings[-1]["captured"].append(trainings[-1]["step"])
-        return lookup_backend(backend)(graph, inputs)
+        return lowered
 
     return lambda model, **options: compile_(model, **options, backend=counting)
 

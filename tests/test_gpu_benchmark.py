@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import gpu
 import gpu_speed
 import gpu_trainings
 import pytest
+import torch
+from measuring import kept_bytes
 
 PROGRAM = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
 
@@ -148,6 +151,14 @@ def test_a_batch_that_does_not_fit_is_halved_and_what_there_is_no_time_for_is_na
         gpu_speed.fitting(bench(tmp_path, toy=False), lambda _: attempt(1024))
     late = gpu_trainings.each(bench(tmp_path, ends=time.monotonic() - 1), ["mae"], lambda _: {})
     assert late == [{"what": "mae", "left out": "no time left"}]
+
+
+def test_what_is_kept_for_the_backward_pass_is_counted_and_then_freed() -> None:
+    leaf = torch.zeros(5, 7, requires_grad=True)
+    alive = weakref.ref(leaf)
+    assert kept_bytes(lambda: leaf.exp().sum()) == 5 * 7 * 4  # the exponential, an output of its own node
+    del leaf
+    assert alive() is None
 
 
 def test_flops_are_counted_as_the_shapes_give_them(tmp_path: Path) -> None:
