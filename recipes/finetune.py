@@ -80,7 +80,8 @@ def main(config: Config) -> None:
         check_finetuning(settings, data, world_size=processes.world_size)
         prepare(folder, "finetune", config, run=run, data=data, processes=processes)
         title = EVALUATIONS["scratch" if config.scratch else "finetune"].title
-        result = finetune(encoder, normalize, settings=settings, stage=Stage(processes, data, run, folder, title))
+        stage = Stage(processes, data, run, folder, title)
+        result = finetune(encoder, normalize, settings=settings, stage=stage, into=folder)
         if processes.is_main:
             write_json(folder / "result.json", {"recipe": "finetune", "encoder": str(config.encoder), **result})
             draw_curves(folder / "curves.png", {title: read_metrics(folder / "metrics.jsonl")})

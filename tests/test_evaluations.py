@@ -46,8 +46,9 @@ def test_from_scratch_all_layers_learn_alike_and_a_budget_is_of_operations(
     """Fine-tuning took 10 operations for 5 epochs, so the budget of all 40 operations is 20 epochs."""
     seen: list[Any] = []
 
-    def finetune(encoder: Any, normalize: Any, *, settings: Any, stage: Any) -> dict[str, Any]:
+    def finetune(encoder: Any, normalize: Any, *, settings: Any, stage: Any, into: Any) -> dict[str, Any]:
         seen.extend((encoder, settings))
+        assert into == (tmp_path if name == "finetune" else None)  # the classifier of the run is the fine-tuned one
         return {}
 
     monkeypatch.setattr(module, "finetune", finetune)
@@ -63,7 +64,7 @@ def test_from_scratch_all_layers_learn_alike_and_a_budget_is_of_operations(
 
 def test_from_scratch_has_a_learning_rate_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
-    monkeypatch.setattr(module, "finetune", lambda *_, settings, stage: rates.append(settings.optimization.base_lr))
+    monkeypatch.setattr(module, "finetune", lambda *_, settings, **__: rates.append(settings.optimization.base_lr))
     for name in ("finetune", "scratch", "budget"):
         EVALUATIONS[name].run(exported(tmp_path), replace(SHORT, scratch_lr=0.5), stage(tmp_path), RESULTS)
     assert rates == [SHORT.optimization.base_lr, 0.5, 0.5]

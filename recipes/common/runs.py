@@ -19,7 +19,10 @@ from common.training.checkpoint import Checkpoints
 from common.training.distributed import Processes
 
 RESULTS = ("result.json", "budget.json", "encoder.safetensors", "classifier.safetensors")  # of a run or a stage
-RECORDS = ("metrics.jsonl", "events.out.tfevents.*", "reconstruction.png", "curves.png")  # of no use without results
+RECORDS = (  # of no use without results
+    *("metrics.jsonl", "events.out.tfevents.*", "reconstruction.png", "curves.png", "confusion.png"),
+    *("predictions.csv", "predictions.png"),
+)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,8 @@ def _tuned(path: Path, settings: Finetuning, stage: Stage, *, scratch: bool) -> 
         scratch=scratch,
         seed=stage.run.seed,
     )
-    return finetune(encoder, normalize, settings=settings, stage=stage)
+    into = None if scratch else stage.folder.parent  # the classifier of a run is the fine-tuned one
+    return finetune(encoder, normalize, settings=settings, stage=stage, into=into)
 
 
 def _linear(path: Path, settings: Finetuning, stage: Stage, results: dict[str, Any]) -> dict[str, Any]:

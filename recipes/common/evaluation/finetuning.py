@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from common.config import (
     Area,
     BelowOne,
     Flat,
+    Must,
     NonNegative,
     Optimization,
     Positive,
@@ -21,16 +23,19 @@ from common.data.augment import Augment, auto_augment_policy
 from common.data.loading import Loader, ViewDataset
 from common.data.mixing import Mixing
 from common.data.normalize import Normalize
-from common.data.sources import Data, Source
-from common.data.views import CenterCrop, CropFlip, Transform
+from common.data.sources import Data
+from common.data.views import CropFlip, Transform
+from common.evaluation.metrics import Confusion, measurements, scores, top1
 from common.networks.encoder import TrainableEncoder
 from common.networks.vit import ViT
 from common.randomness import seed_of, uniform
+from common.report.classes import draw_confusion
 from common.runs import Stage
-from common.training.distributed import in_bf16, num_workers
+from common.training.distributed import num_workers
 from common.training.engine import train
 from common.training.operations import operations_per_image
 from common.training.step import following, micro_batches
+from common.weights.classifiers import Head, export_classifier
 from mimkit.tokens import patchify, take
 
 import torch
@@ -66,6 +71,9 @@ class Finetuning:
     """std of the initial weights of the head"""
     scratch_lr: Positive | None = None
     """base learning rate of the same network from scratch, for comparison; none: the one of fine-tuning"""
+    measurements: Annotated[int, Must("0 or more", lambda x: x >= 0)] | None = None
+    """how often the accuracy on the test images is measured during training, at evenly spaced steps, for the curves;
+    the result is always that of the last step. 0: never; none: up to 10 times, in at most some 5 % of the time"""
     optimization: Flat[Optimization] = field(
         default_factory=lambda: Optimization(
             epochs=100,
@@ -199,7 +207,8 @@ class Classifier(nn.Module):
         super().__init__()
         if pool == "class" and encoder.cls_token is None:
             raise SettingsError("--pool class needs an encoder with a class token")
-        self.encoder, self.normalize, self.pool = encoder, normalize, pool
+        self.encoder, self.normalize = encoder, normalize
+        self.pool: Literal["mean", "class"] = pool
         self.select, self.mixing = select, mixing
         if pool == "mean":  # the pre-trained norm is for single tokens, so their mean gets a new one
             self.fc_norm = nn.LayerNorm(encoder.dim, eps=1e-6)
@@ -252,13 +261,17 @@ class Classifier(nn.Module):
         return F.cross_entropy(logits.float(), targets)
 
     @torch.no_grad()
-    def predict(self, images: Tensor) -> Tensor:
-        """Predict the class of each image; a random selection of patches uses fixed noise."""
+    def logits(self, images: Tensor) -> Tensor:
+        """Return the logits of each image; a random selection of patches uses fixed noise."""
         noise: dict[str, Tensor] = {}
         if self.select is not None:
             shape = len(images), len(self.encoder.positions)
             noise["select"] = uniform(*shape, key=seed_of("select"), device=images.device)
-        return self.head(self.features(images, noise)).argmax(dim=-1)
+        return self.head(self.features(images, noise))
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Return the most likely class of each image."""
+        return self.logits(images).argmax(dim=-1)
 
 
 def finetune(
@@ -268,13 +281,20 @@ def finetune(
     settings: Finetuning,
     stage: Stage,
     select: nn.Module | None = None,
+    into: Path | None = None,
 ) -> dict[str, Any]:
     """Train a classifier on the labeled images and measure its accuracy on the test images.
 
-    With `select` it encodes a subset of the patches, see `Classifier`.
+    Args:
+        encoder: the encoder; with `into`, a `ViT`.
+        normalize: normalization of the images.
+        settings: settings of fine-tuning.
+        stage: processes, images and folder.
+        select: selects a subset of the patches to encode, see `Classifier`.
+        into: folder for `classifier.safetensors` and `confusion.png`; None: they are not written.
 
     Returns:
-        The result of `train`, `accuracy` in percent, and the numbers of labeled and test images.
+        The result of `train`, the accuracies of `metrics.scores`, and the numbers of labeled and test images.
 
     Raises:
         SettingsError: if there are no labeled images or no test images.
@@ -296,12 +316,27 @@ def finetune(
 
     optimization = settings.optimization
     operations = operations_per_image(classifier, next(iter(Loader(views, [[(0, 0), (0, 1)]]))))
-    trained = train(classifier, load, num_images=len(labeled), settings=optimization, stage=stage, depth=encoder.depth)
     batch, _ = micro_batches(optimization, stage.processes.world_size)
-    correct = accuracy(classifier, test, stage, settings.crop_fraction, batch=batch)
+    confusion, matrices = Confusion(test, stage, settings.crop_fraction, batch=batch), []
+
+    def measure() -> dict[str, float]:
+        """Measure the accuracy on the test images."""
+        matrices[:] = [confusion.count(classifier.eval().predict)]
+        return {"accuracy": top1(matrices[0])}
+
     size = known(optimization.batch_size)
-    operations *= len(labeled) // size * size * optimization.epochs
-    return trained | {"accuracy": correct, "labeled": len(labeled), "test": len(test), "operations": operations}
+    images = len(labeled) // size * size * optimization.epochs
+    times = measurements(settings.measurements, trained=images, tested=len(test))
+    options: Any = {"settings": optimization, "depth": encoder.depth, "measure": measure, "measurements": times}
+    trained = train(classifier, load, num_images=len(labeled), stage=stage, **options)
+    if not matrices:  # nothing was measured, or the run was resumed after its last step
+        measure()
+    confusion.report_unreadable()
+    if into is not None and stage.processes.is_main:
+        write_classifier(into, classifier, settings, labeled.classes)
+        draw_confusion(into / "confusion.png", matrices[0], labeled.classes)
+    sizes = {"labeled": len(labeled), "test": len(test), "operations": operations * images}
+    return trained | scores(matrices[0], labeled.classes) | sizes
 
 
 def training_view(settings: Finetuning, stage: Stage, normalize: Normalize) -> Transform:
@@ -318,25 +353,11 @@ def training_view(settings: Finetuning, stage: Stage, normalize: Normalize) -> T
     )
 
 
-def accuracy(classifier: Classifier, test: Source, stage: Stage, crop_fraction: float, *, batch: int) -> float:
-    """Return the accuracy on the test images in percent."""
-    processes = stage.processes
-    crop = CenterCrop(stage.data.settings.image_size, crop_fraction=crop_fraction)
-    mine = [(0, index) for index in range(processes.rank, len(test), processes.world_size)]
-    batches = [mine[i : i + batch] for i in range(0, len(mine), batch)]
-    workers = num_workers(stage.run, processes)
-    loader = Loader(ViewDataset(test, crop, labels=True), batches, workers=workers, pin=False)
-    counts, device = torch.zeros(2, device=processes.device), processes.device
-    classifier.eval()
-    bf16 = in_bf16(stage.run, processes)
-    for images, labels in loader:
-        # eager mode: the smaller last batch would trigger recompilation
-        with torch.compiler.set_stance("force_eager"), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            correct = classifier.predict(images.to(device)) == labels.to(device)
-        counts += torch.stack([correct.sum(), torch.full_like(correct.sum(), len(correct))])
-    stage.report_unreadable(loader.unreadable, len(test))
-    counts = processes.sum(counts)
-    return 100 * float(counts[0] / counts[1])
+def write_classifier(folder: Path, classifier: Classifier, settings: Finetuning, classes: list[str]) -> None:
+    """Export a classifier whose encoder is a `ViT` to `classifier.safetensors` in a folder."""
+    parts = {name: tensor for name, tensor in classifier.state_dict().items() if name.startswith(("head.", "fc_norm."))}
+    head = Head(tuple(classes), classifier.pool, settings.crop_fraction, parts)
+    export_classifier(folder / "classifier.safetensors", cast(ViT, classifier.encoder), classifier.normalize, head)
 
 
 def check_finetuning(settings: Finetuning, data: Data, *, world_size: int, prefix: str = "") -> None:
@@ -353,6 +374,8 @@ def check_finetuning(settings: Finetuning, data: Data, *, world_size: int, prefi
             devices, mixup or cutmix gets an odd micro-batch, or timm has no such augmentation policy.
     """
     labeled, _ = data.splits()
+    if len(set(labeled.classes)) < len(labeled.classes):
+        raise SettingsError("two classes of the images have the same name: rename one")
     batch, option = known(settings.optimization.batch_size), f"--{prefix}batch-size"
     if len(labeled) < batch:
         raise SettingsError(f"{len(labeled)} labeled images do not fill a batch of {batch}: use a smaller {option}")

@@ -26,7 +26,15 @@ def table(name: str, result: dict[str, Any], titles: dict[str, str], folder: Pat
             epochs = f"{row['epoch']:.0f}" if "epoch" in row else ""
             lines.append(f"{what:<42}{row['accuracy']:>8.1f} %{epochs:>9}{row['seconds']:>9.0f}")
         lines += ["─" * 70, f"{first['labeled']} labeled images"]
-    files = "encoder.safetensors", "reconstruction.png", "curves.png", "result.json", "metrics.jsonl"
+    files = (
+        "encoder.safetensors",
+        "classifier.safetensors",
+        "confusion.png",
+        "reconstruction.png",
+        "curves.png",
+        "result.json",
+        "metrics.jsonl",
+    )
     return "\n".join([*lines, *_files(folder, *files)])
 
 
@@ -38,7 +46,7 @@ def tuned_table(title: str, result: dict[str, Any], folder: Path) -> str:
             f"{title}: {result['accuracy']:.1f} % of {result['test']} test images are right, after "
             f"{result['epoch']:.0f} epochs of {result['labeled']} labeled images in {result['seconds']:.0f} s, "
             f"{result['images_per_second']:.0f} images/s, {result['waiting']:.1%} of the time waiting for data",
-            *_files(folder, "result.json", "metrics.jsonl", "curves.png"),
+            *_files(folder, "classifier.safetensors", "confusion.png", "result.json", "metrics.jsonl", "curves.png"),
         ]
     )
 

@@ -59,6 +59,8 @@ def train(
     depth: int = 0,
     draw: Callable[[Path], None] | None = None,
     shorter: Callable[[float], str] | None = None,
+    measure: Callable[[], dict[str, float]] | None = None,
+    measurements: int = 0,
 ) -> dict[str, Any]:
     """Train a method to the end, starting from its newest checkpoint if the run is resumed.
 
@@ -71,6 +73,9 @@ def train(
         depth: number of blocks of the encoder, for layer-wise learning-rate decay.
         draw: called with the folder after training, to draw predictions.
         shorter: returns what would be shorter than a number of seconds, to be said with the estimated time; or empty.
+        measure: called by all processes after evenly spaced steps, to log numbers that it computes with the method; it
+            must change neither weights nor random state. Its time does not count as training.
+        measurements: number of these calls, the last one after the last step.
 
     Returns:
         The last losses, the median of images per second, the fraction of time spent waiting for data, the seconds of
@@ -86,6 +91,8 @@ def train(
         method, Batches(num_images, settings, stage.processes, seed=stage.run.seed), settings, stage, depth
     )
     training.shorter = shorter
+    if measure is not None:
+        training.measure, training.measurements = measure, measurements
     training.resume()
     training.announce(num_images)
     loader = load(training.batches.since(training.done))
@@ -109,6 +116,7 @@ class _Training:
         self.batches, self.settings, self.stage = batches, settings, stage
         self.checkpoints = Checkpoints(stage.folder / "checkpoint", keep=stage.run.keep)
         device = stage.processes.device
+        self.original = method  # of which `method` is a sharded copy, or the same
         self.method = method = trainable(method, stage.run, stage.processes)
         method.train()
         groups = parameter_groups(method, settings, depth=depth)
@@ -121,6 +129,9 @@ class _Training:
         self.bad_step = torch.full((), -1.0, device=device)  # the first step whose loss was not finite
         self.unreadable = 0  # images that this process could not read, at the last check
         self.done, self.stored = 0, -1  # completed steps, and the step of the newest checkpoint
+        self.logged = 0  # the step of the last record, or of the start of this process
+        self.measure: Callable[[], dict[str, float]] = dict
+        self.measurements = 0
         self.window: Tensor | None = None  # sums of the losses since the last record, and the number of steps
         self.names: list[str] = []  # names of the losses
         self.last: dict[str, Any] = {}  # the last record
@@ -208,13 +219,13 @@ class _Training:
             shorter=self.shorter,
         )
         self.began = self.read_at = self.saved_at = time.perf_counter()
-        first = self.done
+        first = self.logged = self.done
         try:
             while self.done < steps:
                 self.step(stream)
                 stop.deferred = True
                 bar.advance(self.done, lambda: float(self.bad_step))
-                self.after(log, bar, loader, first=first, stopping=stop.agreed(self.done, last=self.done == steps))
+                self.after(log, bar, loader, stopping=stop.agreed(self.done, last=self.done == steps))
             self.seconds += time.perf_counter() - self.began if first < steps else 0.0
         except Stopped as stopped:
             if not stopped.said:  # a signal before the end of the first step: there is nothing new to save
@@ -228,16 +239,18 @@ class _Training:
                 log.close()
             del stream  # shuts down the loader's processes
 
-    def after(self, log: Log | None, bar: Progress, loader: Loader, *, first: int, stopping: bool) -> None:
+    def after(self, log: Log | None, bar: Progress, loader: Loader, *, stopping: bool) -> None:
         """Log, save and stop after a step, if it is time; only here does the host synchronize with the device."""
-        run, last = self.stage.run, self.done == self.batches.steps
-        recording = self.done % run.log_every == 0 or last
+        run, steps = self.stage.run, self.batches.steps
+        last = self.done == steps
+        measuring = self.done * self.measurements // steps != (self.done - 1) * self.measurements // steps
+        recording = self.done % run.log_every == 0 or last or measuring
         if not recording and not stopping:
             return
         due = self.agree(last or stopping or time.perf_counter() - self.saved_at > run.checkpoint_minutes * 60)
         self.check_readable(loader)
         if recording:
-            self.read_losses(log, bar, since=max(first, (self.done - 1) // run.log_every * run.log_every))
+            self.read_losses(log, bar, self.measured() if measuring else {})
         if due:
             self.save()
         if stopping:
@@ -306,25 +319,39 @@ class _Training:
         saved = self.checkpoints.steps()
         return f"the checkpoint of step {saved[-1]} is kept" if saved else "no checkpoint was written yet"
 
-    def read_losses(self, log: Log | None, bar: Progress, *, since: int) -> None:
-        """Log and display the mean losses since the last record."""
+    def measured(self) -> dict[str, float]:
+        """Return the numbers that `measure` computes with the current weights."""
+        start = time.perf_counter()
+        restore(self.original, self.method, self.stage.processes)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # other shapes would trigger recompilation
+            numbers = self.measure()
+        if self.original is not self.method:
+            self.original.cpu()  # the device has room for one copy of the parameters
+        self.method.train()
+        spent = time.perf_counter() - start
+        self.began, self.read_at = self.began + spent, self.read_at + spent
+        return numbers
+
+    def read_losses(self, log: Log | None, bar: Progress, measured: dict[str, float]) -> None:
+        """Log the mean losses since the last record and what was measured, and display the losses."""
         assert self.window is not None
         stage, steps, now = self.stage, self.batches.steps, time.perf_counter()
         stage.processes.sum(self.window)
         mean = (self.window[:-1] / self.window[-1]).tolist()
         seconds = now - self.read_at
-        timing = {"images_per_second": (self.done - since) * self.batches.batch_size / seconds}
+        timing = {"images_per_second": (self.done - self.logged) * self.batches.batch_size / seconds}
         timing["waiting"] = self.waited / seconds
         rate = learning_rate(self.done - 1, self.settings, self.batches.steps_per_epoch)
         self.last = {"step": self.done, "epoch": self.done / self.batches.steps_per_epoch}
         self.last |= {**dict(zip(self.names, mean, strict=True)), "lr": rate}
         self.window, self.waited, self.read_at = None, 0.0, now
+        since, self.logged = self.logged, self.done
         if log is not None:
-            log.add(self.last | timing)
+            log.add(self.last | measured | timing)
         speed = f"{timing['images_per_second']:.0f} img/s"
         bar.show(f"loss {self.last['loss']:.4f}, {speed}, data {timing['waiting']:.0%}")
         bar.estimate(self.done)
-        tenth = (self.done * 10 // steps) != ((self.done - stage.run.log_every) * 10 // steps)
+        tenth = (self.done * 10 // steps) != (since * 10 // steps)
         if bar.hidden and (self.done == steps or tenth):
             stage.print(f"{self.done}/{steps} steps, loss {self.last['loss']:.4f}, {speed}")
 

@@ -1,6 +1,8 @@
 """Export encoders to files, and load them for any image size."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from common.config import SettingsError
 from common.data.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
@@ -9,24 +11,28 @@ from common.networks.encoder import Encoder
 from common.networks.initialization import initialize_mae, initialize_simmim
 from common.networks.vit import ViT
 from common.weights.metadata import check_shapes, exported_arguments
-from common.weights.reading import load_weights, read_foreign
+from common.weights.reading import LoadReport, load_weights, read_foreign
 from common.weights.resizing import own_tables, resize_positions
 from common.weights.timm_models import load_timm
 from common.weights.timm_names import OWN_TABLE, SHARED_TABLE, timm_arguments, timm_arguments_of, timm_state
 from mimkit.positions import sincos
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def export(path: Path, encoder: ViT, normalize: Normalize) -> None:
     """Write an encoder under timm's parameter names, with the arguments to rebuild it (in timm, if possible)."""
-    about = {
+    write_tensors(path, timm_state(encoder), described(encoder, normalize))
+
+
+def described(encoder: ViT, normalize: Normalize) -> dict[str, Any]:
+    """Return the metadata of an encoder: its arguments as `timm` or, without such a network, `mimkit`; mean and std."""
+    return {
         "mimkit" if encoder.relative == "contextual" else "timm": timm_arguments(encoder),
         "mean": normalize.mean.flatten().tolist(),
         "std": normalize.std.flatten().tolist(),
     }
-    write_tensors(path, timm_state(encoder), about)
 
 
 def load_encoder(
@@ -37,6 +43,7 @@ def load_encoder(
     drop: float = 0.0,
     scratch: bool = False,
     seed: int = 0,
+    unused: tuple[str, ...] = (),
 ) -> tuple[ViT, Normalize]:
     """Build an encoder from its file, optionally for another image size, and the normalization of its images.
 
@@ -51,6 +58,7 @@ def load_encoder(
         drop: drop path rate of the last block.
         scratch: use random weights instead, except for the position table.
         seed: seed of newly initialized parameters.
+        unused: regular expressions for weights that may be missing, because the caller does not use them.
 
     Raises:
         SettingsError: if the file does not contain an encoder, its metadata or weights are damaged, or the image size
@@ -60,6 +68,8 @@ def load_encoder(
     about = read_tensors(path)[1] if path.suffix == ".safetensors" else {}
     written = exported_arguments(about, path)
     exported = written is not None
+    if exported and written.get("global_pool") == "avg" and not unused:
+        raise SettingsError(f"{path} is a classifier without the final norm of its encoder: give encoder.safetensors")
     prefix = "encoder." if "encoder.patch_embed.proj.weight" in content else ""  # beside a pre-training head
     weights = {name.removeprefix(prefix): tensor for name, tensor in content.items() if name.startswith(prefix)}
     arguments = written or timm_arguments_of(weights, path)
@@ -98,16 +108,21 @@ def load_encoder(
     if scratch:
         weights = {"pos_embed": weights["pos_embed"]} if vit.pos_embed is not None else {}
     optional = (r".",) if scratch else (r"cls_token",) if not (beit or arguments["class_token"]) else ()
-    report = load_weights(vit, weights, renames={}, optional=optional)
+    report = load_weights(vit, weights, renames={}, optional=(*optional, *unused))
     if not exported:
-        targets = {name: name.removeprefix(prefix) for name in content if name.startswith(prefix)}
-        report.renamed = {name: own for name, own in targets.items() if own != name and own in vit.state_dict()}
-        if prefix + SHARED_TABLE in content:
-            report.renamed[prefix + SHARED_TABLE] = OWN_TABLE.format("*")
-        report.dropped = [name for name in content if targets.get(name) in (None, *report.dropped)]
+        _name_all(report, content, prefix, own=vit.state_dict())
         print(f"{path}:\n{report}")
     mean, std = (about["mean"], about["std"]) if exported else (IMAGENET_MEAN, IMAGENET_STD)
     return vit, Normalize(mean, std)
+
+
+def _name_all(report: LoadReport, content: Mapping[str, Tensor], prefix: str, *, own: Mapping[str, Tensor]) -> None:
+    """Complete a report by the names in the file, which stand behind a prefix."""
+    targets = {name: name.removeprefix(prefix) for name in content if name.startswith(prefix)}
+    report.renamed = {name: target for name, target in targets.items() if target != name and target in own}
+    if prefix + SHARED_TABLE in content:
+        report.renamed[prefix + SHARED_TABLE] = OWN_TABLE.format("*")
+    report.dropped = [name for name in content if targets.get(name) in (None, *report.dropped)]
 
 
 def open_encoder(encoder: str | Path, *, image_size: tuple[int, int] | None = None) -> tuple[Encoder, Normalize]:

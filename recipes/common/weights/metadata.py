@@ -32,11 +32,19 @@ OPTIONAL: dict[str, Rule] = {
     **dict.fromkeys(("class_token", "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias"), SWITCH),
     "init_values": ("a number", lambda value: value is None or _is_number(value)),
     "relative": ("contextual", lambda value: value == "contextual"),
+    "num_classes": ("a whole number of 0 or more", lambda value: type(value) is int and value >= 0),
+}
+HEAD: dict[str, Rule] = {  # of a classifier; the last two stand beside the arguments
+    "num_classes": COUNT,
+    "global_pool": ("avg or token", lambda value: value in ("avg", "token")),
+    "crop_fraction": ("above 0 and at most 1", lambda value: _is_number(value) and 0 < value <= 1),
 }
 
 
 def exported_arguments(about: Mapping[str, Any], path: object) -> dict[str, Any] | None:
     """Return the arguments of `timm_arguments` in the metadata of a file, None if it is not an exported encoder.
+
+    A classifier, which has `num_classes`, must also state `classes` and `crop_fraction`.
 
     Raises:
         SettingsError: if an argument, mean or std is missing, or has a wrong type or value.
@@ -51,8 +59,11 @@ def exported_arguments(about: Mapping[str, Any], path: object) -> dict[str, Any]
     channels = arguments.get("in_chans")
     for name, bounds in {"mean": (-1e6, 1e6), "std": (1e-6, 1e6)}.items():
         required |= {name: (f"{channels} numbers from {bounds[0]:g} to {bounds[1]:g}", _numbers(channels, *bounds))}
-    stated = arguments | {name: about[name] for name in ("mean", "std") if name in about}
-    for name, (words, test) in (required | {name: OPTIONAL[name] for name in OPTIONAL if name in arguments}).items():
+    if number := arguments.get("num_classes"):
+        required |= HEAD | {"classes": (f"{_short(number)} different names", _names(number))}
+    beside = ("mean", "std", "classes", "crop_fraction")
+    stated = arguments | {name: about[name] for name in beside if name in about}
+    for name, (words, test) in ({name: OPTIONAL[name] for name in OPTIONAL if name in arguments} | required).items():
         if name not in stated:
             raise SettingsError(f"the metadata of {path} lacks {name}")
         if not test(stated[name]):
@@ -98,6 +109,10 @@ def _shapes(arguments: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Iter
     for name, flag in ((SHARED_TABLE, "use_shared_rel_pos_bias"), (OWN_TABLE.format(0), "use_rel_pos_bias")):
         if name in weights or arguments.get(flag):
             yield name, (relative_rows(height, width), arguments["num_heads"])
+    if classes := arguments.get("num_classes"):
+        yield from (("head.weight", (classes, dim)), ("head.bias", (classes,)))
+        if arguments["global_pool"] == "avg":
+            yield from (("fc_norm.weight", (dim,)), ("fc_norm.bias", (dim,)))
 
 
 def _is_absolute(arguments: Mapping[str, Any]) -> bool:
@@ -108,6 +123,11 @@ def _is_absolute(arguments: Mapping[str, Any]) -> bool:
 def _numbers(count: Any, low: float, high: float) -> Callable[[Any], bool]:
     """Return a test for lists of `count` numbers from `low` to `high`."""
     return lambda v: type(v) is list and len(v) == count and all(_is_number(x) and low <= x <= high for x in v)
+
+
+def _names(count: Any) -> Callable[[Any], bool]:
+    """Return a test for lists of `count` different names."""
+    return lambda v: type(v) is list and all(type(x) is str and x for x in v) and len(v) == len(set(v)) == count
 
 
 def _short(value: Any) -> str:
