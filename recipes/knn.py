@@ -10,7 +10,7 @@ Votes are weighted by exp(cosine similarity / temperature).
 from dataclasses import dataclass, field
 
 from common.config import EMBEDDED, Flat
-from common.evaluation.knn import Neighbors, knn
+from common.evaluation.knn import DIGITS, FOLDER, Neighbors, knn
 from common.evaluation.probe import ProbeConfig, probe
 
 
@@ -21,7 +21,7 @@ class Config(ProbeConfig):
     settings: Flat[Neighbors] = field(default_factory=Neighbors)
 
 
-PRESETS = {**dict.fromkeys(EMBEDDED, Config(settings=Neighbors(crop_fraction=1.0))), "folder": Config()}
+PRESETS = {**dict.fromkeys(EMBEDDED, Config(settings=DIGITS)), "folder": Config(settings=FOLDER)}
 
 if __name__ == "__main__":
     probe(knn, PRESETS, name="knn", title="k-NN", description=__doc__)

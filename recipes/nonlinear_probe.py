@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from common.config import EMBEDDED, Flat, Share
 from common.evaluation import finetuning
-from common.evaluation.nonlinear import Nonlinear, nonlinear
+from common.evaluation.nonlinear import DIGITS, FOLDER, Nonlinear, nonlinear
 from common.evaluation.probe import ProbeConfig, probe
 
 
@@ -27,8 +27,8 @@ class Config(ProbeConfig):
 
 
 PRESETS = {
-    **dict.fromkeys(EMBEDDED, Config(flip=0.0, settings=Nonlinear(finetune=finetuning.DIGITS))),
-    "folder": Config(settings=Nonlinear(finetune=finetuning.FOLDER)),
+    **dict.fromkeys(EMBEDDED, Config(flip=0.0, settings=DIGITS)),
+    "folder": Config(settings=FOLDER),
     "imagenet": Config(settings=Nonlinear(finetune=finetuning.of(finetuning.MAE, base_lr=1e-3))),
 }
 

@@ -12,9 +12,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from common.evaluation import finetuning, nonlinear
 from common.files import read_tensors
 from common.pretraining import pretrain
 
@@ -117,7 +119,10 @@ def finished(name: str, factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
     def make(runs: Path) -> None:
         evaluate = ["--evaluate", *EVALUATIONS.get(name, ["finetune"])]
-        text = pretrained(name, *SMALL, *RECIPES[name], *TUNED, *evaluate, "--device", "cpu", "--runs", runs)
+        with pytest.MonkeyPatch.context() as patch:
+            tuning = finetuning.of(nonlinear.DIGITS.finetune, epochs=2)
+            patch.setattr(nonlinear, "DIGITS", replace(nonlinear.DIGITS, finetune=tuning))
+            text = pretrained(name, *SMALL, *RECIPES[name], *TUNED, *evaluate, "--device", "cpu", "--runs", runs)
         (runs / "printed").write_text(text)
 
     runs = once(name, factory, make)

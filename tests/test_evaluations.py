@@ -8,7 +8,9 @@ from common.config import SettingsError
 from common.data.embedded import Digits
 from common.data.sources import open_data
 from common.evaluation import evaluations as module
-from common.evaluation import pixels
+from common.evaluation import finetuning, pixels
+from common.evaluation import linear as linear_module
+from common.evaluation import nonlinear as nonlinear_module
 from common.evaluation.evaluations import EVALUATIONS, in_order
 from common.evaluation.finetuning import DIGITS, FOLDER
 from common.weights.encoders import export
@@ -16,7 +18,8 @@ from common.weights.encoders import export
 import numpy as np
 import pytest
 import torch
-from probes import IMAGES, NORMALIZE, RECIPES, exported, small, stage
+from PIL import Image
+from probes import IMAGES, NORMALIZE, RECIPES, exported, recipe, small, stage
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC
 from torch import Tensor, nn
@@ -93,6 +96,43 @@ def test_too_many_pixels_are_not_compared(
     monkeypatch.setattr(pixels, "MOST_LABELED", 29)
     assert EVALUATIONS["svm"].run(tmp_path, SHORT, stage(tmp_path), {}) is None
     assert "skipped: 30 labeled images of 16 × 16 pixels; at most 29 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("of_a_folder", [False, True])
+@pytest.mark.parametrize("evaluation", ["linear", "knn", "nonlinear"])
+def test_a_probe_in_a_recipe_and_its_program_give_the_same_number(
+    evaluation: str, of_a_folder: bool, tmp_path: Path
+) -> None:
+    """Whatever the settings of fine-tuning, here pooling, crop and epochs."""
+    program = {"linear": "linear_probe", "nonlinear": "nonlinear_probe"}.get(evaluation, evaluation)
+    encoder, where, images = exported(tmp_path), stage(tmp_path / "recipe"), ["--data", "digits"]
+    if of_a_folder:
+        images = ["--data", str(images_as_files(tmp_path / "images"))]
+        settings = replace(where.data.settings, path=str(tmp_path / "images"), flip=0.5)
+        where = replace(where, data=open_data(settings, seed=0))
+    settings = replace(SHORT, crop_fraction=0.5, measurements=0)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("DIGITS", "FOLDER"):  # few epochs, of a batch that the images fill
+            short = finetuning.of(getattr(nonlinear_module, name).finetune, epochs=2, batch_size=30, warmup_epochs=1)
+            patch.setattr(nonlinear_module, name, replace(getattr(nonlinear_module, name), finetune=short))
+            patch.setattr(linear_module, name, replace(getattr(linear_module, name), epochs=20))
+        inside = EVALUATIONS[evaluation].run(encoder, settings, where, {})
+        words = ["--epochs", "2", "--batch-size", "30", "--warmup-epochs", "1"] if evaluation == "nonlinear" else []
+        args = ["--encoder", encoder, "--labels-per-class", "3", "--runs", tmp_path, *words, *images]
+        alone = recipe(program, *args)
+    compared = ("accuracy", "labeled", "test", "loss", "by_k", "held_out")
+    assert {name: inside.get(name) for name in compared} == {name: alone.get(name) for name in compared}
+
+
+def images_as_files(root: Path) -> Path:
+    """Write 60 images of 20 × 30 pixels in two classes, so that a crop matters."""
+    generator = torch.Generator().manual_seed(0)
+    for i in range(60):
+        path = root / ("train" if i < 40 else "val") / str(i % 2) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(256, (20, 30), generator=generator) // (1 + i % 2)
+        Image.fromarray(pixels.to(torch.uint8).numpy()).save(path)
+    return root
 
 
 def test_a_budget_comes_after_the_fine_tuning_that_it_is_measured_against() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from common.config import SettingsError
 from common.evaluation import knn as knn_module
-from common.evaluation.knn import Neighbors, knn, nearest
+from common.evaluation.knn import Neighbors, knn, leave_one_out, nearest
 
 import pytest
 import torch
@@ -65,17 +65,42 @@ def test_the_one_nearest_of_the_labeled_images_is_the_image_itself() -> None:
     assert (votes[0].argmax(dim=-1) == labels).all()
 
 
+def test_leaving_one_out_of_a_pair_finds_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels = torch.eye(4).repeat(2, 1), torch.tensor([0, 1, 2, 3, 0, 1, 2, 0])
+    how: Any = {"classes": 4, "k": [1], "temperature": 0.07}
+    assert leave_one_out(features, labels, **how) == [75.0]  # all but the last pair, whose labels differ
+    monkeypatch.setattr(knn_module, "LEFT_OUT", 2)  # the first and the fifth
+    assert leave_one_out(features, labels, **how) == [100.0]
+
+
 def test_a_small_temperature_leaves_the_nearest_alone() -> None:
     features, labels = torch.eye(3), torch.tensor([2, 0, 1])
     votes = nearest(features, labels, features, classes=3, k=[3], temperature=1e-3)
     torch.testing.assert_close(votes[0], F.one_hot(labels).float())
 
 
-def test_the_result_is_that_of_twenty_neighbors_or_of_the_first_number_that_can_be_used(tmp_path: Path) -> None:
-    """So nothing is chosen on the test images."""
-    for k, chosen in (((1, 5, 20, 99), 20), ((7, 3, 99), 7)):
-        result = knn(small(), NORMALIZE, settings=Neighbors(k=k), stage=stage(tmp_path))
-        assert set(result["by_k"]) == {str(count) for count in k if count <= 30}
+@given(neighbors())
+def test_left_out_features_vote_for_all_but_themselves(arguments: Any) -> None:
+    features, labels, _, how = arguments
+    features, labels = torch.cat([features, -features]), torch.cat([labels, labels])  # two at least
+    own = torch.arange(len(features))
+    votes = nearest(features, labels, features, own=own, **how)
+    for i in range(len(features)):
+        others = own != i
+        k = [min(count, len(features) - 1) for count in how["k"]]
+        alone = nearest(features[others], labels[others], features[i : i + 1], **(how | {"k": k}))
+        torch.testing.assert_close(votes[:, i], alone[:, 0])
+
+
+def test_the_result_is_that_of_the_best_number_of_neighbors_on_the_labeled_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So nothing is chosen on the test images; of equals, the smallest is chosen."""
+    for left_out, chosen in (([50.0, 70.0, 60.0], 5), ([70.0, 50.0, 70.0], 1)):
+        monkeypatch.setattr(knn_module, "leave_one_out", lambda *_, left_out=left_out, **__: left_out)
+        result = knn(small(), NORMALIZE, settings=Neighbors(k=(1, 5, 20, 99)), stage=stage(tmp_path))
+        assert set(result["by_k"]) == {"1", "5", "20"}
         assert (result["k"], result["accuracy"]) == (chosen, result["by_k"][str(chosen)])
+        assert list(result["leave_one_out"].values()) == left_out
     with pytest.raises(SettingsError, match=r"^30 labeled images are fewer than --k 31 neighbors$"):
         knn(small(), NORMALIZE, settings=Neighbors(k=(31, 99)), stage=stage(tmp_path))

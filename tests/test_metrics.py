@@ -31,6 +31,15 @@ def test_the_scores_are_those_of_the_counts() -> None:
     assert result["confusion"] == {"a": {"a": 6, "b": 2}, "b": {"b": 1, "c": 1}, "c": {}}
 
 
+@pytest.mark.parametrize("batch", [7, 1000])
+def test_a_row_counts_the_images_of_a_true_class(batch: int, tmp_path: Path) -> None:
+    where = stage(tmp_path)
+    _, test = where.data.splits()
+    counted = module.Confusion(test, where, 1.0, batch=batch).count(lambda images: torch.full((len(images),), 3))
+    assert counted[:, 3].tolist() == [[test.label(i) for i in range(len(test))].count(digit) for digit in range(10)]
+    assert counted.sum() == len(test)
+
+
 @pytest.mark.parametrize(
     ("wanted", "trained", "tested", "times"),
     [(None, 128_000_000, 50_000, 10), (None, 4000, 497, 2), (None, 100, 10_000, 1), (0, 10**6, 1, 0), (7, 1, 9, 7)],

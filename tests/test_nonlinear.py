@@ -46,5 +46,7 @@ def test_new_blocks_are_fine_tuned_without_layer_decay(tmp_path: Path, monkeypat
     assert nonlinear(small(), NORMALIZE, settings=settings, stage=here) == {"blocks": 2}
     assert settings.finetune.optimization.layer_decay < 1
     optimization = replace(settings.finetune.optimization, layer_decay=1.0)
-    assert seen["settings"] == replace(settings.finetune, train_positions=False, optimization=optimization)
+    assert seen["settings"] == replace(
+        settings.finetune, train_positions=False, measurements=1, optimization=optimization
+    )
     assert seen["stage"] is here

@@ -35,8 +35,9 @@ def test_a_probe_evaluates_an_encoder_on_the_digits(
     assert f"{result['accuracy']:.1f} % of 497 test images are right" in out
     assert str(tmp_path / name / "result.json") in out
     if name == "knn":
-        assert set(result["by_k"]) == {"10", "20", "100"}
-        assert result["accuracy"] == result["by_k"]["20"]
+        assert list(result["by_k"]) == list(result["leave_one_out"]) == ["1", "5", "10", "20", "100"]
+        assert result["leave_one_out"][str(result["k"])] == max(result["leave_one_out"].values())
+        assert result["accuracy"] == result["by_k"][str(result["k"])]
     else:
         assert (tmp_path / name / "curves.png").stat().st_size
     with pytest.raises(SystemExit) as ended:

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from common.config import SettingsError
-from common.evaluation import linear as linear_probe
+from common.evaluation import knn as knn_module
+from common.evaluation import linear as linear_module
+from common.evaluation import nonlinear as nonlinear_module
 from common.evaluation import pixels
 from common.evaluation.finetuning import Finetuning, finetune
-from common.evaluation.knn import Neighbors, knn
+from common.evaluation.knn import knn
 from common.evaluation.linear import linear
-from common.evaluation.nonlinear import Nonlinear, nonlinear
+from common.evaluation.nonlinear import fitted, nonlinear
 from common.runs import Stage
 from common.weights.encoders import load_encoder
 
@@ -67,21 +69,23 @@ def _tuned(path: Path, settings: Finetuning, stage: Stage, *, scratch: bool) -> 
 
 def _linear(path: Path, settings: Finetuning, stage: Stage, results: dict[str, Any]) -> dict[str, Any]:
     """Train a linear classifier on the frozen features."""
-    protocol = linear_probe.FOLDER if stage.data.settings.folder else linear_probe.DIGITS
-    protocol = replace(protocol, crop_fraction=settings.crop_fraction)
-    return linear(*_frozen(path, stage), settings=protocol, stage=stage)
+    return linear(*_frozen(path, stage), settings=_protocol(linear_module, stage), stage=stage)
 
 
 def _knn(path: Path, settings: Finetuning, stage: Stage, results: dict[str, Any]) -> dict[str, Any]:
     """Classify by nearest neighbors of the frozen features."""
-    return knn(*_frozen(path, stage), settings=Neighbors(crop_fraction=settings.crop_fraction), stage=stage)
+    return knn(*_frozen(path, stage), settings=_protocol(knn_module, stage), stage=stage)
 
 
 def _nonlinear(path: Path, settings: Finetuning, stage: Stage, results: dict[str, Any]) -> dict[str, Any]:
     """Train new blocks on top of the frozen encoder."""
-    encoder, normalize = _frozen(path, stage)
-    pooled = settings if encoder.cls_token is not None else replace(settings, pool="mean")
-    return nonlinear(encoder, normalize, settings=Nonlinear(finetune=pooled), stage=stage)
+    protocol = fitted(_protocol(nonlinear_module, stage), stage)
+    return nonlinear(*_frozen(path, stage), settings=protocol, stage=stage)
+
+
+def _protocol(module: Any, stage: Stage) -> Any:
+    """Return the default settings of the program of an evaluation, so that both give the same number."""
+    return module.FOLDER if stage.data.settings.folder else module.DIGITS
 
 
 def _frozen(path: Path, stage: Stage) -> Any:
@@ -96,7 +100,7 @@ EVALUATIONS = {
     "svm": Evaluation("SVM on raw pixels", lambda *args: pixels.svm(args[2]), trains=False),
     "linear": Evaluation("linear probe of the frozen encoder", _linear, trains=False),
     "knn": Evaluation("k-NN on the frozen encoder", _knn, trains=False),
-    "nonlinear": Evaluation("non-linear probe of the frozen encoder", _nonlinear),
+    "nonlinear": Evaluation("non-linear probe of the frozen encoder", _nonlinear, trains=False),
 }
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CELLS = 2**27  # largest number of similarities in memory at a time
+LEFT_OUT = 10_000  # largest number of labeled images by which k is chosen
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,10 @@ class Neighbors:
     """Settings of k-NN classification."""
 
     k: Annotated[tuple[int, ...], Must("one or more positive numbers", lambda k: k and min(k) >= 1)] = (
-        10,
-        20,
-        100,
-        200,
+        *(1, 5, 10, 20, 100, 200),
     )
-    """numbers of neighbors; those above the number of labeled images are ignored"""
+    """numbers of neighbors; those above the number of labeled images are ignored. The result is that of the number that
+    classifies the labeled images best, each by the others (leave-one-out)"""
     temperature: Positive = 0.07
     """votes are weighted by exp(cosine similarity / temperature)"""
     pool: Pool = "auto"
@@ -38,8 +37,18 @@ class Neighbors:
     """side of the center crop of an image, as a fraction of the short side"""
 
 
+DIGITS, FOLDER = Neighbors(crop_fraction=1.0), Neighbors()
+
+
 def nearest(
-    features: Tensor, labels: Tensor, queries: Tensor, *, classes: int, k: Sequence[int], temperature: float
+    features: Tensor,
+    labels: Tensor,
+    queries: Tensor,
+    *,
+    classes: int,
+    k: Sequence[int],
+    temperature: float,
+    own: Tensor | None = None,
 ) -> Tensor:
     """Compute the votes of the k nearest labeled features of each query.
 
@@ -52,6 +61,7 @@ def nearest(
         classes: number of classes.
         k: numbers of neighbors, each at most n.
         temperature: temperature of the weights.
+        own: for each query, the index (q,) of the labeled feature that does not vote, the query itself.
 
     Returns:
         Votes (len(k), q, classes), up to a positive factor per query.
@@ -62,12 +72,34 @@ def nearest(
     votes = torch.zeros(len(k), len(queries), classes, device=features.device)
     with _exact_products():
         for start in range(0, len(queries), rows := max(1, CELLS // len(features))):
-            similarity, index = (queries[start : start + rows] @ features.T).topk(max(k), dim=-1)
+            similarity = queries[start : start + rows] @ features.T
+            if own is not None:
+                similarity.scatter_(1, own[start : start + rows, None], -torch.inf)
+            similarity, index = similarity.topk(max(k), dim=-1)
             # weights are relative to the largest one of each query, because exp(1 / temperature) may overflow
             weight, voted = ((similarity - similarity[:, :1]) / temperature).exp(), labels[index]
             for i, count in enumerate(k):
                 votes[i, start : start + rows].scatter_add_(1, voted[:, :count], weight[:, :count])
     return votes
+
+
+def accuracies(
+    features: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, own: Tensor | None = None, **how: Any
+) -> list[float]:
+    """Return the accuracy at each k in percent, where `truth` are the classes of the queries; see `nearest`."""
+    right = torch.zeros(len(how["k"]), device=features.device)
+    for start in range(0, len(queries), 4096):
+        part = slice(start, start + 4096)
+        votes = nearest(features, labels, queries[part], own=None if own is None else own[part], **how)
+        right += (votes.argmax(dim=-1) == truth[part]).sum(dim=-1)
+    return (100 * right / len(queries)).tolist()
+
+
+def leave_one_out(features: Tensor, labels: Tensor, **how: Any) -> list[float]:
+    """Return the accuracy at each k of labeled images classified by the other ones, at most 10,000 evenly spaced."""
+    count = min(len(features), LEFT_OUT)
+    own = torch.arange(count, device=features.device) * len(features) // count
+    return accuracies(features, labels, features[own], labels[own], own, **how)
 
 
 @contextlib.contextmanager
@@ -85,8 +117,9 @@ def knn(encoder: Encoder, normalize: Normalize, *, settings: Neighbors, stage: S
     """Classify the test images by their nearest labeled neighbors; each process encodes a part of the images.
 
     Returns:
-        `accuracy` in percent at k = 20, or at the first usable k if 20 is not among them, so that no test labels are
-        used to choose k; `by_k`, the accuracy at each k; the numbers of labeled and test images, and seconds.
+        `accuracy` in percent at the `k` of the highest leave-one-out accuracy on the labeled images, the smallest of
+        equals, so that no test image is used to choose it; `by_k` and `leave_one_out`, the accuracies at each k on the
+        test images and on the labeled ones; the numbers of labeled and test images, and seconds.
 
     Raises:
         SettingsError: if there are no labeled images or no test images, or fewer labeled images than neighbors.
@@ -102,11 +135,9 @@ def knn(encoder: Encoder, normalize: Normalize, *, settings: Neighbors, stage: S
     )
     stage.print(f"{len(test)} images among {len(labeled)} labeled ones, k = {', '.join(map(str, usable))}")
     sizes: dict[str, Any] = {"classes": len(labeled.classes), "k": usable, "temperature": settings.temperature}
-    right = torch.zeros(len(usable), device=stage.processes.device)
-    for part, labels_of_part in zip(queries.split(4096), truth.split(4096), strict=True):
-        right += (nearest(features, labels, part, **sizes).argmax(dim=-1) == labels_of_part).sum(dim=-1)
-    by_k = dict(zip(usable, (100 * right / len(test)).tolist(), strict=True))
-    chosen = 20 if 20 in by_k else usable[0]
+    by_k = dict(zip(usable, accuracies(features, labels, queries, truth, **sizes), strict=True))
+    left_out = dict(zip(usable, leave_one_out(features, labels, **sizes), strict=True))
+    chosen = min(usable, key=lambda k: (-left_out[k], k))
     return {
         "accuracy": by_k[chosen],
         "labeled": len(labeled),
@@ -114,6 +145,7 @@ def knn(encoder: Encoder, normalize: Normalize, *, settings: Neighbors, stage: S
         "feature": extractor.pool,
         "k": chosen,
         "by_k": {str(k): accuracy for k, accuracy in by_k.items()},
+        "leave_one_out": {str(k): accuracy for k, accuracy in left_out.items()},
         "epoch": 0,
         "seconds": time.perf_counter() - start,
     }

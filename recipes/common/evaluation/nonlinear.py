@@ -5,6 +5,7 @@ from typing import Any, cast
 
 from common.config import Count, Flat, SettingsError
 from common.data.normalize import Normalize
+from common.evaluation import finetuning
 from common.evaluation.finetuning import Finetuning, finetune
 from common.networks.encoder import Encoder
 from common.networks.initialization import initialize_mae
@@ -22,6 +23,18 @@ class Nonlinear:
     blocks: Count = 2
     """number of new transformer blocks between the encoder and the head, 2 or 4 in the paper"""
     finetune: Flat[Finetuning] = field(default_factory=Finetuning)
+
+
+DIGITS, FOLDER = Nonlinear(finetune=finetuning.DIGITS), Nonlinear(finetune=finetuning.FOLDER)
+
+
+def fitted(settings: Nonlinear, stage: Stage) -> Nonlinear:
+    """Return settings with a batch that fits the images, unless theirs does: filled by images, shared by processes."""
+    (labeled, _), world_size, tuning = stage.data.splits(), stage.processes.world_size, settings.finetune
+    batch = tuning.optimization.batch_size
+    if batch is not None and (batch > len(labeled) or batch % world_size):
+        tuning = finetuning.of(tuning, batch_size=None)
+    return replace(settings, finetune=finetuning.resolved(tuning, stage.data, world_size))
 
 
 class DeepenedEncoder(nn.Module):
@@ -92,5 +105,7 @@ def nonlinear(encoder: Encoder, normalize: Normalize, *, settings: Nonlinear, st
     torch.manual_seed(stage.run.seed)
     deepened = DeepenedEncoder(encoder, blocks=settings.blocks, drop=settings.finetune.drop_path)
     optimization = replace(settings.finetune.optimization, layer_decay=1.0)
-    finetuning = replace(settings.finetune, train_positions=False, optimization=optimization)
-    return finetune(deepened, normalize, settings=finetuning, stage=stage) | {"blocks": settings.blocks}
+    tuning = replace(settings.finetune, train_positions=False, optimization=optimization)
+    if tuning.measurements is None:  # without a backward pass through the encoder, measuring would take a larger share
+        tuning = replace(tuning, measurements=1)
+    return finetune(deepened, normalize, settings=tuning, stage=stage) | {"blocks": settings.blocks}

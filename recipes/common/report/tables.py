@@ -68,8 +68,12 @@ def probe_table(title: str, result: dict[str, Any], folder: Path) -> str:
             for rate, value in result["held_out"].items()
         ]
     if "by_k" in result:
-        lines += ["", f"{'neighbors':<42}{'accuracy':>10}", "─" * 52]
-        lines += [f"{k:<42}{value:>8.1f} %" for k, value in result["by_k"].items()]
+        left_out = result["leave_one_out"]
+        lines += ["", f"{'neighbors':<26}{'leave-one-out':>16}{'accuracy':>10}", "─" * 52]
+        lines += [
+            f"{k:<26}{left_out[k]:>14.1f} %{value:>8.1f} %{'  ← taken' if int(k) == result['k'] else ''}"
+            for k, value in result["by_k"].items()
+        ]
     at = f"k = {result['k']}" if "k" in result else f"{result['epoch']} epochs at {result['base_lr']:g}"
     lines += [
         "",
