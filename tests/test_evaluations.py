@@ -116,7 +116,7 @@ def test_a_probe_in_a_recipe_and_its_program_give_the_same_number(
             short = finetuning.of(getattr(nonlinear_module, name).finetune, epochs=2, batch_size=30, warmup_epochs=1)
             patch.setattr(nonlinear_module, name, replace(getattr(nonlinear_module, name), finetune=short))
             patch.setattr(linear_module, name, replace(getattr(linear_module, name), epochs=20))
-        inside = EVALUATIONS[evaluation].run(encoder, settings, where, {})
+        inside = EVALUATIONS[evaluation].run(encoder, settings, where, {}) or {}
         words = ["--epochs", "2", "--batch-size", "30", "--warmup-epochs", "1"] if evaluation == "nonlinear" else []
         args = ["--encoder", encoder, "--labels-per-class", "3", "--runs", tmp_path, *words, *images]
         alone = recipe(program, *args)
