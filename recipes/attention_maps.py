@@ -16,9 +16,10 @@ from typing import Any
 
 from common.analysis import images_to_look_at
 from common.config import Count, DataSettings, SettingsError, program
+from common.data.files import Files
 from common.data.loading import Loader, ViewDataset
 from common.data.normalize import Normalize
-from common.data.sources import Source, decode
+from common.data.sources import Source
 from common.data.views import CenterCrop
 from common.networks.encoder import Encoder
 from common.report import Pictures, draw_pictures, framed
@@ -125,35 +126,13 @@ def parse_queries(queries: tuple[str, ...], *, height: int, width: int) -> list[
     return found
 
 
-class _File:
-    """A source with a single image file."""
-
-    def __init__(self, path: Path, channels: int) -> None:
-        self.channels, self.classes, self.path = channels, list[str](), path
-
-    def __len__(self) -> int:
-        return 1
-
-    def image(self, index: int) -> Tensor:
-        """Decode the file."""
-        return decode(self.path, self.channels)
-
-    def label(self, index: int) -> int:
-        """Return −1, since the class is unknown."""
-        return -1
-
-    def name(self, index: int) -> str:
-        """Return the path."""
-        return str(self.path)
-
-
 def load(config: Config) -> tuple[Any, Normalize, Source]:
     """Open the encoder, its normalization and the images."""
     encoder, normalize = open_encoder(config.encoder, image_size=config.image_size)
     network: Any = encoder
     channels = encoder.channels
     if Path(config.data).is_file():
-        return network.eval(), normalize, _File(Path(config.data), channels)
+        return network.eval(), normalize, Files([Path(config.data)], channels)
     return network.eval(), normalize, images_to_look_at(DataSettings(channels=channels), config.data)  # pyright: ignore[reportArgumentType]
 
 

@@ -5,8 +5,8 @@
     python recipes/predict.py --run runs/mae DIR --features features.npy             features as well
     python recipes/predict.py --encoder runs/mae/encoder.safetensors DIR --features features.npy    features only
 
-Without images, the test images of the embedded data are used. Images that cannot be read are named and skipped. The CSV
-has a line per image: path, predicted class, and the probability of each class. Features are one array (images, dim) in
+Images that cannot be read are named and skipped. The CSV has a line per image: path, predicted class, and the
+probability of each class. Features are one array (images, dim) in
 the order of the CSV: the input of the head or, of an encoder, the class token or else the mean of the patch tokens.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.analysis import images_to_look_at
-from common.config import Count, DataSettings, PositiveShare, Run, SettingsError, explained, program
+from common.config import EMBEDDED, Count, DataSettings, PositiveShare, Run, SettingsError, explained, program
 from common.data.files import Files
 from common.data.sources import Source
 from common.data.views import CenterCrop
@@ -38,8 +38,8 @@ from tyro.conf import Positional
 class Config:
     """The network, the images and the files to write."""
 
-    images: Positional[tuple[Path, ...]] = ()
-    """image files and folders, which are searched recursively"""
+    images: Positional[tuple[Path, ...]] = (Path(EMBEDDED[0]),)
+    """image files and folders, which are searched recursively; or mnist, digits or shapes: their test images"""
     run: Path | None = None
     """folder of a run with fine-tuning, which holds classifier.safetensors"""
     classifier: Path | None = None
@@ -93,8 +93,11 @@ def outputs_of(network: Any, classes: Sequence[str], images: Tensor) -> tuple[Te
 def main(config: Config) -> None:
     network, classes, crop_fraction, out = open_network(config)
     encoder, run = network.encoder, Run(device=config.device, workers=config.workers)
-    given = images_to_look_at(DataSettings(channels=encoder.channels)) if not config.images else None
-    source: Source = given or Files(config.images, encoder.channels)
+    source: Source
+    if (name := " ".join(map(str, config.images))) in EMBEDDED:
+        source = images_to_look_at(DataSettings(channels=encoder.channels), name)
+    else:
+        source = Files(config.images, encoder.channels)
     size = encoder.height * encoder.patch, encoder.width * encoder.patch
     crop = CenterCrop(size, crop_fraction=config.crop_fraction or crop_fraction)
     views, captions, features, count = [], [], [], 0

@@ -67,9 +67,7 @@ def test_from_scratch_all_layers_learn_alike_and_a_budget_is_of_operations(
 
 def test_from_scratch_has_a_learning_rate_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
-    monkeypatch.setattr(
-        module, "finetune", lambda *_, settings, stage, into: rates.append(settings.optimization.base_lr)
-    )
+    monkeypatch.setattr(module, "finetune", lambda *_, settings, **__: rates.append(settings.optimization.base_lr))
     for name in ("finetune", "scratch", "budget"):
         EVALUATIONS[name].run(exported(tmp_path), replace(SHORT, scratch_lr=0.5), stage(tmp_path), RESULTS)
     assert rates == [SHORT.optimization.base_lr, 0.5, 0.5]
@@ -107,9 +105,9 @@ def test_a_probe_in_a_recipe_and_its_program_give_the_same_number(
 ) -> None:
     """Whatever the settings of fine-tuning, here pooling, crop and epochs."""
     program = {"linear": "linear_probe", "nonlinear": "nonlinear_probe"}.get(evaluation, evaluation)
-    encoder, where, images = exported(tmp_path), stage(tmp_path / "recipe"), []
+    encoder, where, images = exported(tmp_path), stage(tmp_path / "recipe"), ["--data", "digits"]
     if of_a_folder:
-        images = ["--data", images_as_files(tmp_path / "images")]
+        images = ["--data", str(images_as_files(tmp_path / "images"))]
         settings = replace(where.data.settings, path=str(tmp_path / "images"), flip=0.5)
         where = replace(where, data=open_data(settings, seed=0))
     settings = replace(SHORT, crop_fraction=0.5, measurements=0)

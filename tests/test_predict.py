@@ -91,8 +91,8 @@ def test_a_classifier_alone_and_an_encoder_alone(images: Path, run: Path, tmp_pa
     torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "e.npy")), extractor(views), rtol=1e-4, atol=1e-5)
 
 
-def test_without_images_it_predicts_the_embedded_ones(run: Path) -> None:
-    called("predict", "--run", run, *SETTINGS[:-1], "500")
+def test_embedded_images_are_predicted_by_their_name(run: Path) -> None:
+    called("predict", "--run", run, "digits", *SETTINGS[:-1], "500")
     assert len(table(run / "predictions.csv")) == 1 + 497
 
 

@@ -316,8 +316,6 @@ def finetune(
 
     optimization = settings.optimization
     operations = operations_per_image(classifier, next(iter(Loader(views, [[(0, 0), (0, 1)]]))))
-    size = known(optimization.batch_size)
-    operations *= len(labeled) // size * size * optimization.epochs
     batch, _ = micro_batches(optimization, stage.processes.world_size)
     confusion, matrices = Confusion(test, stage, settings.crop_fraction, batch=batch), []
 
@@ -326,7 +324,9 @@ def finetune(
         matrices[:] = [confusion.count(classifier.eval().predict)]
         return {"accuracy": top1(matrices[0])}
 
-    times = measurements(settings.measurements, trained=optimization.epochs * len(labeled), tested=len(test))
+    size = known(optimization.batch_size)
+    images = len(labeled) // size * size * optimization.epochs
+    times = measurements(settings.measurements, trained=images, tested=len(test))
     options: Any = {"settings": optimization, "depth": encoder.depth, "measure": measure, "measurements": times}
     trained = train(classifier, load, num_images=len(labeled), stage=stage, **options)
     if not matrices:  # nothing was measured, or the run was resumed after its last step
@@ -335,8 +335,8 @@ def finetune(
     if into is not None and stage.processes.is_main:
         write_classifier(into, classifier, settings, labeled.classes)
         draw_confusion(into / "confusion.png", matrices[0], labeled.classes)
-    counts = {"labeled": len(labeled), "test": len(test), "operations": operations}
-    return trained | scores(matrices[0], labeled.classes) | counts
+    sizes = {"labeled": len(labeled), "test": len(test), "operations": operations * images}
+    return trained | scores(matrices[0], labeled.classes) | sizes
 
 
 def training_view(settings: Finetuning, stage: Stage, normalize: Normalize) -> Transform:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-from common.config import Count, Flat, SettingsError, known
+from common.config import Count, Flat, SettingsError
 from common.data.normalize import Normalize
 from common.evaluation import finetuning
 from common.evaluation.finetuning import Finetuning, finetune
@@ -29,10 +29,12 @@ DIGITS, FOLDER = Nonlinear(finetune=finetuning.DIGITS), Nonlinear(finetune=finet
 
 
 def fitted(settings: Nonlinear, stage: Stage) -> Nonlinear:
-    """Return settings whose batch is filled by the labeled images and shared by all processes in pairs to be mixed."""
-    pairs, (labeled, _) = 2 * stage.processes.world_size, stage.data.splits()
-    batch = min(known(settings.finetune.optimization.batch_size), len(labeled)) // pairs * pairs
-    return replace(settings, finetune=finetuning.of(settings.finetune, batch_size=max(pairs, batch)))
+    """Return settings with a batch that fits the images, unless theirs does: filled by images, shared by processes."""
+    (labeled, _), world_size, tuning = stage.data.splits(), stage.processes.world_size, settings.finetune
+    batch = tuning.optimization.batch_size
+    if batch is not None and (batch > len(labeled) or batch % world_size):
+        tuning = finetuning.of(tuning, batch_size=None)
+    return replace(settings, finetune=finetuning.resolved(tuning, stage.data, world_size))
 
 
 class DeepenedEncoder(nn.Module):
