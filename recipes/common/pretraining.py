@@ -1,5 +1,6 @@
 """Pre-training from the command line to the printed results: the entry point of every recipe."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -51,10 +52,13 @@ def pretrain(
         SystemExit: with a message, if a setting is invalid or training fails.
     """
     try:
-        config: BaseConfig = parse(recipe.presets, args, name=name, description=description)
+        config: BaseConfig = parse(recipe.presets, args, name=name, description=description, unused=recipe.unused)
         with join_processes(config.run.device) as processes:
             if choose(recipe.presets, args) == ("small", False) and not config.run.resume:
                 processes.print("no GPU: --preset small, with a small network and small images; else --preset folder")
+            given = {arg.partition("=")[0] for arg in (sys.argv[1:] if args is None else args)}
+            for option in sorted(given & {f"--{unused.replace('_', '-')}" for unused in recipe.unused}):
+                processes.print(f"{option} has no effect in {name}")
             return _pretrain(recipe, config, name, processes)
     except SettingsError as error:
         raise SystemExit(f"{name}: {error}") from error
