@@ -98,6 +98,8 @@ class Run:
     """on several devices: shard parameters, gradients and optimizer states (FSDP2) instead of replicating them (DDP)"""
     activation_checkpointing: MayDiffer[bool] = False
     """recompute the activations of each block in the backward pass, to save memory"""
+    threads: MayDiffer[Count | None] = None
+    """threads on a CPU; none: OMP_NUM_THREADS, else the fastest number, measured; a resumed run keeps it"""
     workers: MayDiffer[Annotated[int, Must("-1 or more", lambda x: x >= -1)]] = -1
     """data-loading processes per device; -1: one per free core, at most 16"""
     checkpoint_minutes: MayDiffer[NonNegative] = 5.0

@@ -28,6 +28,7 @@ from common.training.log import read_metrics
 from common.training.operations import operations_per_image
 from common.training.progress import in_words, limited_by
 from common.training.step import Batches, to_device
+from common.training.threads import with_threads
 from common.weights.encoders import export
 
 import torch
@@ -65,12 +66,13 @@ def pretrain(
 
 
 def _pretrain(recipe: Recipe, config: BaseConfig, name: str, processes: Processes) -> dict[str, Any]:
-    run, folder = config.run, config.run.runs / (config.run.name or name)
+    folder = config.run.runs / (config.run.name or name)
+    run = with_threads(config.run, folder, processes)
 
     # 1. Open the images once, and check that every stage can run on them
     data = open_data(config.data, seed=run.seed)
     warn_if_gray(data.train, processes)
-    config = resolved(config, data, processes.world_size)
+    config = resolved(replace(config, run=run), data, processes.world_size)
     evaluations = check_stages(config, data, processes)
     stage = Stage(processes, data, run, folder, "pre-training")
 
