@@ -23,6 +23,7 @@ from common.report.tables import tuned_table
 from common.runs import Stage, prepare
 from common.training.distributed import join_processes
 from common.training.log import read_metrics
+from common.training.threads import with_threads
 from common.weights.encoders import load_encoder
 
 
@@ -76,7 +77,8 @@ def main(config: Config) -> None:
         sizes: Any = {"path": config.data, "flip": config.flip, "labels_per_class": config.labels_per_class}
         data = open_data(images_for(encoder, **sizes), seed=run.seed)
         settings = resolved(settings, data, processes.world_size)
-        config = replace(config, finetune=settings)
+        run = with_threads(run, folder, processes)
+        config = replace(config, finetune=settings, run=run)
         check_finetuning(settings, data, world_size=processes.world_size)
         prepare(folder, "finetune", config, run=run, data=data, processes=processes)
         title = EVALUATIONS["scratch" if config.scratch else "finetune"].title

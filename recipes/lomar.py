@@ -13,7 +13,7 @@ from typing import Any, Literal
 from common.config import Optimization, SettingsError
 from common.networks import build_vit, initialize_mae
 from common.pretraining import pretrain
-from common.recipe import BaseConfig, Normalize, Rand, Recipe, embedded, folder
+from common.recipe import DECODER, BaseConfig, Normalize, Rand, Recipe, embedded, folder
 from common.report import Pictures, framed, reconstruction
 from mimkit.losses import normalized_patches, squared_error
 from mimkit.masking import random_tokens
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Config(BaseConfig):
-    """The settings of the paper are the preset "imagenet". The options --decoder-… are unused: there is no decoder."""
+    """The settings of the paper are the preset "imagenet"."""
 
     windows: int = 4
     """number of windows per image"""
@@ -137,7 +137,7 @@ NAMES = {r"encoder_pred\.": "head.", r"(?=cls_token|mask_token|patch_embed|block
 
 IMAGENET = Config(optimization=Optimization(epochs=1600, warmup_epochs=80))
 PRESETS = {**embedded(IMAGENET, window_size=4), **folder(IMAGENET, small={"window_size": 6}), "imagenet": IMAGENET}
-RECIPE = Recipe(LoMaR, PRESETS, NAMES)
+RECIPE = Recipe(LoMaR, PRESETS, NAMES, unused=DECODER)
 
 if __name__ == "__main__":
     pretrain(RECIPE, name="lomar", description=__doc__)

@@ -50,7 +50,7 @@ class ContextConfig(BaseConfig):
 
 @dataclass(frozen=True)
 class Config(ContextConfig):
-    """The settings of the paper are the preset "imagenet". --crop-scale has no effect: views are nearly uncropped."""
+    """The settings of the paper are the preset "imagenet"."""
 
     mask_ratio: float = 0.75
     """share of the patches that is masked"""
@@ -174,7 +174,7 @@ PRESETS = {
     "imagenet_large": changed(IMAGENET, size="large", finetune=finetuning.LUT_LARGE),
 }
 NAMES = {r"head\.": "projector.", **MAE_FAMILY}
-RECIPE = Recipe(LUT, PRESETS, NAMES, optional=(r"decoder\.", r"projector\.", r"predictor\."))
+RECIPE = Recipe(LUT, PRESETS, NAMES, optional=(r"decoder\.", r"projector\.", r"predictor\."), unused=("crop_scale",))
 
 if __name__ == "__main__":
     pretrain(RECIPE, name="lut", description=__doc__)

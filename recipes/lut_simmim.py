@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from common.data.views import WeakStrong
 from common.networks import PixelHead, Teacher, initialize_mae, masking_encoder, refuse_single_images, whole_cells
 from common.pretraining import pretrain
-from common.recipe import Normalize, Rand, Recipe, embedded, finetuning, folder
+from common.recipe import DECODER, Normalize, Rand, Recipe, embedded, finetuning, folder
 from common.report import Pictures
 from mimkit.masking import disjoint_views, random_cells
 from mimkit.tokens import patchify, split, take
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Config(ContextConfig, CellConfig):
-    """The known settings of the paper are the preset "imagenet". --crop-scale has no effect."""
+    """The known settings of the paper are the preset "imagenet"."""
 
 
 class LUTSimMIM(nn.Module):
@@ -105,7 +105,8 @@ PRESETS = {
     **folder(IMAGENET, small=SMALL, head_width=2048, base_lr=2e-4, min_lr=5e-6),
     "imagenet": IMAGENET,
 }
-RECIPE = Recipe(LUTSimMIM, PRESETS, NAMES, optional=(r"projector\.", r"predictor\.", r"teacher\."))
+HEADS = (r"projector\.", r"predictor\.", r"teacher\.")
+RECIPE = Recipe(LUTSimMIM, PRESETS, NAMES, optional=HEADS, unused=(*DECODER, "crop_scale"))
 
 if __name__ == "__main__":
     pretrain(RECIPE, name="lut_simmim", description=__doc__)

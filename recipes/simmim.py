@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from common.config import BelowOne, DataSettings, Must, Optimization
 from common.networks import PixelHead, masking_encoder, whole_cells
 from common.pretraining import pretrain
-from common.recipe import BaseConfig, Normalize, Rand, Recipe, changed, embedded, finetuning, folder
+from common.recipe import DECODER, BaseConfig, Normalize, Rand, Recipe, changed, embedded, finetuning, folder
 from mimkit.losses import absolute_error, window_normalized
 from mimkit.masking import random_cells
 from mimkit.tokens import patchify, split, take
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class CellConfig(BaseConfig):
-    """Settings of masking by cells. The options --decoder-… have no effect, since there is no decoder."""
+    """Settings of masking by cells."""
 
     mask_ratio: float = 0.6
     """share of the cells that is masked; their number is rounded up"""
@@ -114,7 +114,7 @@ PRESETS = {
     "imagenet": IMAGENET,
     "imagenet_100": IMAGENET_100,
 }
-RECIPE = Recipe(SimMIM, PRESETS, NAMES)
+RECIPE = Recipe(SimMIM, PRESETS, NAMES, unused=DECODER)
 
 if __name__ == "__main__":
     pretrain(RECIPE, name="simmim", description=__doc__)

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 MOST_LINES, MOST_IN_FUNCTION, MOST_MEAN, LEAST_DISTINCT = 400, 60, 145, 0.80
 
-BASE = {"common", "common.config", "common.files", "common.locks", "common.randomness"}
+BASE = {"common", "common.config", "common.help", "common.files", "common.locks", "common.randomness"}
 DATA = BASE | {"common.data"}
 TRAINING = DATA | {"common.training", "common.runs"}
 NETWORKS = BASE | {"mimkit", "common.networks"}

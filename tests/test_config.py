@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import inspect
 import json
 import math
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Must, SettingsError, changed_settings, check, from_json, parse, settings_of, to_json
+from common.data.normalize import Normalize
 from common.networks.vit import SIZES
 from common.recipe import Recipe
 
@@ -431,36 +433,101 @@ def options(recipe: str) -> set[str]:
     return set(leaves(to_json(PRESETS[recipe]["digits"]), ""))
 
 
+def help_of(recipe: str, flag: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the help of a program prints on 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    module = importlib.import_module(recipe)
+    unused = module.RECIPE.unused if hasattr(module, "RECIPE") else ()
+    with pytest.raises(SystemExit) as caught:
+        parse(PRESETS[recipe], [flag], description=module.__doc__, unused=unused)
+    assert caught.value.code == 0
+    return capsys.readouterr().out
+
+
+def said_in(text: str) -> dict[str, str]:
+    """The sentence of every option in a help text."""
+    said: dict[str, str] = {}
+    for entry in re.findall(r"^  --[^ ].*(?:\n {20}.*)*", text, re.MULTILINE):
+        option, _, sentence = " ".join(entry.split()).partition(" ")
+        said[option.replace("[no-]", "")] = sentence
+    return said
+
+
 @pytest.mark.parametrize("recipe", PRESETS)
-def test_the_help_says_what_every_option_is(
+def test_the_whole_help_says_what_every_option_is(
     recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("NO_COLOR", "1")
+    text = help_of(recipe, "--help-all", capsys, monkeypatch)
     module = importlib.import_module(recipe)
-    with pytest.raises(SystemExit) as caught:
-        parse(PRESETS[recipe], ["--help"], description=module.__doc__)
-    assert caught.value.code == 0
-    text = capsys.readouterr().out
     assert (module.__doc__ or "").splitlines()[0].split(",")[0] in text
     assert f"--preset {{{','.join(PRESETS[recipe])}}}" in text
     assert f"python recipes/{recipe}.py" in text
-
-    said: dict[str, str] = {}
-    name = ""
-    for indent, words in re.findall(r"^(?:│ |  )( *)(.*?)[ │]*$", text, re.MULTILINE):  # the frame is not always drawn
-        if re.match(r"--\w", words) and not indent:
-            flags, _, sentence = words.partition("  ")
-            name = re.split("[ ,]", flags)[0]
-            said[name] = sentence
-        elif name and indent:
-            said[name] += f" {words}"
-        else:
-            name = ""
-    assert set(said) == options(recipe)
+    said = said_in(text)
+    unused = {f"--{name.replace('_', '-')}" for name in getattr(getattr(module, "RECIPE", None), "unused", ())}
+    assert set(said) == options(recipe) - unused
     assert {option for option, _, _ in settings_of(PRESETS[recipe]["digits"])} == options(recipe)
-    silent = [name for name, sentence in said.items() if not re.match(r".*[a-z]{2,}.*\(default", sentence)]
+    silent = [name for name, sentence in said.items() if not re.match(r".*[a-z]{2,}.*\(.*default: .+\)$", sentence)]
     assert silent == []
+
+
+@pytest.mark.parametrize("recipe", PRESETS)
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_the_help_fits_a_screen_and_has_the_options_of_the_method_and_those_most_used(
+    recipe: str, flag: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    text = help_of(recipe, flag, capsys, monkeypatch)
+    assert len(text.splitlines()) <= 60
+    said = said_in(text)
+    module = importlib.import_module(recipe)
+    own = {field.name for part in module.Config.__mro__ for field in fields_of(part) if part.__module__ == recipe}
+    assert {f"--{name.replace('_', '-')}" for name in own} <= set(said)
+    assert {"--data", "--image-size", "--resume", "--device", "--name"} - set(said) <= set()
+    assert not any("." in option for option in said)
+    assert "--betas" not in said
+    assert text.endswith("--help-all shows all options.\n")
+
+
+def fields_of(part: type) -> list[Any]:
+    """The fields that a dataclass itself defines, without groups."""
+    own = inspect.get_annotations(part)
+    found = dataclasses.fields(part) if dataclasses.is_dataclass(part) else ()
+    return [field for field in found if field.name in own and field.name not in (*FLAT, "finetune")]
+
+
+def test_the_help_shows_the_defaults_of_the_preset_that_is_asked_for(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        mae_with("--preset", "imagenet", "--help")
+    said = said_in(capsys.readouterr().out)
+    assert "default: 1600)" in said["--epochs"]
+    assert "nano, tiny, small, base, large, huge; default: base)" in said["--size"]
+
+
+# Options without effect
+
+
+def recorded(part: Any, read: set[str]) -> Any:
+    """Settings that note which of them are read."""
+
+    def note(self: Any, name: str) -> Any:
+        read.add(name)
+        return object.__getattribute__(self, name)
+
+    copy = object.__new__(type(type(part).__name__, (type(part),), {"__getattribute__": note}))
+    for field in dataclasses.fields(part):
+        object.__setattr__(copy, field.name, getattr(part, field.name))
+    return copy
+
+
+@pytest.mark.parametrize("recipe", [name for name in PRESETS if "imagenet" in PRESETS[name] and "probe" not in name])
+def test_settings_without_effect_are_those_that_a_method_does_not_read(recipe: str):
+    module, read = importlib.import_module(recipe), set[str]()
+    config = PRESETS[recipe]["digits"]
+    data, network = recorded(config.data, read), recorded(config.network, read)
+    read.clear()
+    method = module.RECIPE.method(replace(config, data=data, network=network), Normalize([0.5], [0.5]))
+    read |= set() if hasattr(method, "views") else {"crop_scale", "flip"}  # of the default view
+    names = {field.name for part in (config.data, config.network) for field in dataclasses.fields(part)}
+    assert names - read - {"path", "statistics", "labels_per_class"} == set(module.RECIPE.unused)
 
 
 def settings_in(path: Path) -> list[ast.ClassDef]:

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_runs import SMALL, TUNED, finished, kept, metrics, pretrained, weights
+from small_runs import RECIPES, SMALL, TUNED, finished, kept, metrics, pretrained, weights
 
 
 def stopped(*args: str, runs: Path) -> str:
@@ -210,6 +210,13 @@ def test_without_a_test_split_it_says_so_and_pre_trains(pictures: Path, tmp_path
     assert "no evaluation at the end, pre-training only:" in printed
     assert (tmp_path / "mae" / "encoder.safetensors").exists()
     assert set(json.loads((tmp_path / "mae" / "result.json").read_text())) >= {"recipe", "device", "pretraining"}
+
+
+@pytest.mark.parametrize(("name", "option"), [("simmim", "--decoder-dim"), ("lut", "--crop-scale"), ("mae", "")])
+def test_an_option_without_effect_works_and_says_so(name: str, option: str, tmp_path: Path) -> None:
+    value = {"--decoder-dim": ["32"], "--crop-scale": ["0.5", "1"], "": []}[option]
+    args = [*SMALL, *RECIPES[name], "--epochs", "1", "--evaluate", "--runs", tmp_path, *filter(None, [option]), *value]
+    assert (f"{option} has no effect in {name}" in pretrained(name, *args)) == bool(option)
 
 
 # Weights of others

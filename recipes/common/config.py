@@ -14,6 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from common.help import Setting, help_text
+
 import torch
 import tyro
 
@@ -96,6 +98,8 @@ class Run:
     """on several devices: shard parameters, gradients and optimizer states (FSDP2) instead of replicating them (DDP)"""
     activation_checkpointing: MayDiffer[bool] = False
     """recompute the activations of each block in the backward pass, to save memory"""
+    threads: MayDiffer[Count | None] = None
+    """threads on a CPU; none: OMP_NUM_THREADS, else the fastest number, measured; a resumed run keeps it"""
     workers: MayDiffer[Annotated[int, Must("-1 or more", lambda x: x >= -1)]] = -1
     """data-loading processes per device; -1: one per free core, at most 16"""
     checkpoint_minutes: MayDiffer[NonNegative] = 5.0
@@ -194,7 +198,12 @@ class Optimization:
 
 
 def parse(
-    presets: dict[str, C], args: Sequence[str] | None = None, *, name: str = "", description: str | None = None
+    presets: dict[str, C],
+    args: Sequence[str] | None = None,
+    *,
+    name: str = "",
+    description: str | None = None,
+    unused: tuple[str, ...] = (),
 ) -> C:
     """Parse the command line on top of a preset, or with `--resume` on top of the run's original settings.
 
@@ -203,9 +212,10 @@ def parse(
         args: command-line arguments; by default those of the process.
         name: name of the recipe, and of its run unless `--name` is given.
         description: text shown at the top of the help.
+        unused: names of settings that have no effect, which the help does not show.
 
     Raises:
-        SystemExit: with a message, if an option is unknown or a value has the wrong type.
+        SystemExit: after the help; with a message, if an option is unknown or a value has the wrong type.
         SettingsError: if a value is out of range.
     """
     args = list(sys.argv[1:] if args is None else args)
@@ -218,6 +228,9 @@ def parse(
     preset: Any = presets[chosen]
     about = (description or "").strip()
     about += f"\n\n--preset {{{','.join(presets)}}} sets all defaults; shown are those of: {chosen}"
+    if asked := {"-h", "--help", "--help-all"}.intersection(args):
+        print(help_text(about, leaves(preset), everything="--help-all" in asked, unused=unused))
+        raise SystemExit(0)
     config: Any = tyro.cli(type(preset), default=preset, args=args, description=about)
     path = config.run.runs / (config.run.name or name) / "config.json"
     before: Any = started_with(type(preset), path) if config.run.resume and not explicit else None
@@ -294,14 +307,21 @@ def started_with(kind: type[C], path: Path) -> C | None:
 
 def settings_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     """Yield the option, the value and the type annotations of every setting of a configuration."""
+    return ((leaf.option, leaf.value, leaf.extras) for leaf in leaves(config, prefix))
+
+
+def leaves(config: Any, prefix: str = "", group: str = "") -> Iterator[Setting]:
+    """Yield every setting of a configuration, with the first sentence on its group."""
     hints = get_type_hints(type(config), include_extras=True)
     for field in fields(config):
         value, extras = getattr(config, field.name), _extras(hints[field.name])
         name = next((extra.name for extra in extras if getattr(extra, "name", None) is not None), field.name)
         if is_dataclass(value):
-            yield from settings_of(value, f"{prefix}{name}." if name else prefix)
+            words = (type(value).__doc__ or "").splitlines()[0].split(";")[0].rstrip(".")
+            yield from leaves(value, f"{prefix}{name}." if name else prefix, group if prefix else words)
         else:
-            yield f"--{prefix}{name.replace('_', '-')}", value, extras
+            option = f"--{prefix}{name.replace('_', '-')}"
+            yield Setting(option, field.name, value, hints[field.name], extras, type(config), group)
 
 
 def check(config: Any) -> None:

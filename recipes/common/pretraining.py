@@ -1,5 +1,6 @@
 """Pre-training from the command line to the printed results: the entry point of every recipe."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,6 +28,7 @@ from common.training.log import read_metrics
 from common.training.operations import operations_per_image
 from common.training.progress import in_words, limited_by
 from common.training.step import Batches, to_device
+from common.training.threads import with_threads
 from common.weights.encoders import export
 
 import torch
@@ -51,22 +53,26 @@ def pretrain(
         SystemExit: with a message, if a setting is invalid or training fails.
     """
     try:
-        config: BaseConfig = parse(recipe.presets, args, name=name, description=description)
+        config: BaseConfig = parse(recipe.presets, args, name=name, description=description, unused=recipe.unused)
         with join_processes(config.run.device) as processes:
             if choose(recipe.presets, args) == ("small", False) and not config.run.resume:
                 processes.print("no GPU: --preset small, with a small network and small images; else --preset folder")
+            given = {arg.partition("=")[0] for arg in (sys.argv[1:] if args is None else args)}
+            for option in sorted(given & {f"--{unused.replace('_', '-')}" for unused in recipe.unused}):
+                processes.print(f"{option} has no effect in {name}")
             return _pretrain(recipe, config, name, processes)
     except SettingsError as error:
         raise SystemExit(f"{name}: {error}") from error
 
 
 def _pretrain(recipe: Recipe, config: BaseConfig, name: str, processes: Processes) -> dict[str, Any]:
-    run, folder = config.run, config.run.runs / (config.run.name or name)
+    folder = config.run.runs / (config.run.name or name)
+    run = with_threads(config.run, folder, processes)
 
     # 1. Open the images once, and check that every stage can run on them
     data = open_data(config.data, seed=run.seed)
     warn_if_gray(data.train, processes)
-    config = resolved(config, data, processes.world_size)
+    config = resolved(replace(config, run=run), data, processes.world_size)
     evaluations = check_stages(config, data, processes)
     stage = Stage(processes, data, run, folder, "pre-training")
 

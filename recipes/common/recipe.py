@@ -73,12 +73,14 @@ class Recipe:
         presets: settings by name: "mnist", "digits", "shapes", "small", "folder", and those of the paper.
         published_names: maps the names of published weights to ours, see `load_weights`; empty: none are published.
         optional: regular expressions for weights that a published file may lack.
+        unused: names of settings without effect, such as those of a decoder, which the help does not show.
     """
 
     method: Callable[[Any, Normalize], Any]
     presets: dict[str, Any]
     published_names: dict[str, str] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     def load(self, method: nn.Module, path: Path, *, decoder: bool = False) -> Any:
         """Load published weights into a method, and return a report of their keys.
@@ -105,6 +107,7 @@ class Recipe:
 
 Changes = Mapping[str, Any] | None
 BASELINES: tuple[EvaluationName, ...] = ("finetune", "scratch", "budget", "nearest", "svm")
+DECODER = ("decoder_dim", "decoder_depth", "decoder_heads")  # names of settings
 SMALL_DECODER: dict[str, Any] = {"decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 3}
 
 
@@ -139,8 +142,7 @@ def folder(paper: C, *, small: dict[str, Any] | None = None, **changes: Any) -> 
         small: further settings of the preset "small".
         changes: further settings of the preset "folder".
     """
-    names = "batch_size", "warmup_epochs", "decoder_dim", "decoder_depth", "decoder_heads"
-    both = dict.fromkeys(names) | {"evaluate": ("finetune", "scratch")}
+    both = dict.fromkeys(("batch_size", "warmup_epochs", *DECODER)) | {"evaluate": ("finetune", "scratch")}
     size = {"size": "nano", "image_size": (96, 96), "patch": 8, "epochs": 100}
     fast = {"base_lr": 4e-3, "sqrt_rule_at": 64, "finetune": finetuning.SMALL}
     large = {"size": "small", "epochs": 300, "finetune": finetuning.FOLDER}
@@ -152,10 +154,9 @@ def folder(paper: C, *, small: dict[str, Any] | None = None, **changes: Any) -> 
 
 def resolved(config: C, data: Data, world_size: int) -> C:
     """Return the settings with values for those that follow others: decoder, batch size and warm-up."""
-    dim, depth, heads = decoder_sizes(config.network)
     return changed(
         config,
-        **{"decoder_dim": dim, "decoder_depth": depth, "decoder_heads": heads},
+        **dict(zip(DECODER, decoder_sizes(config.network), strict=True)),
         **following(config.optimization, len(data.train), world_size),
         finetune=finetuning.resolved(config.finetune, data, world_size),
     )

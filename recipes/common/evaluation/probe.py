@@ -14,6 +14,7 @@ from common.report.tables import probe_table
 from common.runs import Stage, has_results, prepare
 from common.training.distributed import join_processes
 from common.training.log import read_metrics
+from common.training.threads import with_threads
 from common.weights.encoders import open_encoder
 
 
@@ -81,6 +82,8 @@ def probe(
         probed, run = config.probed, config.run
         folder = run.runs / (run.name or name)
         with join_processes(run.device) as processes:
+            run = with_threads(run, folder, processes)
+            config = replace(config, run=run)
             encoder, normalize = open_encoder(probed.encoder, image_size=probed.image_size)
             flip = getattr(config, "flip", 0.0)  # k-NN has no flip
             settings = images_for(encoder, path=probed.data, flip=flip, labels_per_class=probed.labels_per_class)

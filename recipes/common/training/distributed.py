@@ -155,6 +155,10 @@ def num_workers(run: Run, processes: Processes) -> int:
     """Return the number of data-loading processes per device, by default one per free core, at most 16."""
     if run.workers >= 0:
         return run.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     devices = int(os.environ.get("LOCAL_WORLD_SIZE", processes.world_size))  # those of this machine share its cores
-    return min(16, max(1, cores // devices - 1))
+    return min(16, max(1, cores() // devices - 1))
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
