@@ -10,7 +10,7 @@ Paper: Beyond Masking: Demystifying Token-Based Pre-Training for Vision Transfor
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from common.config import Must, Network, Optimization, PositiveShare, SettingsError, Share
+from common.config import Must, Network, Optimization, PositiveShare, PositiveShares, SettingsError, Share
 from common.networks import count_masked, encoder_and_decoder, initialize_truncated
 from common.pretraining import pretrain
 from common.recipe import SMALL_DECODER, BaseConfig, Normalize, Rand, Recipe, changed, embedded, finetuning, folder
@@ -39,9 +39,7 @@ class Config(BaseConfig):
     """zoom_in: enlarge the central or a random window; or predict a larger view or the border from the center"""
     window: PositiveShare = 160 / 224
     """zoom_in: side of the window, as a fraction of the image"""
-    shrunken: Annotated[
-        tuple[float, ...], Must("above 0 and at most 1", lambda x: x and all(0 < s <= 1 for s in x))
-    ] = (160 / 224,)
+    shrunken: PositiveShares = (160 / 224,)
     """zoom_out: side of the shrunken image, as a fraction; one of several is drawn at random for each image"""
     fill: Literal["mirror", "black", "foreign", "none"] = "mirror"
     """zoom_out: surroundings of the shrunken image: reflections, black, the next image of the batch, or none"""

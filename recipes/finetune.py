@@ -50,6 +50,7 @@ class Config:
 UNSET = Path("encoder.safetensors")
 PRESETS = {
     **dict.fromkeys(EMBEDDED, Config(UNSET, flip=0.0, finetune=finetuning.DIGITS)),
+    "mnist": Config(UNSET, flip=0.0, finetune=finetuning.MNIST),
     "folder": Config(UNSET, finetune=finetuning.FOLDER),
     "mae_base": Config(UNSET, finetune=finetuning.MAE),
     "mae_large": Config(UNSET, finetune=finetuning.MAE_LARGE),

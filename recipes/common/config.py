@@ -68,6 +68,7 @@ NonNegatives = Annotated[tuple[float, float], Must("0 or more", lambda x: all(0 
 Share = Annotated[float, Must("between 0 and 1", lambda x: 0 <= x <= 1)]
 Shares = Annotated[tuple[float, float], Must("between 0 and 1", lambda x: all(0 <= v <= 1 for v in x))]
 PositiveShare = Annotated[float, Must("above 0 and at most 1", lambda x: 0 < x <= 1)]
+PositiveShares = Annotated[tuple[float, ...], Must("above 0 and at most 1", lambda x: x and all(0 < s <= 1 for s in x))]
 BelowOne = Annotated[float, Must("at least 0 and below 1", lambda x: 0 <= x < 1)]
 Area = Annotated[tuple[float, float], Must("two shares, the smaller one first", lambda x: 0 < x[0] <= x[1] <= 1)]
 

@@ -127,7 +127,7 @@ def embedded(
     small = {"size": "nano", "patch": 4, "channels": 1, "flip": 0.0, "crop_scale": (0.6, 1.0), "evaluate": BASELINES}
     short = {"epochs": 40, "batch_size": 64, "base_lr": 4e-3, "warmup_epochs": 4}
     of_images = {
-        "mnist": {"image_size": (28, 28), "finetune": finetuning.DIGITS, **(mnist or {})},
+        "mnist": {"image_size": (28, 28), "epochs": 30, "finetune": finetuning.MNIST, **(mnist or {})},
         "digits": {"image_size": (32, 32), "finetune": finetuning.DIGITS, **(digits or {})},
         "shapes": {"image_size": (64, 64), "patch": 8, "channels": 3, "finetune": finetuning.DIGITS, **(shapes or {})},
     }

@@ -177,6 +177,10 @@ def resolved(settings: Finetuning, data: Data, world_size: int) -> Finetuning:
     return of(settings, **following(settings.optimization, len(data.labeled or ()), world_size))
 
 
+# Chosen for MAE on validation images; the learning rate from scratch likewise, for the same compute
+MNIST = replace(of(DIGITS, epochs=100), crop_scale=(0.6, 1.0), scratch_lr=5e-3)
+
+
 class Classifier(nn.Module):
     """An encoder with a linear head on its class token or on the mean of its patch tokens.
 
