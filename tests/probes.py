@@ -63,7 +63,8 @@ def recipe(name: str, *args: object) -> dict[str, Any]:
 def in_two_processes(script: str, *args: object) -> None:
     """Run a recipe as `torchrun` runs it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-    command += [str(ROOT / "recipes" / f"{script}.py"), *map(str, args), "--device", "cpu", "--workers", "0"]
+    command += [str(ROOT / "recipes" / f"{script}.py"), "--data", "digits", "--device", "cpu", "--workers", "0"]
+    command += map(str, args)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr

@@ -98,7 +98,11 @@ def test_new_blocks_resume_behind_their_own_encoder_only(encoder: Path, tmp_path
         ("knn", "--k", "--k : must be one or more positive numbers"),
         ("knn", "--temperature 0", "--temperature 0.0: must be above 0"),
         ("knn", "--crop-fraction 2", "--crop-fraction 2.0: must be above 0 and at most 1"),
-        ("knn", "--labels-per-class 999", "--labels-per-class 999 of the 12"),
+        (
+            "knn",
+            "--labels-per-class 999",
+            "--labels-per-class 999: cannot be drawn from the 126 training images of a class",
+        ),
         ("linear_probe", "--epochs 0", "--epochs 0: must be at least 1"),
         ("linear_probe", "--batch-size 0", "--batch-size 0: must be at least 1"),
         ("linear_probe", "--crop-scale 1 0.5", "--crop-scale 1.0 0.5: must be two shares, the smaller one first"),
