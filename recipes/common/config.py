@@ -9,12 +9,12 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
-from common.help import Setting, help_text
+from common.help import help_text, leaves
 
 import torch
 import tyro
@@ -119,8 +119,8 @@ class DataSettings:
     """folder with train/CLASS/*.jpg and val/CLASS/*.jpg; or mnist, digits or shapes, images that need no file"""
     image_size: Counts = (224, 224)
     """height and width of the network's input in pixels, multiples of --patch"""
-    channels: Literal[1, 3] = 3
-    """1: grayscale, 3: RGB"""
+    channels: Count = 3
+    """1: grayscale, 3: RGB; images given from Python have their own number"""
     crop_scale: Area = (0.2, 1.0)
     """range of the area of a random crop, as a fraction of the image"""
     flip: Share = 0.5
@@ -311,20 +311,6 @@ def settings_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, tuple
     return ((leaf.option, leaf.value, leaf.extras) for leaf in leaves(config, prefix))
 
 
-def leaves(config: Any, prefix: str = "", group: str = "") -> Iterator[Setting]:
-    """Yield every setting of a configuration, with the first sentence on its group."""
-    hints = get_type_hints(type(config), include_extras=True)
-    for field in fields(config):
-        value, extras = getattr(config, field.name), _extras(hints[field.name])
-        name = next((extra.name for extra in extras if getattr(extra, "name", None) is not None), field.name)
-        if is_dataclass(value):
-            words = (type(value).__doc__ or "").splitlines()[0].split(";")[0].rstrip(".")
-            yield from leaves(value, f"{prefix}{name}." if name else prefix, group if prefix else words)
-        else:
-            option = f"--{prefix}{name.replace('_', '-')}"
-            yield Setting(option, field.name, value, hints[field.name], extras, type(config), group)
-
-
 def check(config: Any) -> None:
     """Check that every setting is within its range.
 
@@ -354,12 +340,6 @@ def changed_settings(config: Any, before: dict[str, Any]) -> dict[str, tuple[str
 def as_typed(value: Any) -> str:
     """Format a value as it is typed on the command line."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _extras(hint: Any) -> tuple[Any, ...]:
-    """Return the annotations of a type, including those of nested `Annotated` types and of the members of a union."""
-    parts = get_args(hint) if get_origin(hint) is Union else (hint,)
-    return tuple(extra for part in parts for extra in getattr(part, "__metadata__", ()))
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -5,10 +5,10 @@ import functools
 import inspect
 import shutil
 import textwrap
-from collections.abc import Iterable
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from itertools import pairwise
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 MOST_USED = (  # the names of settings
     *("path", "data", "image_size", "channels", "size", "patch", "epochs", "batch_size"),
@@ -39,6 +39,26 @@ class Setting:
     extras: tuple[Any, ...]
     owner: type
     group: str
+
+
+def leaves(config: Any, prefix: str = "", group: str = "") -> Iterator[Setting]:
+    """Yield every setting of a configuration, with the first sentence on its group."""
+    hints = get_type_hints(type(config), include_extras=True)
+    for field in fields(config):
+        value, extras = getattr(config, field.name), _extras(hints[field.name])
+        name = next((extra.name for extra in extras if getattr(extra, "name", None) is not None), field.name)
+        if is_dataclass(value):
+            words = (type(value).__doc__ or "").splitlines()[0].split(";")[0].rstrip(".")
+            yield from leaves(value, f"{prefix}{name}." if name else prefix, group if prefix else words)
+        else:
+            option = f"--{prefix}{name.replace('_', '-')}"
+            yield Setting(option, field.name, value, hints[field.name], extras, type(config), group)
+
+
+def _extras(hint: Any) -> tuple[Any, ...]:
+    """Return the annotations of a type, including those of nested `Annotated` types and of the members of a union."""
+    parts = get_args(hint) if get_origin(hint) is Union else (hint,)
+    return tuple(extra for part in parts for extra in getattr(part, "__metadata__", ()))
 
 
 @functools.cache

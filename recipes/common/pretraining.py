@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.config import SettingsError, choose, explained, known, parse
+from common.config import DataSettings, SettingsError, choose, explained, known, parse
 from common.data.loading import Loader, ViewDataset, _read
 from common.data.normalize import normalization
 from common.data.sources import Data, Source, open_data
-from common.data.views import CropFlip
+from common.data.views import CropFlip, WeakStrong
 from common.evaluation.evaluations import EVALUATIONS, in_order
 from common.evaluation.finetuning import check_finetuning
 from common.files import write_json
@@ -34,9 +34,18 @@ from common.weights.encoders import export
 import torch
 from torch import nn
 
+FROM_PYTHON = "given from Python"  # the folder of such images, in settings and messages
+
 
 def pretrain(
-    recipe: Recipe, *, name: str, description: str | None = None, args: Sequence[str] | None = None
+    recipe: Recipe,
+    *,
+    name: str,
+    description: str | None = None,
+    args: Sequence[str] | None = None,
+    source: Source | None = None,
+    labeled: Source | None = None,
+    test: Source | None = None,
 ) -> dict[str, Any]:
     """Pre-train a method, draw its predictions, export and evaluate the encoder, and print the results.
 
@@ -45,6 +54,9 @@ def pretrain(
         name: name of the recipe, and of the run unless `--name` is given.
         description: text shown at the top of the help.
         args: command-line arguments; by default those of the process.
+        source: images for pre-training, any object of the protocol `Source`; by default those of `--data`.
+        labeled: labeled images to train classifiers; by default those of `source`, if it has classes.
+        test: labeled images to test classifiers; without them the encoder is not evaluated.
 
     Returns:
         The results, as written to `result.json`.
@@ -52,25 +64,54 @@ def pretrain(
     Raises:
         SystemExit: with a message, if a setting is invalid or training fails.
     """
+    args = list(sys.argv[1:] if args is None else args)
+    given = {arg.partition("=")[0] for arg in args}
     try:
+        if source is not None:
+            if "--data" in given:
+                raise SettingsError("--data has no effect, since the images are given from Python: leave it out")
+            args += ["--data", FROM_PYTHON]
         config: BaseConfig = parse(recipe.presets, args, name=name, description=description, unused=recipe.unused)
         with join_processes(config.run.device) as processes:
             if choose(recipe.presets, args) == ("small", False) and not config.run.resume:
                 processes.print("no GPU: --preset small, with a small network and small images; else --preset folder")
-            given = {arg.partition("=")[0] for arg in (sys.argv[1:] if args is None else args)}
             for option in sorted(given & {f"--{unused.replace('_', '-')}" for unused in recipe.unused}):
                 processes.print(f"{option} has no effect in {name}")
-            return _pretrain(recipe, config, name, processes)
+            if source is None:
+                data = open_data(config.data, seed=config.run.seed)
+            else:
+                data = data_from_python(config.data, source, labeled, test)
+            return _pretrain(recipe, replace(config, data=data.settings), name, data, processes)
     except SettingsError as error:
         raise SystemExit(f"{name}: {error}") from error
 
 
-def _pretrain(recipe: Recipe, config: BaseConfig, name: str, processes: Processes) -> dict[str, Any]:
+def data_from_python(settings: DataSettings, source: Source, labeled: Source | None, test: Source | None) -> Data:
+    """Return the images that are given from Python, with their number of channels as setting.
+
+    Raises:
+        SettingsError: if labeled and test images differ in their classes, or images in their number of channels.
+    """
+    settings = replace(settings, channels=source.channels)
+    if labeled is None and source.classes:
+        labeled = source
+    if labeled is None or test is None:
+        missing = "labeled" if labeled is None else "test"
+        return Data(settings, source, None, None, f"no {missing} images are given to `pretrain`")
+    if list(labeled.classes) != list(test.classes):
+        raise SettingsError(f"labeled images have the classes {labeled.classes}, but test images {test.classes}")
+    if not source.channels == labeled.channels == test.channels:
+        raise SettingsError(
+            f"training images have {source.channels} channels, labeled {labeled.channels} and test {test.channels}"
+        )
+    return Data(settings, source, labeled, test)
+
+
+def _pretrain(recipe: Recipe, config: BaseConfig, name: str, data: Data, processes: Processes) -> dict[str, Any]:
     folder = config.run.runs / (config.run.name or name)
     run = with_threads(config.run, folder, processes)
 
-    # 1. Open the images once, and check that every stage can run on them
-    data = open_data(config.data, seed=run.seed)
+    # 1. Check that every stage can run on the images, which are opened once
     warn_if_gray(data.train, processes)
     config = resolved(replace(config, run=run), data, processes.world_size)
     evaluations = check_stages(config, data, processes)
@@ -80,6 +121,8 @@ def _pretrain(recipe: Recipe, config: BaseConfig, name: str, processes: Processe
     normalize = normalization(config.data, data.train)
     torch.manual_seed(run.seed)
     method = recipe.method(config, normalize)
+    if isinstance(getattr(method, "views", None), WeakStrong) and data.train.channels not in (1, 3):
+        raise SettingsError(f"this method changes the colors of 1 or 3 channels, not of {data.train.channels}")
     if config.weights is not None:
         processes.print(f"{config.weights}:\n{recipe.load(method, config.weights)}")
     prepare(folder, name, config, run=run, data=data, stages=EVALUATIONS, processes=processes)

@@ -393,6 +393,10 @@ def check_finetuning(settings: Finetuning, data: Data, *, world_size: int, prefi
             f"use {advice}, or --{prefix}mixup 0 --{prefix}cutmix 0"
         )
     if settings.randaugment:
+        if labeled.channels not in (1, 3):
+            raise SettingsError(
+                f'RandAugment works on 1 or 3 channels, not {labeled.channels}: use --{prefix}randaugment ""'
+            )
         try:
             auto_augment_policy(settings.randaugment)
         except (AssertionError, ValueError, KeyError) as error:

@@ -46,7 +46,7 @@ def images_for(encoder: Encoder, *, path: str, flip: float, labels_per_class: in
     return DataSettings(
         path=path,
         image_size=(encoder.height * encoder.patch, encoder.width * encoder.patch),
-        channels=encoder.channels,  # pyright: ignore
+        channels=encoder.channels,
         flip=flip,
         labels_per_class=labels_per_class,
     )

@@ -113,6 +113,7 @@ def framed(image: Tensor, row: int, column: int, *, patch: int, rows: int = 1, c
     Small images are enlarged.
     """
     by = max(1, 224 // min(image.shape[-2:]))
+    image = image if len(image) in (1, 3) else image.mean(dim=0, keepdim=True)
     image = image.expand(3, -1, -1).repeat_interleave(by, dim=1).repeat_interleave(by, dim=2)
     framed, line = image.clone(), max(1, patch * by // 8)
     for color, depth in (((1.0, 1.0, 1.0), 0), ((1.0, 0.0, 0.0), line), (None, 2 * line)):
