@@ -35,6 +35,7 @@ from small_runs import (
     refused,
     weights,
 )
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -47,6 +48,7 @@ def test_a_recipe_leaves_all_that_it_promises(
     for picture in ("reconstruction.png", "curves.png"):
         with Image.open(folder / picture) as image:
             assert image.size[0] > 200
+    assert pictures_in(folder) == {"reconstruction": (folder / "reconstruction.png").read_bytes()[16:24]}
     assert json.loads((folder / "config.json").read_text())["recipe"] == name
     assert list(folder.glob("events.out.tfevents.*"))
     result = json.loads((folder / "result.json").read_text())
@@ -62,6 +64,13 @@ def test_a_recipe_leaves_all_that_it_promises(
     encoder = folder / "encoder.safetensors"
     called("finetune", "--encoder", encoder, "--epochs", 1, "--runs", tmp_path, "--workers", 0, "--device", "cpu")
     assert (tmp_path / "finetune" / "result.json").exists()
+
+
+def pictures_in(folder: Path) -> dict[str, bytes]:
+    """The pictures in the TensorBoard events of a folder, by name: width and height as a PNG file has them."""
+    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    names = events.Tags()["images"]
+    return {name: events.Images(name)[-1].encoded_image_string[16:24] for name in names}
 
 
 def test_programs_run_as_a_user_starts_them(tmp_path: Path) -> None:

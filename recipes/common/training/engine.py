@@ -25,7 +25,7 @@ from common.data.loading import check_readable
 from common.runs import Stage
 from common.training.checkpoint import Checkpoint, Checkpoints, check_fit
 from common.training.distributed import in_bf16
-from common.training.log import Log, read_metrics
+from common.training.log import Log, read_metrics, show_picture
 from common.training.optimizer import clip, parameter_groups
 from common.training.parallel import compiled, own, restore, synchronized, trainable
 from common.training.progress import Progress
@@ -104,6 +104,8 @@ def train(
     if draw is not None and processes.is_main:
         with torch.compiler.set_stance("force_eager"):  # other shapes would trigger recompilation
             draw(stage.folder)
+        for picture in stage.folder.glob("reconstruction.png"):
+            show_picture(picture, training.done)
     processes.barrier()
     return training.result() | {"unreadable": sorted(unreadable)}
 

@@ -8,6 +8,8 @@ from typing import Any
 from common.config import explained
 from common.files import write
 
+import numpy as np
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -55,3 +57,16 @@ class Log:
         with explained(self.sentence):
             self.file.close()
             self.board.close()
+
+
+def show_picture(path: Path, step: int) -> None:
+    """Add a picture to the TensorBoard events of its folder, under its name.
+
+    Raises:
+        SettingsError: if it cannot be read, or the events cannot be written.
+    """
+    with explained(f"{path} cannot be shown in TensorBoard"):
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        with SummaryWriter(str(path.parent)) as board:
+            board.add_image(path.stem, pixels, step, dataformats="HWC")
