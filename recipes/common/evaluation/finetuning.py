@@ -96,33 +96,23 @@ def of(settings: Finetuning, *, drop_path: float | None = None, **optimization: 
 
 MAE = Finetuning()
 
-
 MAE_LARGE = of(MAE, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2)
-
 
 MAE_HUGE = of(MAE_LARGE, drop_path=0.3)
 
-
 FOLDER = of(MAE, batch_size=None, warmup_epochs=None)
-
 
 HPM = of(MAE, layer_decay=0.8)
 
-
 HPM_LARGE = of(HPM, epochs=50)
-
 
 DROPPOS = replace(of(MAE, base_lr=1e-3, layer_decay=0.8), train_positions=False)
 
-
 DROPPOS_LARGE = of(DROPPOS, epochs=50)
-
 
 LUT = of(MAE, base_lr=2.5e-4, sqrt_rule_at=1024)
 
-
 LUT_LARGE = of(LUT, epochs=50, base_lr=1e-3)
-
 
 BEYOND_MASKING = replace(
     of(MAE, base_lr=1e-3, layer_decay=0.75, schedule="step"),
