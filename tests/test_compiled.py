@@ -14,9 +14,9 @@ from small_runs import RECIPES, SMALL, TUNED, finished, in_one_program, kept, me
 
 TWELVE = {"dim": 12, "depth": 12, "heads": 2}
 BLOCKS = shlex.split(
-    "--image-size 16 16 --patch 4 --epochs 1 --batch-size 260 --warmup-epochs 1 --workers 0 --evaluate finetune "
-    "--finetune.epochs 1 --finetune.batch-size 48 --finetune.mixup 0.8 --finetune.cutmix 1 --finetune.erasing 0.25 "
-    "--compile on --device cpu"
+    "--data digits --image-size 16 16 --patch 4 --epochs 1 --batch-size 260 --warmup-epochs 1 --workers 0 "
+    "--evaluate finetune --finetune.epochs 1 --finetune.batch-size 48 --finetune.mixup 0.8 --finetune.cutmix 1 "
+    "--finetune.erasing 0.25 --compile on --device cpu"
 )
 DECODER = shlex.split("--decoder-dim 12 --decoder-heads 2 --decoder-depth 12")
 # What differs between blocks: encoder or decoder, which tokens they read and return, with gradients or without
@@ -42,8 +42,9 @@ ALIKE = {
 }
 # The steps are small: batch norm amplifies what the order of a sum changes. Its batches are not accumulated.
 WITH_BATCH_NORM = shlex.split(
-    "--image-size 16 16 --patch 4 --epochs 1 --batch-size 130 --warmup-epochs 1 --workers 0 --log-every 2 "
-    "--head-width 32 --decoder-dim 24 --decoder-depth 1 --decoder-heads 2 --base-lr 1e-4 --device-batch 130"
+    "--data digits --image-size 16 16 --patch 4 --epochs 1 --batch-size 130 --warmup-epochs 1 --workers 0 "
+    "--log-every 2 --head-width 32 --decoder-dim 24 --decoder-depth 1 --decoder-heads 2 --base-lr 1e-4 "
+    "--device-batch 130"
 )
 # The graphs of three of them are large: captured here, and lowered in `forms.py`
 BACKENDS = {
