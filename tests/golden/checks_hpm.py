@@ -264,7 +264,7 @@ def hpm_training(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     golden.close("lr", [record["lr"] for record in records])
     golden.close("grad_norm", [nn.utils.get_total_norm(list(found.values())) for found in gradients])
     noisy = "attn.qkv.bias", "decoder_norm_losspred.bias", "decoder_pred_losspred.bias"  # see the file's note
-    apart = [name.endswith(noisy) for name in names], 5e-3
+    apart = [name.endswith(noisy) for name in names], 2e-2
     golden.close("final_weight_norms", norms(method, ours, names), apart=apart)
     averages = _average(method, average)
     golden.close("final_ema_norms", torch.stack([averages[ours[name]].norm() for name in names]), apart=apart)
