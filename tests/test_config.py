@@ -349,10 +349,10 @@ def test_a_preset_that_is_said_holds_against_that_of_the_run(tmp_path: Path):
 @pytest.mark.parametrize(
     ("args", "changed"),
     [
-        ("--epochs 9", {"--epochs": ("9", "40")}),
+        ("--epochs 9", {"--epochs": ("9", "30")}),
         ("--image-size 48 32", {"--image-size": ("48 32", "28 28")}),
         ("--seed 1 --mask-ratio 0.5", {"--seed": ("1", "0"), "--mask-ratio": ("0.5", "0.75")}),
-        ("--finetune.epochs 9", {"--finetune.epochs": ("9", "40")}),
+        ("--finetune.epochs 9", {"--finetune.epochs": ("9", "100")}),
         ("--finetune.no-train-positions", {}),  # as it was
         ("--precision bf16", {"--precision": ("bf16", "auto")}),
         ("--evaluate", {"--evaluate": ("", "finetune scratch budget nearest svm")}),

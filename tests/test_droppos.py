@@ -63,9 +63,9 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["--mask-ratio", "1"], "--mask-ratio 1.0 and --drop-ratio 0.75 of 64 leave nothing to locate"),
-        (["--mask-ratio", "nan"], "--mask-ratio nan and --drop-ratio 0.75 of 64 leave nothing to locate"),
-        (["--drop-ratio", "0"], "--mask-ratio 0.75 and --drop-ratio 0.0 of 64 leave nothing to locate"),
+        (["--mask-ratio", "1"], "--mask-ratio 1.0 and --drop-ratio 0.75 of 49 leave nothing to locate"),
+        (["--mask-ratio", "nan"], "--mask-ratio nan and --drop-ratio 0.75 of 49 leave nothing to locate"),
+        (["--drop-ratio", "0"], "--mask-ratio 0.75 and --drop-ratio 0.0 of 49 leave nothing to locate"),
         (["--temperature", "0"], "--temperature 0.0: must be above 0"),
         (["--sigma", "1", "-1"], "--sigma 1.0 -1.0: must be 0 or more"),
         (["--decoder-heads", "5"], "width 48 cannot be shared by 5 heads"),

@@ -63,8 +63,8 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["--mask-ratio", "1"], "--mask-ratio 1.0 of 64 patches does not leave both masked and visible ones"),
-        (["--mask-ratio", "0"], "--mask-ratio 0.0 of 64 patches does not leave both masked and visible ones"),
+        (["--mask-ratio", "1"], "--mask-ratio 1.0 of 49 patches does not leave both masked and visible ones"),
+        (["--mask-ratio", "0"], "--mask-ratio 0.0 of 49 patches does not leave both masked and visible ones"),
         (["--momentum-epochs", "0"], "--momentum-epochs 0.0: must be above 0"),
         (["--hard", "0", "2"], "--hard 0.0 2.0: must be between 0 and 1"),
         (["--momentum", "-1", "0.9"], "--momentum -1.0 0.9: must be between 0 and 1"),

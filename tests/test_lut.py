@@ -244,7 +244,7 @@ def test_a_single_image_at_a_time_is_one_sentence(args, tmp_path):
 def test_a_resumed_run_has_the_same_teacher_and_statistics_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.setitem(SIZES, "nano", {"dim": 24, "depth": 1, "heads": 2})
     args = [*SMALL, *FEW, "--evaluate", "--device", "cpu", "--checkpoint-minutes", "0", "--keep", "99"]
-    args += ["--runs", str(tmp_path)]
+    args += ["--runs", str(tmp_path), "--data", "digits"]
     pretrain(lut.RECIPE, name="lut", args=args)
     whole, folder = kept(tmp_path / "lut"), tmp_path / "lut"
     steps = sorted((folder / "checkpoint").glob("step_*"))

@@ -61,12 +61,14 @@ def test_few_images_make_a_small_batch(num_images: int, batch: int) -> None:
     assert fitting_batch(num_images, 1) == batch
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_the_decoder_follows_the_encoder(size: Any) -> None:
+@pytest.mark.parametrize(
+    ("size", "blocks"), {"nano": 1, "tiny": 3, "small": 3, "base": 3, "large": 6, "huge": 8}.items()
+)
+def test_the_decoder_follows_the_encoder(size: Any, blocks: int) -> None:
     follows = Network(size=size, decoder_dim=None, decoder_depth=None, decoder_heads=None)
     dim, depth, heads = decoder_sizes(follows)
     assert (dim, heads) == (SIZES[size]["dim"] // 2, SIZES[size]["heads"])
-    assert depth == {"nano": 1, "tiny": 3, "small": 3, "base": 3, "large": 6, "huge": 8}[size]
+    assert depth == blocks
     assert decoder_sizes(replace(follows, decoder_depth=2)) == (dim, 2, heads)
     odd, _, fewer = decoder_sizes(replace(follows, decoder_dim=20))
     assert odd == 20

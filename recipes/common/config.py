@@ -252,7 +252,7 @@ def choose(presets: dict[str, Any], args: Sequence[str] | None = None) -> tuple[
     given = dict[str, str]()
     for arg, after in pairwise([*(sys.argv[1:] if args is None else args), ""]):
         name, equals, value = arg.partition("=")
-        given.setdefault(name, value if equals else after)
+        given[name] = value if equals else after  # the last one counts
     if "--preset" in given:
         return given["--preset"], True
     if (images := given.get("--data", EMBEDDED[0])) in EMBEDDED:
