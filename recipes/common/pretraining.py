@@ -180,13 +180,11 @@ def pretrain_method(method: nn.Module, config: BaseConfig, stage: Stage) -> dict
         with explained(f"{into / 'reconstruction.png'} cannot be written"):
             draw_pictures(into / "reconstruction.png", pictures)
 
-    settings, example = config.optimization, next(iter(Loader(views, [[(0, 0), (0, 1)]])))
-    size = known(settings.batch_size)
-    operations = operations_per_image(method, example) * (len(source) // size * size * settings.epochs)
+    settings, operations = config.optimization, operations_per_image(method, views)
     shorter = partial(shorter_settings, config)
     result = train(method, load, num_images=len(source), settings=settings, stage=stage, draw=draw, shorter=shorter)
     stage.print(limited_by(result["waiting"]))
-    return result | {"operations": operations}
+    return result | {"operations": operations * result["step"] * known(settings.batch_size)}
 
 
 def shorter_settings(config: BaseConfig, seconds: float) -> str:

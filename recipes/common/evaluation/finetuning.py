@@ -306,7 +306,7 @@ def finetune(
         return Loader(views, batches, workers=workers, pin=pin)
 
     optimization = settings.optimization
-    operations = operations_per_image(classifier, next(iter(Loader(views, [[(0, 0), (0, 1)]]))))
+    operations = operations_per_image(classifier, views)
     batch, _ = micro_batches(optimization, stage.processes.world_size)
     confusion, matrices = Confusion(test, stage, settings.crop_fraction, batch=batch), []
 
